@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Prepare a dataset: captions (and images) become Parquet shards that training jobs read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+sources
+  emoji            the captioned emoji set. 16 pixels: from the file that ships with fewstep; any other size:
+                   rebuilt from three npm packages of pinned hash (needs npm and about 150 MB once)
+  folder DIR       images with a table of captions: metadata.jsonl, .csv or .parquet in DIR (or --captions),
+                   with the columns file (or file_name, image) and caption (or text, prompt)
+  prompts FILE...  captions alone, for distillation without data: text (one a line), or JSONL, CSV or Parquet
+                   with a column caption, text or prompt
+
+examples
+  jobs/prepare_data.py --out data/emoji16
+  jobs/prepare_data.py --source folder photos/ --out s3://bucket/photos --size 512x512 --size 640x384 \\
+      --autoencoder models/qwen-image:vae --text-encoder models/encoder --encoders 4 --gpus 1
+  jobs/prepare_data.py --source prompts prompts.txt --out data/prompts --size 16 --held-out 0.05
+  ray job submit --working-dir . -- python jobs/prepare_data.py --out data/emoji16
+
+what to know
+  The command may be stopped and repeated: finished shards are kept, nothing half-written is left. A
+  broken image or row is skipped, counted and listed in ROOT/rejected.jsonl. A folder that holds a dataset of
+  other settings or rows is refused.
+  s3:// addresses use AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY. Work runs on
+  the Ray cluster of RAY_ADDRESS or of this machine; one is started for the job's time where there is none.
+"""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(*names: str, help: str, **options: Any) -> None:
+        default = "; default: %(default)s" if options.get("default") is not None else ""
+        parser.add_argument(*names, help=help + default, **options)
+
+    add("paths", nargs="*", metavar="PATH", help="the source's folder or files, local or s3://")
+    add("--source", choices=("emoji", "folder", "prompts"), default="emoji", help="see below")
+    add("--out", metavar="ROOT", help="where the dataset goes: a local folder or s3://bucket/prefix")
+    add("--captions", metavar="TABLE", help="folder: the table of captions, if it is not in the folder")
+    add("--size", action="append", metavar="WxH", help="pixels, 512 or 640x384 (width x height); repeat it "
+        "for several buckets, each image goes to the nearest aspect ratio; default: 16")  # fmt: skip
+    add("--text-encoder", default="minilm", metavar="NAME", help="minilm, or a folder or hub id of a "
+        "transformers encoder")  # fmt: skip
+    add("--autoencoder", default="pixel", metavar="NAME", help="pixel (latents are pixels), or a folder or "
+        "hub id of a diffusers AutoencoderKL (folder:vae for a pipeline's part)")  # fmt: skip
+    add("--max-tokens", type=int, default=64, metavar="N", help="longer captions are rejected")
+    add("--held-out", type=float, default=0.02, metavar="F", help="fraction of own data kept out of training, "
+        "by a hash of the file name or prompt (the emoji set has its own split)")  # fmt: skip
+    add("--shard-rows", type=int, default=256, metavar="N", help="most rows a shard holds; a split needs at "
+        "least as many shards as there are training workers")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the shuffle of rows over shards")
+    add("--encoders", type=int, default=1, metavar="N", help="actors of each encoder")
+    add("--gpus", type=float, default=0.0, metavar="F", help="GPUs of each actor")
+    add("--cache", type=Path, metavar="DIR", help="of the emoji packages; default: ~/.cache/fewstep/emoji")
+    add("--bundle", action="store_true", help="maintainers: rebuild the 16-pixel file shipped with fewstep")
+    options = parser.parse_args()
+    if options.bundle == bool(options.out):
+        parser.error("say where the dataset goes with --out (a local folder or s3://bucket/prefix)")
+    if bool(options.paths) != (options.source != "emoji"):
+        parser.error(f"--source {options.source} takes {'no PATH' if options.paths else 'a PATH'}")
+    if options.source == "folder" and len(options.paths) != 1:
+        parser.error("--source folder takes one PATH")
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    import ray
+
+    from fewstep.data import sources
+    from fewstep.data.encode import Settings, prepare
+
+    if options.bundle:
+        count = sources.write_bundle(options.cache or sources.default_cache())
+        print(f"{sources.EMOJI_BUNDLE}: {count} images")
+        return
+    settings = Settings(
+        sizes=tuple(sources.Size.parse(size) for size in options.size or ("16",)),
+        text_encoder=options.text_encoder,
+        autoencoder=options.autoencoder,
+        max_tokens=options.max_tokens,
+        shard_rows=options.shard_rows,
+        seed=options.seed,
+    )
+    if options.source == "emoji":
+        source = sources.emoji_set(settings.sizes, options.cache)
+    elif options.source == "folder":
+        source = sources.image_folder(options.paths[0], captions=options.captions, held_out=options.held_out)
+    else:
+        source = sources.prompts(options.paths, held_out=options.held_out)
+    # Joins the cluster of RAY_ADDRESS or of this machine; a node of its own needs no dashboard.
+    ray.init(include_dashboard=False, logging_level="warning")
+    prepare(
+        source, options.out, settings, encoders=options.encoders, gpus=options.gpus,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from fewstep.errors import UserError
+
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

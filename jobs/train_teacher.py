@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""Train a flow-matching teacher with the same machinery that distils it."""
+
+from pathlib import Path
+
+from fewstep.cli import connect_ray, recipe_parser, run_job
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+EXAMPLES = """\
+  ray job submit jobs/train_teacher.py -- --recipe emoji_teacher
+  python jobs/train_teacher.py --recipe emoji_teacher --set network.start=emoji --set train.steps=2000"""
+
+
+def main() -> None:
+    from fewstep.train.recipe import TeacherRecipe, load_recipe
+    from fewstep.train.trainer import fit
+
+    parser = recipe_parser(
+        "Train a small flow-matching teacher (a QwenImageTransformer2DModel) on a prepared dataset, with captions "
+        "dropped now and then so that classifier-free guidance works. Writes a diffusers folder with a card.",
+        TeacherRecipe,
+        EXAMPLES,
+    )
+    options = parser.parse_args()
+    recipe = load_recipe(TeacherRecipe, options.recipe, options.set, RECIPES)
+    connect_ray()
+    trained = fit(recipe, options.resume)
+    print(f"\nteacher     {trained.folder}\nMLflow run  {trained.mlflow_run}", flush=True)
+    print(f"distil it   jobs/distill_qwen.py --set teacher.path={trained.folder}")
+
+
+if __name__ == "__main__":
+    run_job(main)

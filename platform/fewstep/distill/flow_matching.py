@@ -1,0 +1,34 @@
+"""Flow matching: how a teacher is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.result import LossResult, draw_noise, draw_times
+from fewstep.flow import NO_SHIFT, TimeShift
+
+
+def flow_matching_loss(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_0: Tensor,
+    generator: torch.Generator,
+    shift: TimeShift = NO_SHIFT,
+) -> LossResult:
+    """Regress u(x_t, t) on ε − x_0 at x_t = (1 − t)·x_0 + t·ε, t the warp of a uniform raw time.
+
+    Args:
+        velocity: the network, from x_t (B, C, H, W) and t (B,) to a velocity.
+        x_0: clean latents, (B, C, H, W).
+        generator: source of times and noise.
+        shift: from raw time to t.
+    """
+    raw_t = draw_times(len(x_0), generator)
+    t = shift.warp(raw_t).to(x_0.device)
+    noise = draw_noise(x_0, generator)
+    x_t = torch.lerp(x_0, noise, t.view(-1, *[1] * (x_0.ndim - 1)))
+    error = velocity(x_t, t).float() - (noise - x_0)
+    per_sample = error.square().flatten(1).mean(1)
+    return LossResult(per_sample.mean(), per_sample.detach(), raw_t)

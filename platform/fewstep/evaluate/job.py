@@ -1,0 +1,147 @@
+"""A student measured against its teacher, with everything that is kept of it: table, picture, plots, model version."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fewstep.data.autoencoder import load_autoencoder
+from fewstep.data.stream import Batch, read_split
+from fewstep.evaluate.features import FeatureExtractor
+from fewstep.evaluate.grid import GridRow, comparison_grid
+from fewstep.evaluate.plots import loss_plot, quality_plot
+from fewstep.evaluate.report import Report, build_report, verdict_table
+from fewstep.evaluate.sampling import Method, draw_images
+from fewstep.export.pipeline import read_student_card, write_card
+from fewstep.tracking.registry import register
+from fewstep.tracking.run import Tracker
+from fewstep.train.recipe import DistillRecipe, EvaluationSection
+from fewstep.train.trainer import TrainedModel, spool
+
+COLUMNS = 10
+"""Captions in the comparison picture."""
+
+
+def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
+    """The end of a distillation: measure, draw, track, register, and say where everything is."""
+    tracker = Tracker.start(
+        uri=recipe.tracking.uri, experiment=recipe.tracking.experiment, run_name=trained.run_name,
+        params={}, tags={}, spool=spool(), run_id=trained.mlflow_run,
+    )  # fmt: skip
+    results = Path("out") / trained.run_name
+    with tracker:
+        metrics: dict[str, float] = {}
+        if recipe.evaluation.enabled:
+            report = evaluate(trained.folder, recipe.data.path, recipe.evaluation, results, gpu=recipe.train.gpu)
+            metrics = report.metrics()
+            tracker.log_metrics(metrics, recipe.train.steps)
+            verdicts = report.verdicts(recipe.evaluation.promise)
+            tracker.set_tags({f"promise.{v.name}": "kept" if v.kept else "missed" for v in verdicts})
+            text = f"{report.table()}\n\n{verdict_table(verdicts)}\n"
+            (results / "report.txt").write_text(text)
+            print(f"\n{text}", flush=True)
+        loss_plot(_history(tracker)).savefig(_made(results) / "loss.png")
+        tracker.log_artifact(results, "results")
+        tracker.flush()
+        write_card(replace(read_student_card(trained.folder), metrics=metrics), trained.folder)
+        version = register(
+            trained.folder, recipe.tracking.model, tracker.uri, tracker.run_id, recipe.tracking.alias, metrics
+        )
+    model = f"models:/{recipe.tracking.model}@{recipe.tracking.alias}"
+    picture = f"picture     {results.absolute() / 'comparison.png'}\n" if recipe.evaluation.enabled else ""
+    print(
+        f"{picture}"
+        f"student     {trained.folder.absolute()}\n"
+        f"registered  models:/{version.name}/{version.version} (now {model})\n"
+        f"MLflow run  {trained.run_name} ({tracker.run_id})\n"
+        f"open MLflow mlflow ui --backend-store-uri {tracker.uri}   then visit port 5000 of this machine\n"
+        f'generate    jobs/generate.py --model {model} --prompt "red heart, noto style" --steps 4 --seed 0',
+        flush=True,
+    )
+
+
+def evaluate(
+    student: Path, data: str, settings: EvaluationSection, results: Path, *, split: str = "held_out", gpu: bool = False
+) -> Report:
+    """Compare a student with its teacher's ladder on held-out captions, on the whole cluster.
+
+    Writes `comparison.png`, `quality.png` and `report.json` into `results`.
+
+    Args:
+        student: exported folder.
+        data: prepared dataset.
+        settings: how many captions, which steps.
+        results: where pictures and numbers go.
+        split: which captions.
+        gpu: whether to draw on GPUs.
+    """
+    batch = read_split(data, split, settings.captions)
+    nfe, passes_per_step = _student_steps(student)
+    reference = f"teacher_{settings.reference_steps}"
+    ladder = {f"euler_{steps}": steps for steps in settings.ladder}
+    row = f"student_{nfe}"
+    methods = [
+        Method(reference, settings.reference_steps),
+        Method("independent", settings.reference_steps, noise=1),
+        Method(row, nfe, student=True),
+        *(Method(name, steps) for name, steps in ladder.items()),
+    ]
+    images = draw_images(student, batch, methods, gpu=gpu)
+    real = np.asarray(load_autoencoder(read_student_card(student).autoencoder).decode(batch.latent))
+    steps = {reference: settings.reference_steps, **ladder}
+    print(f"measuring {len(images) + 1} sets of {len(batch)} images", flush=True)
+    report = build_report(
+        {name: images[name] for name in (*ladder, row)},
+        reference=images[reference],
+        independent=images["independent"],
+        real=real,
+        passes={name: count * passes_per_step for name, count in steps.items()} | {row: nfe},
+        extractor=FeatureExtractor.load("cuda" if gpu else "cpu"),
+        teacher=reference,
+        student=row,
+    )
+    _made(results)
+    _picture(images, batch, reference, row, nfe, passes_per_step).save(results / "comparison.png")
+    quality_plot(report).savefig(results / "quality.png")
+    (results / "report.json").write_text(report.to_json())
+    return report
+
+
+def _student_steps(student: Path) -> tuple[int, int]:
+    """(evaluations of the student, passes of one teacher step)."""
+    card = read_student_card(student)
+    return card.nfe, 1 if card.guidance == 1 else 2
+
+
+def _picture(
+    images: dict[str, np.ndarray], batch: Batch, reference: str, row: str, nfe: int, passes: int
+):  # noqa: ANN202 — a PIL image
+    chosen = np.linspace(0, len(batch) - 1, min(COLUMNS, len(batch))).round().astype(int)
+    steps = int(reference.rpartition("_")[2])
+    rows = [
+        GridRow("teacher", f"{steps} guided steps\n{steps * passes} passes", images[reference][chosen]),
+        GridRow("student", f"{nfe} evaluations\n{nfe} passes", images[row][chosen], highlighted=True),
+    ]
+    if (euler := f"euler_{nfe}") in images:
+        rows.append(GridRow("teacher", f"{nfe} Euler steps\n{nfe * passes} passes", images[euler][chosen]))
+    return comparison_grid(rows, [batch.captions[index] for index in chosen])
+
+
+def _history(tracker: Tracker) -> list[dict[str, float]]:
+    """The run's training metrics as rows, from MLflow itself."""
+    from fewstep.tracking.address import connect
+
+    client = connect(tracker.uri)
+    names = [name for name in client.get_run(tracker.run_id).data.metrics if name.startswith("train/loss")]
+    rows: dict[int, dict[str, float]] = {}
+    for name in names:
+        for point in client.get_metric_history(tracker.run_id, name):
+            rows.setdefault(point.step, {"step": point.step})[name] = point.value
+    return [rows[step] for step in sorted(rows) if "train/loss" in rows[step]]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

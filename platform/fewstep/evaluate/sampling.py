@@ -1,0 +1,125 @@
+"""Images for an evaluation, drawn on the whole Ray cluster: every method on the same captions and noise."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.data.stream import Batch
+from fewstep.models.conditioning import TextConditioning
+
+CHUNK = 32
+"""Captions per unit of work."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of turning noise into images."""
+
+    name: str
+    """Name of its row in the report, such as "euler_8"."""
+    steps: int
+    student: bool = False
+    """The student's policy sampler, or the teacher's own guided Euler sampler."""
+    noise: int = 0
+    """Which noise: methods with the same number start from the same latents."""
+
+
+class _Sampler:
+    """Holds a pipeline in a Ray Data actor."""
+
+    def __init__(self, files: Any, batch: Any, seed: int, device: str) -> None:
+        import ray
+
+        from fewstep.export import FewStepPipeline
+
+        torch.set_num_threads(1)  # one actor per CPU
+        torch.set_flush_denormal(True)
+        batch: Batch = ray.get(batch)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in ray.get(files).items():
+                (Path(folder) / name).write_bytes(content)
+            self.pipe = FewStepPipeline.from_pretrained(folder, device=device)
+        self.conditioning, self.shape = batch.conditioning.to(self.pipe.device), batch.shape
+        self.seed = seed
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        method = Method(*(rows[name][0].item() for name in ("name", "steps", "student", "noise")))
+        start, stop = int(rows["start"][0]), int(rows["stop"][0])
+        noise = torch.stack([self._noise(method.noise, index) for index in range(start, stop)])
+        conditioning = TextConditioning(
+            self.conditioning.states[start:stop], self.conditioning.mask[start:stop]
+        )
+        draw = self.pipe.sample if method.student else self.pipe.sample_teacher
+        pixels = self.pipe.decode(draw(noise, conditioning, method.steps))
+        return {"name": [method.name], "start": [start], "pixels": pixels[None]}
+
+    def _noise(self, stream: int, index: int) -> torch.Tensor:
+        """Noise of one caption: its own generator, so that it does not depend on the chunking."""
+        generator = torch.Generator().manual_seed(hash((self.seed, stream, index)) & (2**63 - 1))
+        return torch.randn(self.shape, generator=generator)
+
+
+def draw_images(
+    student: Path, batch: Batch, methods: Sequence[Method], *, seed: int = 0, gpu: bool = False
+) -> dict[str, np.ndarray]:
+    """Images of every method for every caption of `batch`, on all CPUs (or GPUs) of the cluster.
+
+    Args:
+        student: exported folder on this machine; its files travel through Ray. Its teacher must be found
+            under the same path or hub id on every node.
+        batch: captions to draw, one latent shape.
+        methods: what to draw them with.
+        seed: of the noise.
+        gpu: one GPU per sampling actor instead of one CPU.
+
+    Returns:
+        Per method (N, H, W, 3) uint8, in the order of the captions.
+    """
+    import ray
+    import ray.data
+    from tqdm.auto import tqdm
+
+    work = [
+        {**asdict(method), "start": start, "stop": min(start + CHUNK, len(batch))}
+        for method in sorted(methods, key=lambda m: -m.steps)
+        for start in range(0, len(batch), CHUNK)
+    ]
+    files = {file.name: file.read_bytes() for file in student.iterdir() if file.is_file()}
+    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
+        _Sampler,
+        fn_constructor_args=(ray.put(files), ray.put(batch), seed, "cuda" if gpu else "cpu"),
+        batch_size=1,
+        concurrency=min(_places(gpu), len(work)),
+        **({"num_gpus": 1} if gpu else {"num_cpus": 1}),
+    )
+    dataset.context.enable_progress_bars = False
+    images: dict[str, list[tuple[int, np.ndarray]]] = {method.name: [] for method in methods}
+    steps = {method.name: method.steps for method in methods}
+    total = sum(method.steps * len(batch) for method in methods)
+    with tqdm(total=total, unit=" steps", desc="drawing", mininterval=5) as bar:
+        for row in dataset.iter_rows():
+            pixels = np.asarray(row["pixels"], dtype=np.uint8)
+            images[row["name"]].append((int(row["start"]), pixels))
+            bar.update(steps[row["name"]] * len(pixels))
+    return {
+        name: np.concatenate([pixels for _, pixels in sorted(parts, key=lambda part: part[0])])
+        for name, parts in images.items()
+    }
+
+
+def _places(gpu: bool) -> int:
+    """How many samplers fit the cluster; of CPUs Ray may have been told more than there are."""
+    import ray
+
+    resources = ray.cluster_resources()
+    if gpu:
+        return max(1, int(resources.get("GPU", 0)))
+    return max(1, min(int(resources.get("CPU", 1)), (os.cpu_count() or 1) * len(ray.nodes())))

@@ -1,0 +1,252 @@
+"""The exported student, and the pipeline that generates with it.
+
+    pipe = FewStepPipeline.from_pretrained("emoji-student")        # bundled name, folder, or models:/name@alias
+    image = pipe("red heart, noto style", num_inference_steps=4, seed=0).images[0]
+
+A student folder is an adapter (see `adapter.py`) with one more file, `fewstep.json`: which teacher it
+grows on, how captions and pixels are encoded, and how it is sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.export.adapter import load_adapter, save_adapter
+from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.network import GuidedTeacher, PolicyNetwork
+from fewstep.models.teacher import BUNDLED, TeacherReference, check_reference, load_teacher, locate
+
+CARD = "fewstep.json"
+DEFAULT_TRACKING = "sqlite:///mlflow.db"
+MAX_STEPS = 128
+"""One policy substep per step is the finest schedule."""
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """All that generating needs beside the weights."""
+
+    teacher: TeacherReference
+    text_encoder: str
+    autoencoder: str
+    latent_shape: tuple[int, int, int]
+    """(C, H, W) it was trained on."""
+    nfe: int
+    """Network evaluations it was trained for."""
+    shift: float
+    final_step_scale: float
+    substeps: int
+    temperature: float | Literal["auto"]
+    guidance: float
+    """Guidance scale of the teacher that it imitates."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The resolved recipe it was trained with."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What it measured."""
+
+
+@dataclass
+class FewStepOutput:
+    """Result of a pipeline call."""
+
+    images: list[Any]
+    """PIL images, or a (B, H, W, 3) uint8 array, or (B, C, H, W) latents, by `output_type`."""
+
+
+def save_student(
+    network: PolicyNetwork, card: StudentCard, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write a student folder; `weights` replaces the network's trainable parameters (the average, say)."""
+    save_adapter(network, folder, weights)
+    write_card(card, folder)
+
+
+def write_card(card: StudentCard, folder: Path) -> None:
+    """Write (or replace) the card of a student folder."""
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+
+
+def read_student_card(folder: Path) -> StudentCard:
+    """Read the card of a student folder.
+
+    Raises:
+        UserError: it has none.
+    """
+    file = folder / CARD
+    if not file.exists():
+        raise UserError(
+            f"{folder} is no exported student: it has no {CARD}; give the folder that a distillation job wrote, "
+            f"models:/name@alias, or a bundled name ({', '.join(BUNDLED)})."
+        )
+    fields = json.loads(file.read_text())
+    return StudentCard(
+        **{
+            **fields,
+            "teacher": TeacherReference(**fields["teacher"]),
+            "latent_shape": tuple(fields["latent_shape"]),
+        }
+    )
+
+
+class FewStepPipeline:
+    """Generates images from prompts in a few network evaluations; its teacher is at hand to compare with."""
+
+    def __init__(self, network: PolicyNetwork, card: StudentCard, device: torch.device | str = "cpu") -> None:
+        from fewstep.data.autoencoder import load_autoencoder
+        from fewstep.data.text import TextEncoder
+
+        self.card, self.device = card, torch.device(device)
+        self.network = network.to(self.device).eval().requires_grad_(False)
+        self.text_encoder = TextEncoder.load(card.text_encoder)
+        self.autoencoder = load_autoencoder(card.autoencoder)
+        null = TextConditioning.collate(self.text_encoder.encode([""])).to(self.device)
+        self.teacher = GuidedTeacher(self.network, null, card.guidance)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        teacher: str | None = None,
+        device: torch.device | str = "cpu",
+        tracking_uri: str | None = None,
+    ) -> FewStepPipeline:
+        """Load a student and the teacher that it grows on.
+
+        Args:
+            path: a bundled name, a student folder, or an MLflow address (`models:/name@alias`, `runs:/…`).
+            teacher: where the teacher lies here, if not where the student's card says.
+            device: where to generate.
+            tracking_uri: where MLflow addresses are looked up; `MLFLOW_TRACKING_URI` by default.
+
+        Raises:
+            UserError: nothing loadable there, or another teacher than the student's own.
+        """
+        folder = _student_folder(str(path), tracking_uri)
+        card = read_student_card(folder)
+        transformer, family, reference = load_teacher(teacher or card.teacher.path, card.teacher.family)
+        check_reference(reference, asdict(card.teacher))
+        return cls(load_adapter(transformer, family, folder), card, device)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_inference_steps: int | None = None,
+        seed: int | Sequence[int] = 0,
+        generator: torch.Generator | None = None,
+        temperature: float | Literal["auto"] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: Literal["pil", "np", "latent"] = "pil",
+        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> FewStepOutput:
+        """Generate one image per prompt.
+
+        Args:
+            prompt: one or several captions.
+            num_inference_steps: network evaluations; the trained number by default.
+            seed: of the noise: one number (prompt i gets seed + i) or one per prompt. An image depends on
+                its own prompt and seed alone, not on its batch.
+            generator: draw the noise from this instead of `seed`.
+            temperature: mixture temperature; the trained setting by default.
+            height, width: in latent cells; as trained by default.
+            output_type: what `images` holds.
+            on_step: called after each evaluation with its index, the state, and the predicted clean latents.
+
+        Raises:
+            UserError: a size, step count or prompt that the model can't take.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        steps = num_inference_steps or self.card.nfe
+        if not 1 <= steps <= MAX_STEPS:
+            raise UserError(f"num_inference_steps must be 1 to {MAX_STEPS}, got {steps}.")
+        shape = self._shape(height, width)
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise UserError(f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt.")
+        noise = gaussian_noise(
+            (len(prompts), *shape), generator or [torch.Generator().manual_seed(s) for s in seeds]
+        )
+        conditioning = self.encode(prompts)
+        latents = self.sample(noise, conditioning, steps, temperature=temperature, on_step=on_step)
+        if output_type == "latent":
+            return FewStepOutput(list(latents))
+        pixels = self.decode(latents)
+        return FewStepOutput(list(pixels) if output_type == "np" else _to_pil(pixels))
+
+    def encode(self, prompts: Sequence[str]) -> TextConditioning:
+        """Captions → token states, exactly as the training shards hold them."""
+        return TextConditioning.collate(self.text_encoder.encode(list(prompts))).to(self.device)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """(B, C, H, W) latents → (B, H', W', 3) uint8."""
+        return np.asarray(self.autoencoder.decode(latents.cpu()))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        noise: Tensor,
+        conditioning: TextConditioning,
+        steps: int,
+        *,
+        temperature: float | Literal["auto"] | None = None,
+        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """The student: (B, C, H, W) noise → latents, in `steps` network evaluations."""
+        card = self.card
+        schedule = SamplerSchedule(
+            nfe=steps, shift=TimeShift(card.shift), final_step_scale=card.final_step_scale
+        )
+        return generate(
+            lambda x, sigma: self.network.policy(x, sigma, conditioning),
+            noise.to(self.device),
+            schedule,
+            temperature=card.temperature if temperature is None else temperature,
+            substeps=card.substeps,
+            on_step=on_step,
+        )
+
+    @torch.inference_mode()
+    def sample_teacher(self, noise: Tensor, conditioning: TextConditioning, steps: int) -> Tensor:
+        """The teacher's own guided Euler sampler from the same noise; `steps × teacher.passes` passes."""
+        return euler(
+            lambda x, sigma: self.teacher.velocity(x, sigma, conditioning),
+            noise.to(self.device),
+            steps=steps,
+            shift=TimeShift(self.card.shift),
+        )
+
+    def _shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        channels, trained_height, trained_width = self.card.latent_shape
+        shape = (channels, height or trained_height, width or trained_width)
+        patch = self.network.family.patch(self.network.transformer)
+        if any(side % patch or side < patch for side in shape[1:]):
+            raise UserError(f"height and width must be multiples of the patch size {patch}, got {shape[1]}x{shape[2]}.")
+        return shape
+
+
+def _student_folder(path: str, tracking_uri: str | None) -> Path:
+    if path.startswith(("models:", "runs:")):
+        from fewstep.tracking.registry import resolve
+
+        return resolve(path, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING))[0]
+    return Path(locate(path))
+
+
+def _to_pil(pixels: np.ndarray) -> list[Any]:
+    from PIL import Image
+
+    return [Image.fromarray(image) for image in pixels]

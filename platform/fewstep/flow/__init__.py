@@ -1,0 +1,27 @@
+"""Time, guidance and sampling of flow models. Pure torch."""
+
+from fewstep.flow.guidance import GuidanceInterval, guided_velocity
+from fewstep.flow.sampler import (
+    Generators,
+    SamplerSchedule,
+    auto_temperature,
+    euler,
+    gaussian_noise,
+    generate,
+)
+from fewstep.flow.time import NO_SHIFT, TEXT_TO_IMAGE_SHIFT, Segments, TimeShift
+
+__all__ = [
+    "NO_SHIFT",
+    "TEXT_TO_IMAGE_SHIFT",
+    "Generators",
+    "GuidanceInterval",
+    "SamplerSchedule",
+    "Segments",
+    "TimeShift",
+    "auto_temperature",
+    "euler",
+    "gaussian_noise",
+    "generate",
+    "guided_velocity",
+]

@@ -1,0 +1,165 @@
+"""Sampling: few network evaluations of a student, or many of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.time import NO_SHIFT, Segments, TimeShift
+from fewstep.policies import SUBSTEPS, Policy, rollout
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for a batch, one per sample, or torch's own."""
+
+
+@dataclass(frozen=True)
+class SamplerSchedule:
+    """Where each of `nfe` network evaluations starts and where its policy ends (METHOD.md section 2).
+
+    A segment from σ_src to σ_to is walked by the policy to σ_dst ≤ σ_to, and re-noised back up to σ_to:
+
+        m = (σ_to·α_src / (σ_src·α_to))^(h²)        σ_dst = σ_to·m / (α_to + σ_to·m)
+        x ← (α_to + σ_to·m)·x_dst + σ_to·sqrt(1 − m²)·ε
+
+    h = 0 is deterministic (m = 1, σ_dst = σ_to); h = ∞ goes to the data and re-noises in full (m = 0).
+    All tables are (nfe,), float32, on the CPU, from noise to data.
+    """
+
+    nfe: int
+    shift: TimeShift = NO_SHIFT
+    final_step_scale: float = 1.0
+    h: float = 0.0
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        raw = Segments(self.nfe, self.final_step_scale).boundaries
+        sigma = self.shift.warp(raw)
+        src, to = sigma[:-1], sigma[1:]
+        renoise = (to * (1 - src) / (src * (1 - to))) ** self.h**2
+        dst = to * renoise / (1 - to + to * renoise)
+        return {
+            "raw_src": raw[:-1].float(),
+            "raw_dst": self.shift.unwarp(dst).float(),
+            "sigma_src": src.float(),
+            "sigma_dst": dst.float(),
+            "sigma_to": to.float(),
+            "renoise": renoise.float(),
+        }
+
+    @property
+    def raw_src(self) -> Tensor:
+        """Raw time of each network evaluation."""
+        return self._tables["raw_src"]
+
+    @property
+    def raw_dst(self) -> Tensor:
+        """Raw time at which each policy's rollout ends."""
+        return self._tables["raw_dst"]
+
+    @property
+    def sigma_src(self) -> Tensor:
+        """σ of each network evaluation."""
+        return self._tables["sigma_src"]
+
+    @property
+    def sigma_dst(self) -> Tensor:
+        """σ at which each policy's rollout ends."""
+        return self._tables["sigma_dst"]
+
+    @property
+    def sigma_to(self) -> Tensor:
+        """σ after re-noising: the next evaluation's, and 0 at the end."""
+        return self._tables["sigma_to"]
+
+    @property
+    def renoise(self) -> Tensor:
+        """m of each step: 1 keeps the rollout's noise, 0 replaces all of it."""
+        return self._tables["renoise"]
+
+
+def generate(
+    policy_at: Callable[[Tensor, Tensor], Policy],
+    x: Tensor,
+    schedule: SamplerSchedule,
+    *,
+    temperature: float | Literal["auto"] = 1.0,
+    substeps: int = SUBSTEPS,
+    generator: Generators = None,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Sample a student from noise: per segment one network evaluation, its policy's rollout, re-noise.
+
+    Args:
+        policy_at: the student, from x_src (B, C, H, W) and σ_src (B,) to a policy.
+        x: noise at σ = 1, (B, C, H, W).
+        schedule: the segments and how much noise is renewed between them.
+        temperature: GM temperature of every step but the last; "auto" follows the number of steps.
+        substeps: substeps of the rollouts per unit of raw time.
+        generator: source of the re-noise; one per sample makes a sample independent of its batch. Not
+            drawn from where the schedule renews nothing (h = 0).
+        on_step: called after each step with its index, the state and the policy's x̂_0 there, for previews.
+
+    Returns:
+        The clean latent, (B, C, H, W).
+    """
+    if temperature == "auto":
+        temperature = auto_temperature(schedule.nfe)
+    batch = len(x)
+    for i in range(schedule.nfe):
+        policy = policy_at(x, schedule.sigma_src[i].expand(batch).to(x.device))
+        if i < schedule.nfe - 1:
+            policy = policy.with_temperature(temperature)
+        raw_src, raw_dst = schedule.raw_src[i].expand(batch), schedule.raw_dst[i].expand(batch)
+        x_dst, sigma_dst = rollout(policy, x, raw_src, raw_dst, schedule.shift, substeps)
+        x = _renoise(x_dst, float(schedule.sigma_to[i]), float(schedule.renoise[i]), generator)
+        if on_step is not None:
+            sigma = sigma_dst.view(-1, *[1] * (x.ndim - 1))
+            on_step(i, x, x_dst - sigma * policy.velocity(x_dst, sigma_dst))
+    return x
+
+
+def auto_temperature(nfe: int) -> float:
+    """The GM temperature that suits a number of steps: clamp(0.1·(n − 1), 0, 1), 0.3 at 4 and 0.7 at 8."""
+    return min(0.1 * (nfe - 1), 1.0)
+
+
+def gaussian_noise(
+    shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal noise of shape (B, …), drawn on the generators' device and moved to `device`.
+
+    With a sequence of B generators every sample has its own stream, whatever batch it is in.
+    """
+    if isinstance(generator, Sequence):
+        draws = [torch.randn(shape[1:], generator=g, device=g.device).to(device) for g in generator]
+        return torch.stack(draws)
+    source = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=source).to(device)
+
+
+def _renoise(x_dst: Tensor, sigma_to: float, m: float, generator: Generators) -> Tensor:
+    fresh = sigma_to * (1 - m**2) ** 0.5
+    x = (1 - sigma_to + sigma_to * m) * x_dst
+    return x + fresh * gaussian_noise(x.shape, generator, x.device) if fresh else x
+
+
+def euler(
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, shift: TimeShift = NO_SHIFT
+) -> Tensor:
+    """A teacher's own sampler: explicit Euler over `steps` uniform steps of raw time.
+
+    Args:
+        velocity: the teacher, from x_t (B, C, H, W) and σ_t (B,) to dx/dσ.
+        x: noise at σ = 1, (B, C, H, W).
+        steps: number of network evaluations.
+        shift: from raw time to σ.
+    """
+    sigmas = shift.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).float()
+    for sigma, change in zip(sigmas[:-1], sigmas.diff().tolist(), strict=True):
+        x = x + change * velocity(x, sigma.expand(len(x)).to(x.device))
+    return x

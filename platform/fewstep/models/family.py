@@ -1,0 +1,57 @@
+"""A *family*: what fewstep must know of one kind of teacher network.
+
+One file per family; adding a teacher of one's own means writing one (see `qwen_image.py`) and calling
+`registry.register`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Family(Protocol):
+    """How to load, call, adapt and split one kind of transformer."""
+
+    name: str
+
+    def load(self, path: str) -> nn.Module:
+        """The pretrained network from a diffusers folder or hub id, in float32."""
+        ...
+
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        """A new network with random weights, from the keyword arguments of its class."""
+        ...
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        """Latent channels C."""
+        ...
+
+    def condition_width(self, transformer: nn.Module) -> int:
+        """Width D of the token states (B, L, D) that it is conditioned on."""
+        ...
+
+    def patch(self, transformer: nn.Module) -> int:
+        """Side p of a patch; latent height and width must be multiples of it."""
+        ...
+
+    def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        """Call the network: (B, C, H, W), (B,) shifted time → packed output tokens (B, L, ·)."""
+        ...
+
+    def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
+        """Packed tokens (B, L, n·c·p²) → n latents per sample, (B, n, c, H, W)."""
+        ...
+
+    def lora_targets(self, transformer: nn.Module) -> list[str]:
+        """The paper's layers to adapt, as module-name suffixes."""
+        ...
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """The modules that FSDP shards one by one."""
+        ...
+
+    def unused_parameters(self, transformer: nn.Module) -> list[str]:
+        """Names of parameters that never reach the output, and so never get a gradient."""
+        ...

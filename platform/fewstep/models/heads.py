@@ -1,0 +1,187 @@
+"""Policy heads: what replaces a teacher's output projection in the student.
+
+A head is called with the transformer's last hidden states `(B, L, D)` and its time embedding `(B, D)`,
+and returns one tensor `(B, L, head.features)`: everything the policy needs, still packed in patches. The
+family unpacks it to latents and `head.policy` turns it into a `Policy`. Module names follow the format in
+which π-Flow adapters are published, so that a state dict is an adapter file.
+
+Sources: METHOD.md section 3, "Head initialisation from a teacher".
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fewstep.flow import TimeShift
+from fewstep.policies import DXPolicy, GMFlowPolicy, Policy
+
+Unpack = Callable[[Tensor, int], Tensor]
+"""(tokens (B, L, n·c·p²), c) → (B, n, c, H, W): a family's inverse of its patch packing."""
+
+BIAS_NOISE_STD = 0.05
+"""Spread of the mixture's means around the teacher's velocity at initialisation."""
+
+INITIAL_STD = 0.05
+"""Standard deviation of every mixture component at initialisation."""
+
+
+class GMFlowSettings(BaseModel):
+    """Gaussian mixture policy (the paper's default)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["gmflow"] = "gmflow"
+    components: int = Field(8, ge=1)
+    """Mixture components K: 8 for text-to-image, 32 for ImageNet."""
+    logstd_width: int = Field(1024, ge=1)
+    """Inner width of the 2-layer MLP that predicts the log standard deviation."""
+
+
+class DXSettings(BaseModel):
+    """Dynamic-x0 policy: x0 predicted at several times of the segment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["dx"] = "dx"
+    points: int = Field(10, ge=1)
+    """Number N of grid points, or of polynomial coefficients."""
+    mode: Literal["grid", "polynomial"] = "grid"
+    """How x0 between the points follows from them."""
+    segment_size: float = Field(1.0, gt=0, le=1)
+    """Raw time that the grid spans; belongs to the trained model."""
+    shift: float = Field(1.0, gt=0)
+    """The policy's own time shift; belongs to the trained model."""
+
+
+PolicySettings = Annotated[GMFlowSettings | DXSettings, Field(discriminator="type")]
+
+
+class GMFlowHead(nn.Module):
+    """Predicts a K-component Gaussian mixture over the velocity at every latent location.
+
+    Args:
+        norm_out: the teacher's last norm (adaptive: called with hidden states and time embedding); copied.
+        proj_out: the teacher's output projection D → C·p²; every component's mean starts as a copy of it.
+        channels: latent channels C.
+        settings: number of components and width of the log-std MLP.
+    """
+
+    def __init__(self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: GMFlowSettings) -> None:
+        super().__init__()
+        self.channels, self.components = channels, settings.components
+        self.area = proj_out.out_features // channels
+        width = proj_out.in_features
+        self.norm_out = copy.deepcopy(norm_out)
+        self.proj_out_means = nn.Linear(width, self.components * proj_out.out_features)
+        self.proj_out_logweights = nn.Linear(width, self.components * self.area)
+        self.proj_out_logstds = nn.Sequential(
+            nn.SiLU(), nn.Linear(width, settings.logstd_width), nn.SiLU(), nn.Linear(settings.logstd_width, 1)
+        )
+
+    @property
+    def features(self) -> int:
+        """Width of the packed output: means, log-weights, and the sample's log-std on every token."""
+        return self.components * (self.channels + 1) * self.area + 1
+
+    @torch.no_grad()
+    def grow(self, proj_out: nn.Linear, generator: torch.Generator) -> None:
+        """Initialise from the teacher: at step 0 the policy moves like one teacher Euler step."""
+        noise = torch.randn(self.components, self.channels, 1, generator=generator) * BIAS_NOISE_STD
+        bias = proj_out.bias.view(1, self.channels, self.area) + noise.to(proj_out.bias)
+        self.proj_out_means.weight.copy_(proj_out.weight.repeat(self.components, 1))
+        self.proj_out_means.bias.copy_(bias.flatten())
+        for layer in (self.proj_out_logweights, self.proj_out_logstds[3]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.proj_out_logstds[3].bias.fill_(math.log(INITIAL_STD))
+        hidden = self.proj_out_logstds[1]
+        bound = 1 / math.sqrt(hidden.in_features)
+        for parameter in (hidden.weight, hidden.bias):
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
+        """(B, L, D), (B, D) → (B, L, features)."""
+        normed = self.norm_out(hidden, time_embedding)
+        # Detached, as in the paper: the log-std is a function of time alone and must not steer the trunk.
+        logstds = self.proj_out_logstds(time_embedding.detach())
+        return torch.cat(
+            [
+                self.proj_out_means(normed),
+                self.proj_out_logweights(normed),
+                logstds[:, None].expand(-1, hidden.shape[1], -1),
+            ],
+            dim=-1,
+        )
+
+    def parameters_of(self, packed: Tensor, unpack: Unpack) -> dict[str, Tensor]:
+        """Split and unpack `forward`'s result: means (B, K, C, H, W), logweights (B, K, 1, H, W), logstds (B, 1, 1, 1, 1)."""
+        packed = packed.float()
+        sizes = [self.components * self.channels * self.area, self.components * self.area, 1]
+        means, logweights, logstds = packed.split(sizes, dim=-1)
+        return {
+            "means": unpack(means, self.channels),
+            "logstds": logstds[:, 0].view(-1, 1, 1, 1, 1),
+            "logweights": unpack(logweights, 1).log_softmax(dim=1),
+        }
+
+    def policy(self, packed: Tensor, unpack: Unpack, x_src: Tensor, sigma_src: Tensor) -> Policy:
+        """The policy that starts at `x_src` (B, C, H, W), `sigma_src` (B,)."""
+        return GMFlowPolicy(**self.parameters_of(packed, unpack), x_src=x_src, sigma_src=sigma_src)
+
+
+class DXHead(nn.Module):
+    """Predicts N velocities, which become x0 at N times of the segment. Arguments as for `GMFlowHead`."""
+
+    def __init__(self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: DXSettings) -> None:
+        super().__init__()
+        self.channels, self.settings = channels, settings
+        self.norm_out = copy.deepcopy(norm_out)
+        self.proj_out = nn.Linear(proj_out.in_features, settings.points * proj_out.out_features)
+
+    @property
+    def features(self) -> int:
+        """Width of the packed output."""
+        return self.proj_out.out_features
+
+    @torch.no_grad()
+    def grow(self, proj_out: nn.Linear, generator: torch.Generator) -> None:
+        """Initialise from the teacher: grid, N copies; polynomial, a copy for order 0 and zeros above."""
+        points = self.settings.points
+        self.proj_out.weight.copy_(proj_out.weight.repeat(points, 1))
+        self.proj_out.bias.copy_(proj_out.bias.repeat(points))
+        if self.settings.mode == "polynomial":
+            self.proj_out.weight[proj_out.out_features :].zero_()
+            self.proj_out.bias[proj_out.out_features :].zero_()
+
+    def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
+        """(B, L, D), (B, D) → (B, L, features)."""
+        return self.proj_out(self.norm_out(hidden, time_embedding))
+
+    def parameters_of(self, packed: Tensor, unpack: Unpack) -> dict[str, Tensor]:
+        """Unpack `forward`'s result: output (B, N, C, H, W)."""
+        return {"output": unpack(packed.float(), self.channels)}
+
+    def policy(self, packed: Tensor, unpack: Unpack, x_src: Tensor, sigma_src: Tensor) -> Policy:
+        """The policy that starts at `x_src` (B, C, H, W), `sigma_src` (B,)."""
+        s = self.settings
+        return DXPolicy(
+            **self.parameters_of(packed, unpack), x_src=x_src, sigma_src=sigma_src,
+            segment_size=s.segment_size, shift=TimeShift(s.shift), mode=s.mode,
+        )  # fmt: skip
+
+
+PolicyHead = GMFlowHead | DXHead
+
+
+def build_head(norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: PolicySettings) -> PolicyHead:
+    """The head that `settings` describe, uninitialised (see `grow`)."""
+    if isinstance(settings, GMFlowSettings):
+        return GMFlowHead(norm_out, proj_out, channels, settings)
+    return DXHead(norm_out, proj_out, channels, settings)

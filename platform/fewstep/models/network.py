@@ -1,0 +1,222 @@
+"""One transformer, two roles: the frozen teacher, and the student that grows on it.
+
+With LoRA the student shares every base weight with its teacher. Adapters and policy head off: the
+teacher. On: the student. So a 20B teacher, its student and the student's EMA cost one base in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.flow import GuidanceInterval, guided_velocity
+from fewstep.models.family import Family
+from fewstep.models.heads import PolicyHead, PolicySettings, build_head
+from fewstep.policies import Policy
+
+
+class LoRASettings(BaseModel):
+    """Low-rank adapters on the frozen base."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(256, ge=1)
+    """Rank of every adapter; alpha equals it, so the scale is 1."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the adapters' inputs, in training."""
+    targets: tuple[str, ...] = ("paper",)
+    """Names of linear layers to adapt, as module-name suffixes; "paper" stands for the family's own list."""
+
+
+class _SwitchedNorm(nn.Module):
+    """In place of the base's last norm: the teacher's norm, or the student's whole head."""
+
+    def __init__(self, teacher: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.teacher, self.head, self.student = teacher, head, True
+
+    def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
+        return self.head(hidden, time_embedding) if self.student else self.teacher(hidden, time_embedding)
+
+
+class _SwitchedProjection(nn.Module):
+    """In place of the base's output projection: the projection, or nothing after the student's head."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher, self.student = teacher, True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden if self.student else self.teacher(hidden)
+
+
+class PolicyNetwork(nn.Module):
+    """A frozen teacher transformer with LoRA adapters and a policy head grown on it.
+
+    Everything goes through `forward`, the place where FSDP gathers weights. The student's role is the
+    resting state (activation checkpointing re-runs blocks during backward, in that role).
+
+    Args:
+        transformer: the teacher; modified in place (its weights stay as they are, and frozen).
+        family: how to call it.
+        policy: which policy head.
+        lora: adapters, or None to train the head alone.
+        seed: of the initialisation of head and adapters.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: Family,
+        policy: PolicySettings,
+        lora: LoRASettings | None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.family, self.policy_settings, self.lora_settings = family, policy, lora
+        self.channels = family.latent_channels(transformer)
+        transformer.requires_grad_(False).eval()
+        norm_out, proj_out = transformer.norm_out, transformer.proj_out
+        head = build_head(norm_out, proj_out, self.channels, policy).requires_grad_(True)
+        if lora is not None:
+            _add_adapters(transformer, family, lora, seed)
+        transformer.norm_out = _SwitchedNorm(norm_out, head)
+        transformer.proj_out = _SwitchedProjection(proj_out)
+        self.transformer = transformer
+        if not proj_out.weight.is_meta:
+            head.grow(proj_out, torch.Generator().manual_seed(seed))
+
+    @property
+    def head(self) -> PolicyHead:
+        """The student's policy head."""
+        return self.transformer.norm_out.head
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The student's own parameters by module name: adapters and head."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Any, *, student: bool) -> Tensor:
+        """Packed output `(B, L, features)` of the head (student) or of the base (teacher).
+
+        Args:
+            x: (B, C, H, W) latents.
+            t: (B,) shifted time in [0, 1].
+            conditioning: what the family takes.
+        """
+        if student:
+            return self.family.denoise(self.transformer, x, t, conditioning)
+        with self._teacher_role():
+            return self.family.denoise(self.transformer, x, t, conditioning)
+
+    def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        """The teacher's velocity (B, C, H, W), without guidance and without autograd."""
+        with torch.no_grad():
+            packed = self(x, t, conditioning, student=False)
+        return self._unpack(packed, x)(packed.float(), self.channels)[:, 0]
+
+    def policy(self, x_src: Tensor, t_src: Tensor, conditioning: Any) -> Policy:
+        """The student's policy for the segment that starts at (x_src, t_src)."""
+        packed = self(x_src, t_src, conditioning, student=True)
+        return self.head.policy(packed, self._unpack(packed, x_src), x_src, t_src)
+
+    def _unpack(self, packed: Tensor, x: Tensor):  # noqa: ANN202 — heads.Unpack
+        return lambda tokens, channels: self.family.unpack(tokens, channels, x.shape[-2], x.shape[-1])
+
+    @contextmanager
+    def _teacher_role(self) -> Iterator[None]:
+        self._switch(student=False)
+        try:
+            yield
+        finally:
+            self._switch(student=True)
+
+    def _switch(self, *, student: bool) -> None:
+        # peft's own switch, `enable_adapters`, also flips requires_grad, which FSDP2 reads only once, when it
+        # shards; its flag is set directly instead.
+        for layer in self._adapted_layers:
+            layer._disable_adapters = not student
+        self.transformer.norm_out.student = self.transformer.proj_out.student = student
+
+    @property
+    def _adapted_layers(self) -> list[nn.Module]:
+        if "_adapted" not in self.__dict__:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            # Kept out of nn.Module's registry: the layers already are submodules of the transformer.
+            self.__dict__["_adapted"] = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
+        return self.__dict__["_adapted"]
+
+
+class GuidedTeacher:
+    """A network's teacher role with classifier-free guidance (METHOD.md section 4).
+
+    Args:
+        network: anything with `velocity(x, t, conditioning)`.
+        null: the null condition (B = 1); None for teachers without guidance.
+        scale: guidance scale w; 1 is no guidance, and costs one pass instead of two.
+        interval: σ range in which the scale holds; outside it is 1.
+        orthogonal: share of the guidance direction's component parallel to x0 that is removed.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        null: Any,
+        scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+        orthogonal: float = 0.0,
+    ) -> None:
+        self.network, self.null, self.scale = network, null, scale
+        self.interval, self.orthogonal = GuidanceInterval(scale, *interval), orthogonal
+
+    @property
+    def passes(self) -> int:
+        """Network passes of one velocity query."""
+        return 1 if self.scale == 1 else 2
+
+    def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        """Guided velocity (B, C, H, W); both passes run as one batch."""
+        if self.scale == 1:
+            return self.network.velocity(x, t, conditioning)
+        both = conditioning.cat(self.null.expand(len(x)))
+        positive, negative = self.network.velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return guided_velocity(positive, negative, self.interval.at(t), self.orthogonal)
+
+
+def _add_adapters(transformer: nn.Module, family: Family, settings: LoRASettings, seed: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = lora_target_modules(transformer, family, settings.targets)
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.dropout, target_modules=targets
+    )
+    with torch.random.fork_rng():  # peft draws lora_A from torch's global generator
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, transformer)
+
+
+def lora_target_modules(transformer: nn.Module, family: Family, targets: tuple[str, ...]) -> list[str]:
+    """Full module names that `targets` mean.
+
+    Raises:
+        UserError: a target matches no linear layer.
+    """
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    chosen: dict[str, None] = {}
+    for target in targets:
+        suffixes = family.lora_targets(transformer) if target == "paper" else [target]
+        for suffix in suffixes:
+            found = [name for name in linears if name == suffix or name.endswith(f".{suffix}")]
+            if not found:
+                raise UserError(
+                    f"student.lora.targets: no linear layer of the {family.name} teacher ends in {suffix!r}; "
+                    f"its layers are called like {linears[len(linears) // 2]!r}."
+                )
+            chosen.update(dict.fromkeys(found))
+    return list(chosen)

@@ -1,0 +1,89 @@
+"""Qwen-Image: a 60-block, 20B-parameter dual-stream transformer, and any smaller one of its class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.models.conditioning import TextConditioning
+
+PATCH = 2
+"""Qwen-Image always packs 2×2 latent cells into a token."""
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, C, H, W) → tokens (B, H·W/4, C·4), channel-major inside a patch: channel, then row, then column."""
+    batch, channels, height, width = x.shape
+    patches = x.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
+
+
+def unpack(tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """(B, L, n·c·4) → (B, n, c, H, W); the inverse of `pack` for n latents that share their tokens."""
+    batch = len(tokens)
+    patches = tokens.view(batch, height // PATCH, width // PATCH, -1, channels, PATCH, PATCH)
+    return patches.permute(0, 3, 4, 1, 5, 2, 6).reshape(batch, -1, channels, height, width)
+
+
+class QwenImage:
+    """Family of diffusers' `QwenImageTransformer2DModel`."""
+
+    name = "qwen_image"
+
+    def load(self, path: str) -> nn.Module:
+        import torch
+        from diffusers import QwenImageTransformer2DModel
+
+        return QwenImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
+
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        from diffusers import QwenImageTransformer2DModel
+
+        return QwenImageTransformer2DModel(**config)
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        return transformer.config.in_channels // PATCH**2
+
+    def condition_width(self, transformer: nn.Module) -> int:
+        return transformer.config.joint_attention_dim
+
+    def patch(self, transformer: nn.Module) -> int:
+        return PATCH
+
+    def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
+        height, width = x.shape[-2:]
+        return transformer(
+            hidden_states=pack(x),
+            encoder_hidden_states=conditioning.states,
+            encoder_hidden_states_mask=conditioning.mask,
+            timestep=t,
+            img_shapes=[(1, height // PATCH, width // PATCH)] * len(x),
+            return_dict=False,
+        )[0]
+
+    def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
+        return unpack(tokens, channels, height, width)
+
+    def lora_targets(self, transformer: nn.Module) -> list[str]:
+        last = len(transformer.transformer_blocks) - 1
+        text = [
+            f"transformer_blocks.{index}.txt_mlp.{layer}"
+            for index in range(last)  # the last block's text stream never reaches the output
+            for layer in ("net.0.proj", "net.2")
+        ]
+        return [
+            "img_mlp.net.0.proj",
+            "img_mlp.net.2",
+            "timestep_embedder.linear_1",
+            "timestep_embedder.linear_2",
+            *text,
+        ]
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        return list(transformer.transformer_blocks)
+
+    def unused_parameters(self, transformer: nn.Module) -> list[str]:
+        last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}."
+        dead = (f"{last}attn.to_add_out.", f"{last}txt_mlp.", f"{last}attn.norm_added_q.", f"{last}attn.add_q_proj.")
+        return [name for name, _ in transformer.named_parameters() if name.startswith(dead)]

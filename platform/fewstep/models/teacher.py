@@ -1,0 +1,134 @@
+"""Teachers: where they come from, and how a student's reference to its teacher is kept honest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fewstep.assets import asset
+from fewstep.errors import UserError
+from fewstep.models.family import Family
+from fewstep.models.registry import get_family
+
+BUNDLED = {"emoji": "emoji_teacher", "emoji-student": "emoji_student"}
+"""Names of models that ship with fewstep → their folders among the assets."""
+
+CARD = "teacher.json"
+"""Beside a teacher's weights: the settings that it was trained with."""
+
+
+@dataclass(frozen=True)
+class TeacherCard:
+    """What a user of a teacher must know beside its weights; hub models have none, recipes say it instead."""
+
+    family: str
+    text_encoder: str
+    autoencoder: str
+    latent_shape: tuple[int, int, int]
+    """(C, H, W) it was trained on."""
+    shift: float
+    """Time shift of its training and of its own sampler."""
+    guidance: float
+    """Guidance scale that it is best sampled with."""
+
+
+@dataclass(frozen=True)
+class TeacherReference:
+    """Names a teacher exactly: an adapter fits the base that it was trained on, and no other."""
+
+    path: str
+    family: str
+    sha256: str | None
+    """Of the weights' files; None for hub ids, whose revision names them."""
+
+
+def locate(path: str) -> str:
+    """Turn a bundled name into its folder; other paths and hub ids come back as they are.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if path in BUNDLED:
+        folder = asset(BUNDLED[path])
+        if not folder.exists():
+            raise UserError(f"the bundled model {path!r} is missing from this installation: reinstall fewstep.")
+        return str(folder)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise UserError(
+            f"teacher.path: there is no folder {path!r}; give a diffusers folder, a hub id (owner/name) or one of "
+            f"the bundled names: {', '.join(BUNDLED)}."
+        )
+    return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+
+
+def load_teacher(path: str, family: str) -> tuple[nn.Module, Family, TeacherReference]:
+    """Load a frozen teacher in float32 and say exactly which one it is.
+
+    Raises:
+        UserError: the folder or hub id holds no such model.
+    """
+    known, location = get_family(family), locate(path)
+    try:
+        transformer = known.load(location)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"teacher.path: {path!r} holds no {family} model that can be loaded ({first}).") from error
+    return transformer, known, TeacherReference(path, family, _weights_hash(location))
+
+
+def read_card(path: str) -> TeacherCard | None:
+    """The card beside a local or bundled teacher's weights, if it has one."""
+    file = Path(locate(path)) / CARD
+    if not file.exists():
+        return None
+    fields = json.loads(file.read_text())
+    return TeacherCard(**{**fields, "latent_shape": tuple(fields["latent_shape"])})
+
+
+def save_teacher(transformer: nn.Module, card: TeacherCard, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a teacher as a diffusers folder with its card.
+
+    Args:
+        transformer: whose configuration is written.
+        card: its settings.
+        folder: made if it does not exist.
+        weights: the whole state dict; rounded to float16.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    transformer.save_config(folder)
+    halves = {name: tensor.half().contiguous() for name, tensor in weights.items()}
+    save_file(halves, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+
+
+def check_reference(reference: TeacherReference, wanted: dict[str, Any]) -> None:
+    """Refuse a base other than the one that a student names.
+
+    Raises:
+        UserError: the weights differ.
+    """
+    if wanted["sha256"] and reference.sha256 and wanted["sha256"] != reference.sha256:
+        raise UserError(
+            f"this student was distilled from the teacher {wanted['path']!r} with weights {wanted['sha256'][:12]}…, "
+            f"but the one found has {reference.sha256[:12]}…: give the original teacher."
+        )
+
+
+def _weights_hash(location: str) -> str | None:
+    files = sorted(Path(location).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""DX: x̂_0 as an explicit function of time alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.policies.base import MIN_SIGMA, Shift, per_latent
+
+DXMode = Literal["grid", "polynomial"]
+
+
+class DXPolicy:
+    """Dynamic x_0 policy (METHOD.md section 3): x̂_0(τ) = Σ_i φ_i(τ)·c_i, π = (x_t − x̂_0(τ)) / σ_t.
+
+    The N outputs of the head, velocities at the source, become c_i = x_src − σ_src·output_i. In mode "grid"
+    the c_i are x̂_0 at N evenly spaced raw times of the policy's segment and the φ_i interpolate linearly
+    (beyond the segment the end value holds); in mode "polynomial" φ_i = (τ_src − τ)^i.
+    """
+
+    def __init__(
+        self,
+        output: Tensor,
+        x_src: Tensor,
+        sigma_src: Tensor,
+        segment_size: float = 1.0,
+        shift: Shift | None = None,
+        mode: DXMode = "grid",
+    ) -> None:
+        """Build the policy from the head's output, in velocity space.
+
+        Args:
+            output: (B, N, C, H, W), or (B, N, C, T, H, W) for video.
+            x_src: state the network saw, (B, C, H, W).
+            sigma_src: its σ, (B,) or broadcastable to the latent.
+            segment_size: raw time that the grid spans. It belongs to the trained model, as the shift does,
+                and stays when the model is sampled with another number of steps.
+            shift: the model's shift between raw time and σ; None is none (σ = τ).
+            mode: what the outputs stand for, "grid" or "polynomial".
+        """
+        self.output, self.x_src, self.sigma_src = output, x_src, sigma_src
+        self.segment_size, self.shift, self.mode = segment_size, shift, mode
+
+        sigma = per_latent(sigma_src, x_src)
+        self._coefficients = x_src.unsqueeze(1) - sigma.unsqueeze(1) * output
+        self._raw_src = self._raw(sigma)
+        self._raw_end = (self._raw_src - segment_size).clamp(min=0)
+        index = torch.arange(output.shape[1], device=output.device, dtype=output.dtype)
+        self._index = index.view(-1, *[1] * (x_src.ndim - 1))  # (N, 1, 1, 1)
+
+    def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """π(x_t, σ_t) of shape (B, C, H, W); `sigma_t` is (B,) or broadcastable to the latent."""
+        sigma = per_latent(sigma_t, x_t)
+        basis = self._basis(self._raw(sigma))
+        x_0 = (basis * self._coefficients).sum(1)
+        return (x_t - x_0) / sigma.clamp(min=MIN_SIGMA)
+
+    def _raw(self, sigma: Tensor) -> Tensor:
+        return sigma if self.shift is None else self.shift.unwarp(sigma)
+
+    def _basis(self, raw: Tensor) -> Tensor:
+        """φ_i(τ), (B, N, 1, 1, 1)."""
+        if self.mode == "polynomial":
+            return (self._raw_src - raw).unsqueeze(1) ** self._index
+        last = len(self._index) - 1
+        position = (raw - self._raw_end) / (self._raw_src - self._raw_end) * last
+        distance = (position.clamp(0, last).unsqueeze(1) - self._index).abs()
+        return (1 - distance).clamp(min=0)
+
+    def _like(self, output: Tensor, x_src: Tensor) -> DXPolicy:
+        return DXPolicy(output, x_src, self.sigma_src, self.segment_size, self.shift, self.mode)
+
+    def detach(self) -> DXPolicy:
+        """The same policy without gradient to the head."""
+        return self._like(self.output.detach(), self.x_src.detach())
+
+    def with_temperature(self, temperature: float) -> DXPolicy:
+        """Itself: DX has no mixture to sharpen."""
+        return self
+
+    def with_dropout(self, p: float, generator: torch.Generator | None = None) -> DXPolicy:
+        """Itself: DX has no components to drop."""
+        return self

@@ -1,0 +1,113 @@
+"""GMFlow: a Gaussian mixture over x_0 at every latent location, moved along by Bayes' rule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fewstep.policies.base import MIN_SIGMA, per_latent
+
+MIN_SPREAD = 1e-6
+"""v·ζ + 1 is clamped here; it is at least 1 wherever σ_t ≤ σ_src."""
+
+
+class GMFlowPolicy:
+    """π-Flow's default policy (METHOD.md section 3; arXiv 2510.14974).
+
+    The head predicts, per latent location, a K-component isotropic mixture over the velocity at the source.
+    Read as a mixture over x_0 with means μ_k = x_src − σ_src·mean_k, variance v = exp(2·logstd)·σ_src² and
+    weights A_k, it is the student's belief about the clean latent given `x_src`. A later state `x_t` of the
+    same trajectory is further evidence, a Gaussian likelihood of precision ζ and natural mean ν:
+
+        ζ = (α_t/σ_t)² − (α_src/σ_src)²        ν = α_t·x_t/σ_t² − α_src·x_src/σ_src²
+        μ'_k = (v·ν + μ_k) / (v·ζ + 1)         a'_k = log A_k + μ_k·(ν − ½·ζ·μ_k) / (v·ζ + 1)
+
+    and the velocity points at the posterior mean x̂_0 = Σ_k softmax(a')_k · μ'_k: π = (x_t − x̂_0) / σ_t.
+
+    All of this holds in any coordinates x_0 − c, x_t − α_t·c. We take the mixture's own mean for c: ν and
+    ζ·μ_k grow as 1/σ² and nearly cancel, and what float32 loses there is in proportion to their size.
+    """
+
+    def __init__(
+        self, means: Tensor, logstds: Tensor, logweights: Tensor, x_src: Tensor, sigma_src: Tensor
+    ) -> None:
+        """Build the policy from the head's output, in velocity space.
+
+        Args:
+            means: (B, K, C, H, W), or (B, K, C, T, H, W) for video.
+            logstds: (B, 1, 1, 1, 1), one per sample (one more 1 for video).
+            logweights: (B, K, 1, H, W), normalised over K or not.
+            x_src: state the network saw, (B, C, H, W).
+            sigma_src: its σ, (B,) or broadcastable to the latent.
+        """
+        self.means, self.logstds, self.logweights = means, logstds, logweights
+        self.x_src, self.sigma_src = x_src, sigma_src
+
+        sigma = per_latent(sigma_src, x_src).clamp(min=MIN_SIGMA)
+        alpha = 1 - sigma
+        centres = x_src.unsqueeze(1) - sigma.unsqueeze(1) * means
+        # The velocity does not depend on the origin, so neither does its gradient.
+        self._origin = (logweights.softmax(1) * centres).sum(1).detach()  # c (B, C, H, W)
+        self._centres = centres - self._origin.unsqueeze(1)  # μ_k − c (B, K, C, H, W)
+        self._squared_centres = self._centres.square().sum(2)  # ‖μ_k − c‖² (B, K, H, W)
+        self._variance = (2 * logstds).exp().squeeze(1) * sigma.square()  # v (B, 1, 1, 1)
+        self._src_precision = (alpha / sigma).square()
+        self._src_evidence = alpha * (x_src - alpha * self._origin) / sigma.square()
+
+    def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """π(x_t, σ_t) of shape (B, C, H, W); `sigma_t` is (B,) or broadcastable to the latent."""
+        sigma = per_latent(sigma_t, x_t).clamp(min=MIN_SIGMA)
+        alpha = 1 - sigma
+        zeta = (alpha / sigma).square() - self._src_precision
+        nu = alpha * (x_t - alpha * self._origin) / sigma.square() - self._src_evidence
+        spread = (self._variance * zeta + 1).clamp(min=MIN_SPREAD)
+
+        # `spread` is common to all components, so x̂_0 needs Σ w_k·μ_k only: two passes over the means.
+        # Products and sums, not einsum: K and C are too small for a matrix multiply, and autocast leaves
+        # these in float32.
+        agreement = (self._centres * nu.unsqueeze(1)).sum(2)  # μ_k·ν (B, K, H, W)
+        logits = self.logweights.squeeze(2) + (agreement - 0.5 * zeta * self._squared_centres) / spread
+        weights = logits.softmax(1).unsqueeze(2)
+        x_0 = self._origin + ((weights * self._centres).sum(1) + self._variance * nu) / spread
+        return (x_t - x_0) / sigma
+
+    def detach(self) -> GMFlowPolicy:
+        """The same policy without gradient to the head."""
+        return GMFlowPolicy(
+            self.means.detach(),
+            self.logstds.detach(),
+            self.logweights.detach(),
+            self.x_src.detach(),
+            self.sigma_src,
+        )
+
+    def with_temperature(self, temperature: float) -> GMFlowPolicy:
+        """GM temperature T > 0: weights ∝ A_k^(1/T), variance ×T."""
+        return GMFlowPolicy(
+            self.means,
+            self.logstds + 0.5 * math.log(temperature),
+            (self.logweights / temperature).log_softmax(1),
+            self.x_src,
+            self.sigma_src,
+        )
+
+    def with_dropout(self, p: float, generator: torch.Generator | None = None) -> GMFlowPolicy:
+        """GM dropout: drop whole components with probability `p`, the same ones at all locations.
+
+        Where all components of a sample would go, one of them, drawn uniformly, stays. The draw is made on
+        the generator's device.
+        """
+        batch, components = self.means.shape[:2]
+        device = generator.device if generator else self.means.device
+        draw = torch.rand(batch, components, generator=generator, device=device).to(self.means.device)
+        dropped = (draw < p) & (draw < draw.amax(1, keepdim=True))
+        dropped = dropped.view(batch, components, *[1] * (self.means.ndim - 2))
+        return GMFlowPolicy(
+            self.means,
+            self.logstds,
+            self.logweights.masked_fill(dropped, -torch.inf).log_softmax(1),
+            self.x_src,
+            self.sigma_src,
+        )

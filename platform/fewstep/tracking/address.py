@@ -1,0 +1,220 @@
+"""Where MLflow is: checking a tracking address before work starts, and talking to it with short timeouts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+T = TypeVar("T")
+
+DOOR_SECONDS = 5
+DATABASE_SECONDS = 60  # an empty database server gets its schema first
+_SQLITE = "sqlite:///"
+_SERVERS = ("http://", "https://")
+_DATABASES = ("postgresql", "mysql", "mssql")
+# They narrate every schema migration and model version, and print a traceback for every busy database.
+_NOISY_LOGGERS = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store")
+_environment_lock = threading.RLock()
+
+
+def absolute_uri(uri: str) -> str:
+    """The same address with an sqlite path made absolute.
+
+    Ray workers run in working directories of their own: a relative `sqlite:///mlflow.db` would become one
+    database per worker.
+    """
+    path = sqlite_path(uri)
+    return uri if path is None else f"{_SQLITE}{path}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of an sqlite address, absolute; None for any other address."""
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(uri.removeprefix(_SQLITE)).expanduser().absolute()
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Where a new experiment keeps its files: beside an sqlite database; a server decides (None)."""
+    path = sqlite_path(uri)
+    if path is None:
+        return None
+    return str(path.parent / "mlartifacts" / re.sub(r"[^\w.-]+", "_", experiment))
+
+
+@contextmanager
+def mlflow_settings(timeout_s: int, retries: int = 0) -> Iterator[None]:
+    """Short HTTP timeouts and no printing for the MLflow calls inside, then the process's own settings.
+
+    MLflow reads these only from the environment, at each call, so the block holds a lock: two threads never
+    see each other's values. What the user has set in the environment wins.
+    """
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+    with _environment_lock:
+        ours = [name for name in wanted if name not in os.environ]
+        os.environ.update({name: wanted[name] for name in ours})
+        try:
+            yield
+        finally:
+            for name in ours:
+                os.environ.pop(name, None)
+
+
+def connect(uri: str) -> MlflowClient:
+    """An MLflow client for tracking and registry at `uri`, without touching MLflow's global settings."""
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    from mlflow import MlflowClient
+
+    if (path := sqlite_path(uri)) is not None and not path.exists():
+        _create_database(path)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def check_reachable(uri: str) -> str:
+    """Refuse a tracking address that can't work, before any training starts.
+
+    Returns the address to hand to workers (sqlite paths absolute). A missing database is created, in about
+    5 s; everything else is known within about 5 s.
+
+    Raises:
+        UserError: an unreachable server, a file store, an unwritable or outdated database.
+    """
+    uri = absolute_uri(uri)
+    if (path := sqlite_path(uri)) is not None:
+        _check_sqlite_file(uri, path)
+        _ask(uri)
+    elif uri.startswith((*_SERVERS, *_DATABASES)):
+        import mlflow  # noqa: F401 - takes seconds, which are not the server's
+
+        seconds = DOOR_SECONDS if uri.startswith(_SERVERS) else DATABASE_SECONDS
+        _within(seconds, lambda: _ask(uri), _no_answer(uri, f"no answer within {seconds} s"))
+    elif uri.startswith("file:") or "://" not in uri:
+        raise UserError(
+            f"tracking address {uri!r} is a folder, and MLflow 3 no longer writes runs to folders: "
+            f"use a database file, as in sqlite:///{uri.removeprefix('file:').strip('/') or 'mlflow'}.db, "
+            "or a server, as in http://host:5000"
+        )
+    else:
+        raise UserError(
+            f"tracking address {uri!r} is of no kind that MLflow knows: "
+            "use sqlite:///path/mlflow.db or http://host:5000"
+        )
+    return uri
+
+
+def _create_database(path: Path) -> None:
+    """Write MLflow's schema to a file beside `path` and link it there.
+
+    MLflow migrates in place and without a lock: two processes at once fail over each other's tables, and an
+    interrupted first start leaves a database that no later start accepts. The link is made whole or not at
+    all, and never over a database that another process made meanwhile.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as scratch:
+        store = SqlAlchemyStore(f"{_SQLITE}{scratch}/{path.name}", str(path.parent / "mlartifacts"))
+        store.engine.dispose()
+        with suppress(FileExistsError):
+            os.link(f"{scratch}/{path.name}", path)
+
+
+def _check_sqlite_file(uri: str, path: Path) -> None:
+    """Take and release the write lock: the only test that also holds for root and for network drives."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            connect(uri)
+        database = sqlite3.connect(path, timeout=DOOR_SECONDS, isolation_level=None)
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+        finally:
+            database.close()
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(
+            f"tracking database {uri!r} can't be written ({error}): "
+            "choose a file in a folder you may write to, or free the database if another program holds it"
+        ) from error
+
+
+def _ask(uri: str) -> None:
+    """One cheap question to the tracking store; creates the schema of a new database."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with mlflow_settings(timeout_s=DOOR_SECONDS - 1):
+            connect(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+            raise UserError(
+                f"MLflow at {uri} refused the credentials: "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from error
+        if "out-of-date database schema" in str(error):
+            raise UserError(
+                f"tracking database {uri} was written by another MLflow version: "
+                f"back it up and run 'mlflow db upgrade {uri}'"
+            ) from error
+        raise _no_answer(uri, readable(error)) from error
+    except Exception as error:  # sqlalchemy's errors, and whatever a plugin store raises
+        raise _no_answer(uri, readable(error)) from error
+
+
+def _no_answer(uri: str, reason: str) -> UserError:
+    return UserError(
+        f"MLflow at {uri} can't be reached ({reason}): start it with 'mlflow server', correct the address, "
+        "or track to a local database with sqlite:///mlflow.db"
+    )
+
+
+def readable(error: Exception) -> str:
+    """One line for a message: of MLflow's nested connection errors, the innermost cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror | ConnectionError | TimeoutError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _within(seconds: float, call: Callable[[], T], late: Exception) -> T:
+    """The call's result, or `late` when it takes longer (name resolution knows no timeout of its own)."""
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="fewstep-tracking-door", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise late
+    return outcome[0]

@@ -1,0 +1,299 @@
+"""Registered model versions: an exported student in, the same folder out."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewstep.errors import UserError
+from fewstep.tracking.address import absolute_uri, connect, mlflow_settings, readable
+from fewstep.tracking.version import code_version, library_versions
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
+
+MODEL_SCRIPT = Path(__file__).with_name("pyfunc_model.py")
+ARTIFACT = "student"
+REGISTRY_SECONDS = 60
+_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))")
+_RUN_FILES = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<path>.+)")
+
+
+@dataclass(frozen=True)
+class ModelVersionInfo:
+    """Where a student came from; all None for a plain folder, name and version None for a run's files."""
+
+    name: str | None = None
+    version: int | None = None
+    run_id: str | None = None
+
+    @property
+    def uri(self) -> str | None:
+        return None if self.name is None else f"models:/{self.name}/{self.version}"
+
+
+def register(
+    folder: Path,
+    name: str,
+    uri: str,
+    run_id: str,
+    alias: str | None = "champion",
+    metrics: Mapping[str, float] | None = None,
+    description: str = "",
+    script: Path = MODEL_SCRIPT,
+) -> ModelVersionInfo:
+    """Store an exported student as the next version of the registered model `name`.
+
+    The version holds the whole folder and `script`, which serves it through `mlflow.pyfunc`; nothing is
+    pickled. Neither the model nor its requirements are loaded or inferred here.
+
+    Args:
+        folder: the exported student.
+        uri: tracking address; the run and the registry live there.
+        run_id: the run that made it; the version and the run's page link to each other.
+        alias: moved to the new version; None leaves aliases alone.
+        metrics: become the version's tags `metric.<name>` and a table in its description.
+
+    Raises:
+        UserError: `folder` is not a folder, or MLflow does not take the version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not folder.is_dir():
+        raise UserError(f"exported student {str(folder)!r} is not a folder: export the student first")
+    metrics = metrics or {}
+    uri = absolute_uri(uri)
+    client = connect(uri)
+    try:
+        with mlflow_settings(REGISTRY_SECONDS, retries=2):
+            model_id, location = _store_model(client, folder, name, run_id, script)
+            _ensure_registered_model(client, name)
+            version = client.create_model_version(
+                name,
+                source=location,
+                run_id=run_id,
+                model_id=model_id,
+                tags={"code_version": str(code_version())}
+                | {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()},
+                description=_describe(description, run_id, metrics),
+            )
+            if alias is not None:
+                client.set_registered_model_alias(name, alias, version.version)
+    except MlflowException as error:
+        raise UserError(
+            f"MLflow at {uri} did not register {str(folder)!r} as {name!r} ({readable(error)}): "
+            "the folder is unharmed, register it again when the cause is mended"
+        ) from error
+    return ModelVersionInfo(name, int(version.version), run_id)
+
+
+def resolve(model: str, uri: str, into: Path | None = None) -> tuple[Path, ModelVersionInfo]:
+    """The local folder of an exported student, and where it came from.
+
+    Args:
+        model: "models:/NAME@ALIAS", "models:/NAME/3", "runs:/RUN_ID/PATH", or a plain local folder.
+        uri: tracking address.
+        into: where to download to; a fresh temporary folder by default. Files that MLflow keeps on this
+            machine are used in place then.
+
+    Raises:
+        UserError: no such model, alias, version, run or folder; the message lists what exists.
+    """
+    if "://" not in model and not model.startswith(("models:", "runs:")):
+        return _require_folder(Path(model)), ModelVersionInfo()
+    uri = absolute_uri(uri)
+    client = connect(uri)
+    with mlflow_settings(REGISTRY_SECONDS, retries=2):
+        if match := _REGISTERED.fullmatch(model):
+            version = _find_version(client, uri, match["name"], match["alias"], match["version"])
+            info = ModelVersionInfo(version.name, int(version.version), version.run_id or None)
+            return _student_in(_download(client, uri, _files_of(client, version), model, into)), info
+        if match := _RUN_FILES.fullmatch(model):
+            info = ModelVersionInfo(run_id=match["run_id"])
+            return _student_in(_download(client, uri, model, model, into)), info
+    raise UserError(
+        f"model address {model!r} is of no known form: "
+        "use models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/PATH or a local folder"
+    )
+
+
+def _store_model(client: MlflowClient, folder: Path, name: str, run_id: str, script: Path) -> tuple[str, str]:
+    """Log the folder as an MLflow model of the run; returns (model id, location).
+
+    What `mlflow.pyfunc.log_model` does, through the client: the fluent call would set the process's active
+    run and tracking address.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    with _quiet_mlflow():
+        from mlflow.models.model import Model
+        from mlflow.pyfunc import save_model
+
+    run = client.get_run(run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id, name=name, source_run_id=run_id, params=run.data.params, model_type="fewstep"
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="fewstep-model-") as scratch:
+            with _quiet_mlflow():
+                save_model(
+                    f"{scratch}/model",
+                    python_model=str(script),
+                    artifacts={ARTIFACT: str(folder)},
+                    signature=_signature(),
+                    pip_requirements=_requirements(),
+                    mlflow_model=Model(
+                        artifact_path=logged.artifact_location,
+                        model_uuid=logged.model_id,
+                        model_id=logged.model_id,
+                        run_id=run_id,
+                    ),
+                )
+            client.log_model_artifacts(logged.model_id, f"{scratch}/model")
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return logged.model_id, logged.artifact_location
+
+
+def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _signature() -> ModelSignature:
+    """An unnamed string column, so that `predict(["a prompt"])` works as well as a one-column table."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string)]),
+        outputs=Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.binary, "png")]),
+        params=ParamSchema(
+            [ParamSpec("steps", DataType.long, default=0), ParamSpec("seed", DataType.long, default=0)]
+        ),
+    )
+
+
+def _requirements() -> list[str]:
+    """Stated, not inferred: MLflow would load the model in a subprocess to find them out."""
+    needed = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
+    versions = library_versions()
+    return [f"fewstep=={code_version().package}"] + [
+        f"{name}=={versions[name].split('+')[0]}" for name in needed if name in versions
+    ]
+
+
+@contextmanager
+def _quiet_mlflow() -> Iterator[None]:
+    """MLflow warns of its own type hints on import, and asks for an input example, which would load and run
+    the student while it is being logged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _describe(description: str, run_id: str, metrics: Mapping[str, float]) -> str:
+    rows = [f"| {key} | {value:.6g} |" for key, value in metrics.items()]
+    table = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else ""
+    parts = [description, f"Made by run {run_id}, code {code_version()}.", table]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _find_version(
+    client: MlflowClient, uri: str, name: str, alias: str | None, version: str | None
+) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if alias is not None:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise UserError(
+                f"registered model {name!r} can't be looked up at {uri} ({readable(error)}): "
+                "correct the address or start the server"
+            ) from error
+        what = f"alias {alias!r}" if alias is not None else f"version {version}"
+        raise UserError(_what_exists(client, uri, name, what)) from error
+
+
+def _what_exists(client: MlflowClient, uri: str, name: str, missing: str) -> str:
+    models = {model.name: model for model in client.search_registered_models()}
+    if name not in models:
+        known = ", ".join(sorted(models)) or "none"
+        return (
+            f"MLflow at {uri} has no registered model {name!r}: use one that exists ({known}) or register it"
+        )
+    quoted = name.replace("'", "\\'")
+    versions = sorted(int(one.version) for one in client.search_model_versions(f"name = '{quoted}'"))
+    aliases = ", ".join(
+        f"{alias} (version {number})" for alias, number in sorted(models[name].aliases.items())
+    )
+    return (
+        f"registered model {name!r} has no {missing}: use one of the versions "
+        f"{', '.join(map(str, versions)) or 'none'}, or of the aliases {aliases or 'none'}"
+    )
+
+
+def _files_of(client: MlflowClient, version: ModelVersion) -> str:
+    """A version's artifact address; versions may point at a logged model, whose files are elsewhere."""
+    source = client.get_model_version_download_uri(version.name, version.version)
+    if match := re.fullmatch(r"models:/(m-[0-9a-f]+)", source):
+        return client.get_logged_model(match[1]).artifact_location
+    return source
+
+
+def _download(client: MlflowClient, uri: str, source: str, asked: str, into: Path | None) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    try:
+        return Path(
+            download_artifacts(
+                artifact_uri=source, tracking_uri=uri, dst_path=None if into is None else str(into)
+            )
+        )
+    except Exception as error:  # requests', botocore's, MLflow's: every store has its own
+        raise UserError(
+            f"files of {asked} can't be fetched from {source} ({readable(error)}): "
+            "check that the store is reachable and that the files were not deleted"
+        ) from error
+
+
+def _student_in(folder: Path) -> Path:
+    """The exported folder inside an MLflow model; a folder that is no MLflow model is itself one."""
+    if not (folder / "MLmodel").exists():
+        return _require_folder(folder)
+    from mlflow.models import Model
+
+    stored = Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
+    if ARTIFACT not in stored:
+        raise UserError(
+            f"MLflow model {str(folder)!r} holds no student: choose a model that fewstep registered"
+        )
+    return folder / stored[ARTIFACT]["path"]
+
+
+def _require_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(
+            f"student folder {str(folder)!r} does not exist: "
+            "give an exported folder or a registered model, as in models:/NAME@champion"
+        )
+    return folder

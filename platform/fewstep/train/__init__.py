@@ -1,0 +1,1 @@
+"""Training on Ray: recipes, the worker's loop, sharding, checkpoints."""

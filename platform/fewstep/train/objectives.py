@@ -1,0 +1,202 @@
+"""What a training run optimises: π-ID of a student, or flow matching of a teacher. One interface for the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.stream import Batch
+from fewstep.distill import ImitationSettings, LossResult, flow_matching_loss, imitation_loss
+from fewstep.flow import SamplerSchedule, TimeShift, euler, generate
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Family
+from fewstep.models.network import GuidedTeacher, PolicyNetwork
+from fewstep.models.registry import get_family
+from fewstep.models.teacher import load_teacher
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe
+
+
+class Objective(Protocol):
+    """A model to shard and train, its loss, and how it samples."""
+
+    model: nn.Module
+    """What FSDP shards and gathers; all calls go through its `forward`."""
+    family: Family
+    transformer: nn.Module
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains, by name."""
+        ...
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> LossResult:
+        """The loss of one micro-batch; all draws from `generator`."""
+        ...
+
+    def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
+        """Latents (B, C, H, W) for sample grids."""
+        ...
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the trained model, with `weights` (name → full tensor) for its parameters."""
+        ...
+
+
+class Distillation:
+    """π-ID of a student on its own teacher's base.
+
+    Args:
+        recipe: what to train.
+        null: token states (1, L, D) of the empty caption, for guidance.
+        device: where the model lives.
+    """
+
+    def __init__(self, recipe: DistillRecipe, null: TextConditioning, device: torch.device) -> None:
+        transformer, self.family, self.reference = load_teacher(recipe.teacher.path, recipe.teacher.family)
+        self.recipe, imitation = recipe, recipe.imitation
+        self.model = PolicyNetwork(
+            transformer, self.family, recipe.student.policy, recipe.student.lora, recipe.train.seed
+        ).to(device)
+        self.transformer = self.model.transformer
+        self.teacher = GuidedTeacher(
+            self.model,
+            null.to(device),
+            recipe.teacher.guidance,
+            recipe.teacher.guidance_interval,
+            recipe.teacher.orthogonal,
+        )
+        self.settings = ImitationSettings(
+            nfe=imitation.nfe,
+            final_step_scale=imitation.final_step_scale,
+            shift=TimeShift(imitation.shift),
+            intermediate_states=imitation.intermediate_states,
+            window=imitation.window / imitation.substeps,
+            gm_dropout=imitation.dropout,
+            loss_scale=imitation.loss_scale,
+            substeps=imitation.substeps,
+        )
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.model.trainable()
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> LossResult:
+        asked = batch.conditioning.repeat(self.settings.intermediate_states)
+        return imitation_loss(
+            lambda x, sigma: self.model.policy(x, sigma, batch.conditioning),
+            lambda x, sigma: self.teacher.velocity(x, sigma, asked),
+            batch.latent,
+            generator,
+            self.settings,
+        )
+
+    def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
+        schedule = SamplerSchedule(self.settings.nfe, self.settings.shift, self.settings.final_step_scale)
+        return generate(
+            lambda x, sigma: self.model.policy(x, sigma, conditioning),
+            noise,
+            schedule,
+            temperature=self.recipe.imitation.temperature,
+            substeps=self.settings.substeps,
+        )
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        from fewstep.data.schema import DatasetInfo
+        from fewstep.export.pipeline import StudentCard, save_student
+
+        recipe, imitation = self.recipe, self.recipe.imitation
+        info = DatasetInfo.open(recipe.data.path)
+        card = StudentCard(
+            teacher=self.reference,
+            text_encoder=info.encoding.text_encoder,
+            autoencoder=info.encoding.autoencoder,
+            latent_shape=next(iter(info.buckets("train"))),
+            nfe=imitation.nfe,
+            shift=imitation.shift,
+            final_step_scale=imitation.final_step_scale,
+            substeps=imitation.substeps,
+            temperature=imitation.temperature,
+            guidance=recipe.teacher.guidance,
+            recipe=recipe.model_dump(mode="json"),
+        )
+        save_student(self.model, card, folder, weights)
+
+
+class FlowMatching:
+    """Flow matching of a teacher, with captions dropped for classifier-free guidance. Arguments as above."""
+
+    def __init__(self, recipe: TeacherRecipe, null: TextConditioning, device: torch.device) -> None:
+        network = recipe.network
+        if network.start is None:
+            self.family = get_family(network.family)
+            with torch.random.fork_rng():
+                torch.manual_seed(recipe.train.seed)
+                self.transformer = self.family.build(network.config)
+        else:
+            self.transformer, self.family, _ = load_teacher(network.start, network.family)
+        self.transformer.to(device).train()
+        self.dead = self.family.unused_parameters(self.transformer)
+        for name in self.dead:
+            self.transformer.get_parameter(name).requires_grad_(False)
+        self.model = _VelocityNetwork(self.transformer, self.family)
+        self.recipe, self.null = recipe, null.to(device)
+        self.shift = TimeShift(recipe.flow_matching.shift)
+        self.teacher = GuidedTeacher(self.model, self.null, recipe.flow_matching.guidance)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> LossResult:
+        draw = torch.rand(len(batch), generator=generator, device=generator.device)
+        keep = (draw >= self.recipe.flow_matching.condition_dropout).to(batch.latent.device)
+        conditioning = batch.conditioning.where(keep, self.null)
+        return flow_matching_loss(
+            lambda x, t: self.model.velocity(x, t, conditioning), batch.latent, generator, self.shift
+        )
+
+    def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
+        return euler(
+            lambda x, sigma: self.teacher.velocity(x, sigma, conditioning), noise, steps=32, shift=self.shift
+        )
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        from fewstep.data.schema import DatasetInfo
+        from fewstep.models.teacher import TeacherCard, save_teacher
+
+        info = DatasetInfo.open(self.recipe.data.path)
+        card = TeacherCard(
+            family=self.family.name,
+            text_encoder=info.encoding.text_encoder,
+            autoencoder=info.encoding.autoencoder,
+            latent_shape=next(iter(info.buckets("train"))),
+            shift=self.recipe.flow_matching.shift,
+            guidance=self.recipe.flow_matching.guidance,
+        )
+        trained = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+        # What never reaches the output was never trained: zeros say so, and compress well.
+        dead = {name: torch.zeros(self.transformer.get_parameter(name).shape) for name in self.dead}
+        save_teacher(self.transformer, card, folder, dead | trained)
+
+
+class _VelocityNetwork(nn.Module):
+    """A transformer as a velocity field on latents: the smallest thing FSDP and guidance can call."""
+
+    def __init__(self, transformer: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.transformer, self.family = transformer, family
+        self.channels = family.latent_channels(transformer)
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        tokens = self.family.denoise(self.transformer, x, t, conditioning)
+        return self.family.unpack(tokens.float(), self.channels, x.shape[-2], x.shape[-1])[:, 0]
+
+    def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        """(B, C, H, W) velocity; with gradients where they are enabled."""
+        return self(x, t, conditioning)
+
+
+def build_objective(recipe: DistillRecipe | TeacherRecipe, null: TextConditioning, device: torch.device) -> Objective:
+    """The objective that a recipe describes."""
+    kind = Distillation if isinstance(recipe, DistillRecipe) else FlowMatching
+    return kind(recipe, null, device)

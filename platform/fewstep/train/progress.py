@@ -1,0 +1,86 @@
+"""What the loop says while it runs: metrics kept on the device, one line every so many steps."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from fewstep.distill import LossResult
+
+QUARTILES = 4
+
+
+class Meter:
+    """Sums losses on the device and reads them rarely, so that a step never waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(QUARTILES, device=device)
+        self._counts = torch.zeros(QUARTILES, device=device)
+        self._norm = torch.zeros((), device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def add(self, result: LossResult) -> None:
+        """Take in one micro-batch's losses, by quartile of raw time."""
+        raw = result.raw_t.to(self._sums.device)
+        quartile = (raw * QUARTILES).ceil().long().clamp(1, QUARTILES) - 1
+        self._sums.index_add_(0, quartile, result.per_sample)
+        self._counts.index_add_(0, quartile, torch.ones_like(result.per_sample))
+        self._finite &= result.per_sample.isfinite().all()
+
+    def norm(self, gradient_norm: Tensor) -> None:
+        """Take in one optimizer step's gradient norm (before clipping)."""
+        self._norm = self._norm + gradient_norm
+        self._finite &= gradient_norm.isfinite()
+        self._steps += 1
+
+    def read(self, batch_size: int, seconds_waited: float) -> dict[str, float]:
+        """Means since the last reading, as MLflow metrics."""
+        now = time.perf_counter()
+        seconds, steps = now - self._since, self._steps
+        sums, counts = self._sums.tolist(), self._counts.tolist()
+        metrics = {
+            "train/loss": sum(sums) / sum(counts),
+            "train/gradient_norm": float(self._norm) / steps,
+            "train/non_finite": 0.0 if bool(self._finite) else 1.0,
+            "train/seconds_per_step": seconds / steps,
+            "train/samples_per_second": batch_size * steps / seconds,
+            "train/seconds_waiting_for_data": seconds_waited / steps,
+        }
+        for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
+            if count:
+                metrics[f"train/loss_t{index + 1}of{QUARTILES}"] = total / count
+        self._sums.zero_()
+        self._counts.zero_()
+        self._norm = torch.zeros_like(self._norm)
+        self._steps, self._since = 0, now
+        return metrics
+
+
+def progress_line(
+    name: str, step: int, done_before: int, steps: int, started: float, metrics: dict[str, float]
+) -> str:
+    """One line: a bar, step, loss, rate, and how long it will take.
+
+    Args:
+        done_before: steps that an earlier, interrupted part of the run did.
+        started: `time.perf_counter()` at which this part began.
+    """
+    filled = round(20 * step / steps)
+    seconds = time.perf_counter() - started
+    left = seconds / max(1, step - done_before) * (steps - step)
+    return (
+        f"{name} |{'█' * filled}{'·' * (20 - filled)}| {step}/{steps}  loss {metrics['train/loss']:.4f}  "
+        f"grad {metrics['train/gradient_norm']:.2f}  lr {metrics['train/learning_rate']:.1e}  "
+        f"{metrics['train/samples_per_second']:.1f} samples/s  "
+        f"data {metrics['train/seconds_waiting_for_data'] * 1e3:.0f} ms  eta {_clock(left)}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

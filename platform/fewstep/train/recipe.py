@@ -1,0 +1,305 @@
+"""Recipes: one typed, validated tree per run.
+
+A recipe is a YAML file in `jobs/recipes/` (or anywhere); `--set section.key=value` overrides single
+fields. Unknown and ill-typed keys are refused with the nearest known name. The resolved recipe is logged
+to MLflow and stored in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fewstep.errors import UserError
+from fewstep.models.heads import GMFlowSettings, PolicySettings
+from fewstep.models.network import LoRASettings
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, docstrings under fields are their documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TeacherSection(Section):
+    path: str = "emoji"
+    """A bundled name, a diffusers folder, or a hub id."""
+    family: str = "qwen_image"
+    """Which family of networks it belongs to."""
+    guidance: float = Field(3.0, ge=1)
+    """Classifier-free guidance scale of its velocity; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Range of σ in which guidance acts."""
+    orthogonal: float = Field(0.0, ge=0, le=1)
+    """Share of the guidance direction's part parallel to x0 that is removed."""
+
+
+class StudentSection(Section):
+    policy: PolicySettings = GMFlowSettings()
+    """Policy head."""
+    lora: LoRASettings | None = LoRASettings(rank=64, dropout=0.0)
+    """Adapters on the shared base; null trains the head alone."""
+
+
+class ImitationSection(Section):
+    """π-ID, METHOD.md section 4."""
+
+    nfe: int = Field(4, ge=1)
+    """Network evaluations of the student."""
+    final_step_scale: float = Field(0.5, gt=0, le=1)
+    """Size of the last segment relative to the others."""
+    shift: float = Field(2.0, gt=0)
+    """Time shift."""
+    intermediate_states: int = Field(2, ge=1)
+    """States per segment at which the teacher is asked."""
+    window: int = Field(3, ge=0)
+    """Micro window in substeps; under 2 the instantaneous velocity is used."""
+    substeps: int = Field(128, ge=1)
+    """Policy substeps per unit of raw time."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout of mixture components in the rollout."""
+    temperature: float | Literal["auto"] = 1.0
+    """Mixture temperature at inference, not on the last step; "auto" = clamp(0.1·(nfe − 1), 0, 1)."""
+    loss_scale: float = Field(30.0, gt=0)
+    """Factor on the mean squared error."""
+
+
+class FlowMatchingSection(Section):
+    """Plain flow matching, for training a teacher."""
+
+    shift: float = Field(2.0, gt=0)
+    """Time shift of training and of the sampler."""
+    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of captions replaced by the null condition, so that guidance works."""
+    guidance: float = Field(3.0, ge=1)
+    """Guidance scale of sample grids, written to the teacher's card."""
+
+
+class NetworkSection(Section):
+    """A new network, or more training for an existing one."""
+
+    family: str = "qwen_image"
+    """Which family of networks to build."""
+    config: dict[str, Any] = Field(
+        default_factory=lambda: {
+            "patch_size": 2, "in_channels": 12, "out_channels": 3, "num_layers": 5, "attention_head_dim": 32,
+            "num_attention_heads": 4, "joint_attention_dim": 384, "axes_dims_rope": [8, 12, 12],
+        }
+    )  # fmt: skip
+    """Keyword arguments of the family's network class."""
+    start: str | None = None
+    """A teacher folder (or bundled name) to start from instead of random weights."""
+
+
+class DataSection(Section):
+    path: str = "data/emoji16"
+    """Folder or s3:// address of prepared shards (jobs/prepare_data.py)."""
+    batch_size: int = Field(48, ge=1)
+    """Samples per optimizer step, over all workers and accumulation steps."""
+
+
+class OptimizerSection(Section):
+    """Adam without weight decay, as in the paper."""
+
+    rate: float = Field(1e-3, gt=0)
+    """Learning rate after warm-up."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps of linear warm-up."""
+    decay: Literal["none", "linear"] = "linear"
+    """What the rate does after warm-up: stay, or fall linearly to zero at the last step."""
+    decay_from: float = Field(0.0, ge=0, lt=1)
+    """Share of all steps after which the decay begins."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's averaging factors."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float = Field(50.0, gt=0)
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    ema_gamma: float = Field(7.0, gt=0)
+    """γ of the power schedule of the weight average: decay (1 − 1/t)^(γ+1)."""
+
+
+class TrainSection(Section):
+    steps: int = Field(900, ge=1)
+    """Optimizer steps."""
+    seed: int = 0
+    """One seed, one result."""
+    workers: int = Field(1, ge=1)
+    """Ray Train workers; each holds one shard of the weights."""
+    gpu: bool = False
+    """Whether each worker gets a GPU."""
+    threads: int = Field(2, ge=1)
+    """CPU threads of each worker's tensor arithmetic."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """Logical CPUs that each worker holds; leave some free for the data pipeline."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches per optimizer step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Compute precision (gradients are reduced, and weights kept, in float32)."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in backward instead of keeping their activations."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints stay on disk."""
+    log_every: int = Field(10, ge=1)
+    """Steps between progress lines and metric points."""
+    sample_every: int = Field(200, ge=0)
+    """Steps between sample grids; 0 for none."""
+    max_failures: int = Field(3, ge=0)
+    """How often dead workers are replaced before the run gives up."""
+    storage: str = "runs"
+    """Folder or s3:// address of checkpoints and results."""
+
+    @model_validator(mode="after")
+    def _bfloat16_needs_gpu(self) -> TrainSection:
+        if self.precision == "bfloat16" and not self.gpu:
+            raise ValueError("bfloat16 is for GPUs (50 to 100 times slower than float32 on CPUs): set train.gpu=true")
+        return self
+
+
+class TrackingSection(Section):
+    uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking address: a server's http(s) address, or sqlite:///file."""
+    experiment: str = "fewstep"
+    """MLflow experiment."""
+    model: str = "emoji-4step"
+    """Name of the registered model."""
+    alias: str = "champion"
+    """Alias that the new version gets."""
+
+
+class EvaluationSection(Section):
+    captions: int = Field(384, ge=2)
+    """Held-out captions to evaluate on."""
+    reference_steps: int = Field(64, ge=1)
+    """Teacher steps of the reference."""
+    ladder: tuple[int, ...] = (2, 4, 8, 16)
+    """Euler steps of the teacher to compare with."""
+    promise: Literal["quick", "full"] = "quick"
+    """Which of the documented promises the verdict checks."""
+    enabled: bool = True
+    """Whether the job evaluates at its end."""
+
+
+class _Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the recipe; run names begin with it."""
+    data: DataSection = DataSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> _Recipe:
+        parts = self.train.workers * self.train.accumulate
+        if self.data.batch_size % parts:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} must be a multiple of train.workers × train.accumulate = {parts}"
+            )
+        return self
+
+
+class DistillRecipe(_Recipe):
+    """Distil a teacher into a few-step policy student."""
+
+    name: str = Field("emoji_qwen_4nfe", pattern=r"^[A-Za-z0-9_.-]+$")
+    teacher: TeacherSection = TeacherSection()
+    student: StudentSection = StudentSection()
+    imitation: ImitationSection = ImitationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+
+class TeacherRecipe(_Recipe):
+    """Train a flow-matching teacher."""
+
+    name: str = Field("emoji_teacher", pattern=r"^[A-Za-z0-9_.-]+$")
+    network: NetworkSection = NetworkSection()
+    flow_matching: FlowMatchingSection = FlowMatchingSection()
+
+
+Recipe = TypeVar("Recipe", DistillRecipe, TeacherRecipe)
+
+
+def load_recipe(kind: type[Recipe], source: str | None, overrides: Sequence[str], folder: Path) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        kind: which recipe.
+        source: a YAML file, or the name of one in `folder`; None for the defaults.
+        overrides: `section.key=value` strings, values in YAML.
+        folder: where named recipes live (`jobs/recipes`).
+
+    Raises:
+        UserError: no such recipe, or a key that is unknown or ill-typed.
+    """
+    tree = _read(source, folder) if source else {}
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(kind, error)) from None
+
+
+def document(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted key, default, documentation) of every field, for help pages."""
+    for name, field in kind.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            yield from document(type(default), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(default), field.description or ""
+
+
+def _read(source: str, folder: Path) -> dict[str, Any]:
+    file = Path(source) if Path(source).suffix in {".yaml", ".yml"} else folder / f"{source}.yaml"
+    if not file.exists():
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        near = difflib.get_close_matches(source, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+        raise UserError(f"--recipe: there is no recipe {source!r} ({file}); {hint}")
+    try:
+        return yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--recipe: {file} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes section.key=value, for example optimizer.rate=1e-4; got {override!r}.")
+    *sections, last = key.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: {section!r} is a value, not a section.")
+        tree = child
+    parsed = yaml.safe_load(value)
+    # YAML 1.1 reads 1e-4 as a string; people write learning rates so.
+    tree[last] = _number(parsed) if isinstance(parsed, str) else parsed
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [name for name, _, _ in document(kind)]
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else "see --help for all keys."
+        return f"recipe: unknown key {key!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    return f"recipe: {key or kind.__name__}: {message}{value}."

@@ -1,0 +1,222 @@
+"""The driver's side of a run: everything that can be refused is refused here, then Ray Train takes over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.data.schema import DatasetInfo
+from fewstep.data.stream import read_split
+from fewstep.errors import UserError
+from fewstep.models.teacher import load_teacher
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainSection
+from fewstep.train.worker import EXPORT, WorkerJob, train_worker
+
+PREVIEW_CAPTIONS = 32
+"""Held-out captions in the sample grids."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a run leaves behind."""
+
+    run_name: str
+    folder: Path
+    """The exported model, on this machine."""
+    checkpoint: str
+    """Address of the last checkpoint."""
+    mlflow_run: str
+    metrics: dict[str, float]
+
+
+def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
+    """Refuse what can't work, before anything starts.
+
+    Raises:
+        UserError: dataset, teacher, tracking address or cluster don't fit the recipe.
+    """
+    from fewstep.tracking.address import check_reachable
+
+    info = DatasetInfo.open(recipe.data.path)
+    shape = _check_data(info, recipe)
+    if isinstance(recipe, DistillRecipe):
+        transformer, family, _ = load_teacher(recipe.teacher.path, recipe.teacher.family)
+        _check_fit(info, shape, family.latent_channels(transformer), family.condition_width(transformer),
+                   family.patch(transformer), recipe.teacher.path)  # fmt: skip
+        info.buckets("held_out")
+    check_reachable(recipe.tracking.uri)
+    _check_cluster(recipe.train)
+    return info
+
+
+def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> TrainedModel:
+    """Train on the connected Ray cluster, or continue the run of that name.
+
+    Args:
+        recipe: what to train.
+        run_name: name of the run and of its folder under `train.storage`; if it exists there, it is
+            continued from its last checkpoint under the same MLflow run.
+
+    Raises:
+        UserError: see `check`; the loss became non-finite; or workers died more often than allowed.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from fewstep.data.text import TextEncoder
+    from fewstep.tracking.run import Tracker
+    from fewstep.tracking.version import run_tags
+
+    info, settings = check(recipe), recipe.train
+    storage = _absolute(settings.storage)
+    run_name = run_name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    record = Path(".fewstep") / "runs" / f"{run_name}.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    tracker = Tracker.start(
+        uri=recipe.tracking.uri,
+        experiment=recipe.tracking.experiment,
+        run_name=run_name,
+        params=recipe.model_dump(mode="json"),
+        tags=run_tags() | {"recipe": recipe.name},
+        spool=spool(),
+        run_id=known.get("mlflow_run"),
+    )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"mlflow_run": tracker.run_id, "storage": storage}))
+    tracker.log_json(recipe.model_dump(mode="json"), "recipe.json")
+    tracker.flush()
+
+    job = WorkerJob(
+        recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
+        null=TextEncoder.load(info.encoding.text_encoder).encode([""])[0],
+        preview=_preview(info),
+        tracking={
+            "uri": tracker.uri,
+            "experiment": recipe.tracking.experiment,
+            "run_name": run_name,
+            "params": {},
+            "tags": {},
+            "spool": spool(),
+            "run_id": tracker.run_id,
+        },
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {}),
+        ),
+        torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=run_name,
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        tracker.finish("FAILED")
+        raise UserError(
+            f"run {run_name} failed: {_root_cause(error)}; continue it from its last checkpoint with --resume {run_name}."
+        ) from error
+    if "stopped" in (result.metrics or {}):
+        tracker.finish("FAILED")
+        raise UserError(f"run {run_name} stopped: {result.metrics['stopped']}")
+    folder = Path(".fewstep") / "models" / run_name
+    _fetch_export(result.checkpoint, folder)
+    tracker.finish()
+    metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, (int, float))}
+    return TrainedModel(run_name, folder, result.checkpoint.path, tracker.run_id, metrics)
+
+
+def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> tuple[int, int, int]:
+    if not info.has_latents:
+        raise UserError(
+            f"data.path: {info.root} holds prompts alone, and this training needs images: prepare a dataset with "
+            "images (jobs/prepare_data.py --source folder)."
+        )
+    buckets = info.buckets("train")
+    for shape, shards in buckets.items():
+        if len(shards) < recipe.train.workers:
+            raise UserError(
+                f"data.path: {info.root} has {len(shards)} shards of shape {shape} for {recipe.train.workers} workers: "
+                "use fewer workers, or prepare the data again with smaller --shard-rows."
+            )
+    return next(iter(buckets))
+
+
+def _check_fit(
+    info: DatasetInfo, shape: tuple[int, int, int], channels: int, width: int, patch: int, teacher: str
+) -> None:
+    if shape[0] != channels:
+        raise UserError(
+            f"data.path: {info.root} holds latents of {shape[0]} channels (autoencoder {info.encoding.autoencoder!r}), "
+            f"the teacher {teacher!r} takes {channels}: prepare the data with the teacher's own autoencoder."
+        )
+    if info.encoding.token_dim != width:
+        raise UserError(
+            f"data.path: {info.root} holds token states of width {info.encoding.token_dim} "
+            f"({info.encoding.text_encoder!r}), the teacher {teacher!r} takes {width}: prepare the data with the "
+            "teacher's own text encoder."
+        )
+    if any(side % patch for side in shape[1:]):
+        raise UserError(
+            f"data.path: latents of {shape[1]}x{shape[2]} can't be cut into the teacher's {patch}x{patch} patches: "
+            "prepare the data at a size that is a multiple of the patch."
+        )
+
+
+def _check_cluster(settings: TrainSection) -> None:
+    import ray
+
+    resources = ray.cluster_resources()
+    wanted = {"CPU": settings.workers * settings.cpus_per_worker}
+    if settings.gpu:
+        wanted["GPU"] = float(settings.workers)
+    for kind, amount in wanted.items():
+        available = resources.get(kind, 0.0)
+        if amount > available:
+            raise UserError(
+                f"train.workers={settings.workers} need {amount:g} {kind}s, the Ray cluster has {available:g}: use fewer "
+                f"workers, or {'lower train.cpus_per_worker' if kind == 'CPU' else 'set train.gpu=false'}, or add nodes."
+            )
+
+
+def _preview(info: DatasetInfo) -> dict[str, Any]:
+    split = "held_out" if "held_out" in info.splits else "train"
+    shape = next(iter(info.buckets(split)))
+    batch = read_split(info.root, split, PREVIEW_CAPTIONS, shape=shape)
+    states = [s[m] for s, m in zip(batch.conditioning.states, batch.conditioning.mask, strict=True)]
+    return {"states": states, "shape": shape, "autoencoder": info.encoding.autoencoder, "captions": batch.captions}
+
+
+def _fetch_export(checkpoint: Any, folder: Path) -> None:
+    with checkpoint.as_directory() as local:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(Path(local) / EXPORT, folder)
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {0: error.__cause__ or error}
+    first = next(iter(failures.values()))
+    return f"{type(first).__name__}: {str(first).strip().splitlines()[-1] if str(first).strip() else 'worker died'}"
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def spool() -> Path:
+    """Where what MLflow has not taken yet is kept."""
+    return Path(".fewstep/spool").absolute()
+

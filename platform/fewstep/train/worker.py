@@ -1,0 +1,247 @@
+"""The training loop that every Ray Train worker runs, top to bottom.
+
+A step's draws come from generators seeded by (seed, rank, micro-batch), so a resumed run is the
+uninterrupted run: bit for bit in float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.stream import Batch, ShardStream
+from fewstep.distill import PowerEMA
+from fewstep.models.conditioning import TextConditioning
+from fewstep.train import checkpoint as ckpt
+from fewstep.train.objectives import Objective, build_objective
+from fewstep.train.parallel import drop_gathered, full, shard
+from fewstep.train.progress import Meter, progress_line
+from fewstep.train.recipe import DistillRecipe, OptimizerSection, TeacherRecipe
+
+EXPORT = "export"
+"""Folder of the trained model inside the final checkpoint."""
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What the driver hands to every worker."""
+
+    recipe: DistillRecipe | TeacherRecipe
+    null: Tensor
+    """Token states (L, D) of the empty caption."""
+    preview: dict[str, Any]
+    """Of the sample grids: `states` [(L, D), …] of held-out captions, latent `shape` (C, H, W), `autoencoder`."""
+    tracking: dict[str, Any] | None
+    """Arguments of `Tracker.start`, or None."""
+
+
+def train_worker(job: WorkerJob) -> None:
+    """Train until the recipe's last step, resuming from Ray Train's latest checkpoint if there is one."""
+    import ray.train
+    import ray.train.torch
+    import torch.distributed as dist
+
+    recipe, settings = job.recipe, job.recipe.train
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(settings.threads)
+    torch.set_flush_denormal(True)
+    device = ray.train.torch.get_device() if settings.gpu else torch.device("cpu")
+
+    # Model, optimizer, average
+    null = TextConditioning.collate([job.null])
+    objective = build_objective(recipe, null, device)
+    shard(objective, settings, world_size)
+    parameters = objective.parameters()
+    optimizer = build_optimizer(parameters, recipe.optimizer)
+    average = PowerEMA(parameters, recipe.optimizer.ema_gamma)
+    gloo = dist.new_group(backend="gloo")
+
+    # Resume
+    done, batches = 0, 0
+    tensors = {"model": parameters, "average": average.state_dict()}
+    if (latest := ray.train.get_checkpoint()) is not None:
+        with latest.as_directory() as folder:
+            state = ckpt.read_state(Path(folder))
+            done, batches = state.step, state.batches
+            slots = ckpt.optimizer_tensors(optimizer, parameters)
+            ckpt.load_tensors(tensors | {"optimizer": slots}, Path(folder))
+        if rank == 0:
+            print(f"resumed from the checkpoint of step {done}", flush=True)
+
+    tracker = None
+    if rank == 0 and job.tracking is not None:
+        from fewstep.tracking.run import Tracker
+
+        tracker = Tracker.start(**job.tracking)
+
+    stream = ShardStream(
+        recipe.data.path,
+        "train",
+        batch_size=recipe.data.batch_size // (world_size * settings.accumulate),
+        seed=settings.seed,
+        rank=rank,
+        world_size=world_size,
+        start_batch=batches,
+    )
+    source = iter(stream)
+    meter = Meter(device)
+    pending: ckpt.PendingCheckpoint | None = None
+    generator = torch.Generator()  # on the CPU: draws are then the same on every device
+    started = time.perf_counter()
+
+    for step in range(done + 1, settings.steps + 1):
+        # Now and then: samples
+        if settings.sample_every and (step - 1) % settings.sample_every == 0 and step > 1:
+            images = sample_grid(objective, average, job.preview, settings.seed, device)
+            if tracker is not None:
+                tracker.log_image(images, f"samples/step-{step - 1:06d}.png")
+
+        # The step
+        rate = learning_rate(recipe.optimizer, step, settings.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for _ in range(settings.accumulate):
+            seed_step(generator, settings.seed, rank, batches)
+            batch = to_device(next(source), device)
+            result = objective.loss(batch, generator)
+            (result.loss / settings.accumulate).backward()
+            meter.add(result)
+            batches += 1
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(step)
+        meter.norm(full_scalar(norm))
+
+        # Now and then: progress and metrics (the one place where the host waits for the device)
+        save = step % settings.checkpoint_every == 0 or step == settings.steps
+        if step % settings.log_every == 0 or save or step == 1:
+            metrics = meter.read(recipe.data.batch_size, stream.seconds_waited)
+            stream.seconds_waited = 0.0
+            metrics["train/learning_rate"] = rate
+            if metrics["train/non_finite"]:
+                # Not an exception: Ray Train would restart from the last checkpoint, into the same numbers.
+                ray.train.report({"stopped": _non_finite(step, metrics), "step": step})
+                return
+            if rank == 0:
+                print(progress_line(recipe.name, step, done, settings.steps, started, metrics), flush=True)
+            if tracker is not None:
+                tracker.log_metrics(metrics, step)
+
+        # Now and then: a checkpoint begins here, and the one before it, long written, is reported
+        if save:
+            if pending is not None:
+                report(pending)
+            state = ckpt.TrainState(
+                step, batches, world_size, settings.seed, (job.tracking or {}).get("run_id", ""),
+                recipe.model_dump(mode="json"), metrics,
+            )  # fmt: skip
+            slots = ckpt.optimizer_tensors(optimizer, parameters)
+            pending = ckpt.begin_save(tensors | {"optimizer": slots}, state, gloo)
+        elif pending is not None and step % settings.log_every == 0:
+            report(pending)
+            pending = None
+
+    # The end: the trained model goes into the last checkpoint
+    weights = {name: full(tensor) for name, tensor in average.state_dict().items()}
+    if pending is None:  # resumed from a checkpoint of the very last step
+        state = ckpt.TrainState(settings.steps, batches, world_size, settings.seed, (job.tracking or {}).get("run_id", ""), recipe.model_dump(mode="json"))
+        pending = ckpt.begin_save(tensors | {"optimizer": ckpt.optimizer_tensors(optimizer, parameters)}, state, gloo)
+    if rank == 0:
+        objective.export(pending.folder / EXPORT, weights)
+    report(pending)
+    if tracker is not None:
+        tracker.flush(timeout=30)
+
+
+def build_optimizer(parameters: dict[str, torch.nn.Parameter], settings: OptimizerSection) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay on matrices only."""
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    others = [p for p in parameters.values() if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.rate,
+        betas=settings.betas,
+    )
+
+
+def learning_rate(settings: OptimizerSection, step: int, steps: int) -> float:
+    """Rate of optimizer step `step` (counted from 1): linear warm-up, then constant or linear decay."""
+    warmup = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
+    if settings.decay == "none":
+        return settings.rate * warmup
+    begin = settings.decay_from * steps
+    remaining = (steps - step + 1) / (steps - begin)
+    return settings.rate * min(warmup, remaining, 1.0)
+
+
+def seed_step(generator: torch.Generator, seed: int, rank: int, batch: int) -> None:
+    """Seed all draws of one micro-batch: the loss's generator, and torch's own (adapter dropout)."""
+    mixed = hash((seed, rank, batch)) & (2**63 - 1)  # integers hash the same in every process
+    generator.manual_seed(mixed)
+    torch.manual_seed(mixed + 1)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch's tensors without waiting."""
+    if device.type == "cpu":
+        return batch
+    from dataclasses import replace
+
+    latent = None if batch.latent is None else batch.latent.to(device, non_blocking=True)
+    return replace(batch, latent=latent, conditioning=batch.conditioning.to(device))
+
+
+def full_scalar(norm: Tensor) -> Tensor:
+    """A gradient norm as a plain tensor (FSDP's is sharded)."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+@torch.no_grad()
+def sample_grid(
+    objective: Objective, average: PowerEMA, preview: dict[str, Any], seed: int, device: torch.device
+) -> Any:
+    """Images of the preview captions from fixed noise, with averaged weights, as one PIL image."""
+    from fewstep.data.autoencoder import load_autoencoder
+    from fewstep.evaluate.grid import sample_grid as tile
+    from fewstep.flow import gaussian_noise
+
+    conditioning = TextConditioning.collate(preview["states"]).to(device)
+    noise = gaussian_noise((len(preview["states"]), *preview["shape"]), torch.Generator().manual_seed(seed))
+    objective.model.eval()
+    with average.swapped():
+        drop_gathered(objective.model)
+        latents = objective.sample(noise.to(device), conditioning)
+    drop_gathered(objective.model)
+    objective.model.train()
+    images = load_autoencoder(preview["autoencoder"]).decode(latents.cpu())
+    return tile(np.asarray(images), columns=8)
+
+
+def report(pending: ckpt.PendingCheckpoint) -> None:
+    """Hand a written checkpoint to Ray Train; every rank calls this at the same step."""
+    import ray.train
+
+    folder = pending.wait()
+    ray.train.report(
+        {"step": pending.state.step, **pending.state.metrics},
+        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+        checkpoint_dir_name=f"step-{pending.state.step:07d}-{os.urandom(2).hex()}",
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def _non_finite(step: int, metrics: dict[str, float]) -> str:
+    return (
+        f"loss or gradient became infinite or NaN at or before step {step} (last loss {metrics['train/loss']:.4g}, "
+        f"gradient norm {metrics['train/gradient_norm']:.4g}): lower optimizer.rate or optimizer.clip_norm; the last "
+        "good checkpoint is kept."
+    )

@@ -1,0 +1,95 @@
+"""The average of the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewstep.distill import PowerEMA
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.sampled_from([0.0, 7.0, 16.0]))
+def test_average_is_the_power_weighted_mean_of_all_updates(values: list[float], gamma: float) -> None:
+    """Closed form: update t of n weighs (t/n)^(γ+1) − ((t−1)/n)^(γ+1)."""
+    weight = torch.zeros(1)
+    ema = PowerEMA({"w": weight}, gamma)
+    for step, value in enumerate(values, 1):
+        weight.fill_(value)
+        ema.update(step)
+    n = len(values)
+    shares = [(t / n) ** (gamma + 1) - ((t - 1) / n) ** (gamma + 1) for t in range(1, n + 1)]
+    expected = sum(share * value for share, value in zip(shares, values, strict=True))
+    assert sum(shares) == pytest.approx(1.0)
+    assert ema.state_dict()["w"].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_swapped_exchanges_and_gives_back_bit_for_bit() -> None:
+    module = torch.nn.Linear(3, 2)
+    ema = PowerEMA(dict(module.named_parameters()))
+    with torch.no_grad():
+        module.weight.add_(1)
+    live, average = module.weight.clone(), ema.state_dict()["weight"].clone()
+    parameter = module.weight
+    with pytest.raises(RuntimeError, match="sampling failed"), ema.swapped():
+        assert module.weight is parameter
+        assert torch.equal(module.weight, average)
+        raise RuntimeError("sampling failed")
+    assert torch.equal(module.weight, live)
+    assert torch.equal(ema.state_dict()["weight"], average)
+
+
+def test_low_precision_weights_have_a_float32_average() -> None:
+    weight = torch.ones(4, dtype=torch.bfloat16)
+    ema = PowerEMA({"w": weight})
+    ema.update(1)
+    weight.fill_(1.0078125)  # the next bfloat16
+    ema.update(1000)
+    assert ema.state_dict()["w"].dtype == torch.float32
+    assert 1 < ema.state_dict()["w"][0].item() < 1.0078125
+    with ema.swapped():
+        assert weight.dtype == torch.bfloat16
+    assert weight[0].item() == 1.0078125
+
+
+def test_a_resumed_average_continues_bit_for_bit() -> None:
+    def train(ema: PowerEMA, weight: torch.Tensor, steps: range) -> None:
+        for step in steps:
+            weight.add_(torch.sin(torch.tensor(float(step))))
+            ema.update(step)
+
+    weight = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    other = weight.clone()
+    whole = PowerEMA({"w": weight})
+    train(whole, weight, range(1, 11))
+
+    first = PowerEMA({"w": other})
+    train(first, other, range(1, 6))
+    second = PowerEMA({"w": other})
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    train(second, other, range(6, 11))
+    assert torch.equal(second.state_dict()["w"], whole.state_dict()["w"])
+
+
+def test_sharded_weights_have_sharded_averages() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)])
+        ema = PowerEMA({"w": weight})
+        for step in (1, 2):
+            weight.add_(1)
+            ema.update(step)
+        average = ema.state_dict()["w"]
+        assert isinstance(average, DTensor)
+        torch.testing.assert_close(average.to_local(), torch.full((4, 2), 2 - 0.5**8))
+        with ema.swapped():
+            assert torch.equal(weight.to_local(), average.to_local())
+        assert torch.equal(weight.to_local(), torch.full((4, 2), 2.0))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,200 @@
+"""π-ID: who is asked what, where, and who learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.distill import ImitationSettings, flow_matching_loss, imitation_loss
+from fewstep.distill.result import draw_times
+from fewstep.flow import TimeShift
+from fewstep.policies import GMFlowPolicy, rollout
+
+SETTINGS = ImitationSettings(nfe=2, final_step_scale=0.5, shift=TimeShift(3.2), loss_scale=1.0)
+TARGET = torch.linspace(-1, 1, 2 * 2 * 3).view(1, 2, 2, 3)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def data(batch: int = 6) -> Tensor:
+    return torch.randn(batch, 2, 2, 3, generator=seeded(9))
+
+
+def to_target(x: Tensor, sigma: Tensor) -> Tensor:
+    """The teacher of a data set of one image."""
+    return (x - TARGET) / sigma.view(-1, 1, 1, 1)
+
+
+class Student:
+    """Four components around the velocity that leads to `target`, which is what it learns."""
+
+    def __init__(self, target: Tensor = TARGET, spread: float = 0.0) -> None:
+        self.target = target.clone().requires_grad_()
+        self.spread = spread * torch.tensor([-1.0, 1.0, -0.5, 0.5]).view(1, 4, 1, 1, 1)
+        self.policies: list[GMFlowPolicy] = []
+
+    def __call__(self, x_src: Tensor, sigma_src: Tensor) -> GMFlowPolicy:
+        velocity = (x_src - self.target) / sigma_src.view(-1, 1, 1, 1)
+        means = velocity.unsqueeze(1) + self.spread
+        logstds = torch.full((len(x_src), 1, 1, 1, 1), -3.0)
+        self.policies.append(
+            GMFlowPolicy(means, logstds, torch.zeros_like(means[:, :, :1]), x_src, sigma_src)
+        )
+        return self.policies[-1]
+
+
+class Teacher:
+    """Records what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        self.asked.append((x, sigma))
+        return to_target(x, sigma)
+
+
+def certain(x_src: Tensor, sigma_src: Tensor) -> GMFlowPolicy:
+    """The policy that is the one-image teacher: one component, no variance."""
+    means = to_target(x_src, sigma_src).unsqueeze(1)
+    logstds = torch.full((len(x_src), 1, 1, 1, 1), -12.0)
+    return GMFlowPolicy(means, logstds, torch.zeros_like(means[:, :, :1]), x_src, sigma_src)
+
+
+@pytest.mark.parametrize("window", [0.0, 3 / 128])
+def test_a_policy_that_is_the_teacher_has_no_loss(window: float) -> None:
+    result = imitation_loss(certain, to_target, data(), seeded(), replace(SETTINGS, window=window))
+    assert result.loss.item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_loss_is_the_scaled_mean_square_of_the_velocity_error() -> None:
+    """A teacher that is 0.5 off everywhere."""
+
+    def shifted(x: Tensor, sigma: Tensor) -> Tensor:
+        return to_target(x, sigma) + 0.5
+
+    result = imitation_loss(certain, shifted, data(), seeded(), replace(SETTINGS, loss_scale=30.0))
+    torch.testing.assert_close(result.per_sample, torch.full((6,), 30 * 0.25), atol=2e-2, rtol=0)
+    torch.testing.assert_close(result.loss, result.per_sample.mean())
+    assert not result.per_sample.requires_grad
+
+
+def test_gradient_reaches_the_student_alone_and_points_at_the_teacher() -> None:
+    student = Student(TARGET + 0.2)
+    teacher_weight = torch.ones((), requires_grad=True)
+    result = imitation_loss(
+        student, lambda x, s: teacher_weight * to_target(x, s), data(), seeded(), SETTINGS
+    )
+    result.loss.backward()
+    assert teacher_weight.grad is None
+    assert (student.target.grad > 0).all()
+
+
+def test_one_student_and_one_teacher_evaluation() -> None:
+    student, teacher = Student(spread=0.3), Teacher()
+    imitation_loss(student, teacher, data(), seeded(), replace(SETTINGS, intermediate_states=3))
+    assert len(student.policies) == len(teacher.asked) == 1
+    x, sigma = teacher.asked[0]
+    assert x.shape == (3 * 6, 2, 2, 3) and sigma.shape == (3 * 6,)
+
+
+def test_the_teacher_is_asked_at_states_the_policy_visits() -> None:
+    student, teacher = Student(spread=0.5), Teacher()
+    settings = replace(SETTINGS, gm_dropout=0.0, intermediate_states=2)
+    result = imitation_loss(student, teacher, data(), seeded(), settings)
+    policy, raw_src = student.policies[0], settings.segments.containing(result.raw_t)[0]
+    x, sigma = (part.chunk(2) for part in teacher.asked[0])
+    with torch.no_grad():
+        raw_a, raw_b = (settings.shift.unwarp(s) for s in sigma)
+        first, _ = rollout(policy, policy.x_src, raw_src, raw_a, settings.shift)
+        second, _ = rollout(policy, first, raw_a, raw_b, settings.shift)
+    torch.testing.assert_close(x[0], first, atol=1e-4, rtol=0)
+    torch.testing.assert_close(x[1], second, atol=1e-4, rtol=0)
+
+
+def test_dropout_changes_where_the_student_explores_not_what_it_learns_from() -> None:
+    visited = []
+    for dropout in (0.0, 0.9):
+        student, teacher = Student(spread=0.5), Teacher()
+        imitation_loss(student, teacher, data(), seeded(), replace(SETTINGS, gm_dropout=dropout))
+        visited.append(teacher.asked[0])
+        assert student.policies[0].logweights.isfinite().all()
+    assert torch.equal(visited[0][1], visited[1][1])
+    assert not torch.allclose(visited[0][0], visited[1][0], atol=1e-2)
+
+
+@pytest.mark.parametrize("window", [0.0, 3 / 128, 0.2, 0.9])
+def test_visited_times_are_ordered_and_leave_room_for_the_window(window: float) -> None:
+    teacher, settings = Teacher(), replace(SETTINGS, window=window, intermediate_states=4)
+    result = imitation_loss(Student(spread=0.3), teacher, data(64), seeded(), settings)
+    raw_a = settings.shift.unwarp(teacher.asked[0][1]).view(4, 64)
+    raw_src, size = settings.segments.containing(result.raw_t)
+    assert (raw_a[1:] <= raw_a[:-1]).all()
+    assert (raw_a <= raw_src + 1e-6).all()
+    assert (raw_a >= raw_src - size + size.clamp(max=window) - 1e-5).all()
+    assert result.loss.isfinite()
+
+
+def test_the_student_enters_at_the_source_of_the_segment_of_the_drawn_time() -> None:
+    student = Student()
+    x_0 = data(512)
+    result = imitation_loss(student, to_target, x_0, seeded(), SETTINGS)
+    raw_src, _ = SETTINGS.segments.containing(result.raw_t)
+    policy = student.policies[0]
+    torch.testing.assert_close(policy.sigma_src, SETTINGS.shift.warp(raw_src))
+    sigma = policy.sigma_src.view(-1, 1, 1, 1)
+    noise = (policy.x_src - (1 - sigma) * x_0) / sigma
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.05)
+    assert noise.std().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_one_seed_one_result() -> None:
+    settings = replace(SETTINGS, gm_dropout=0.5)
+    runs = [
+        imitation_loss(Student(spread=0.5), lambda x, s: x, data(), seeded(seed), settings)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(runs[0].per_sample, runs[1].per_sample)
+    assert torch.equal(runs[0].raw_t, runs[1].raw_t)
+    assert not torch.equal(runs[0].per_sample, runs[2].per_sample)
+
+
+def test_drawn_times_are_uniform_and_spread_over_the_batch() -> None:
+    generator = seeded()
+    draws = torch.stack([draw_times(8, generator) for _ in range(2000)])
+    assert (draws > 0).all() and (draws <= 1).all()
+    assert (draws.sort(1).values * 8).ceil().sub(1).eq(torch.arange(8)).float().mean() > 0.999
+    for sample in draws.unbind(1):
+        histogram = torch.histc(sample, 5, 0, 1) / 2000
+        torch.testing.assert_close(histogram, torch.full((5,), 0.2), atol=0.04, rtol=0)
+
+
+def test_flow_matching_regresses_noise_minus_data() -> None:
+    seen = {}
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.update(x_t=x_t, t=t)
+        return torch.zeros_like(x_t)
+
+    x_0, shift = data(), TimeShift(2.0)
+    result = flow_matching_loss(network, x_0, seeded(), shift)
+    torch.testing.assert_close(seen["t"], shift.warp(result.raw_t))
+    t = seen["t"].view(-1, 1, 1, 1)
+    u = (seen["x_t"] - x_0) / t  # x_t = x_0 + t·(ε − x_0)
+    torch.testing.assert_close(result.per_sample, u.square().flatten(1).mean(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result.loss, result.per_sample.mean())
+
+
+def test_flow_matching_is_least_for_the_conditional_mean() -> None:
+    """With one data point the best network is known, and its loss is zero."""
+    x_0 = TARGET.expand(32, -1, -1, -1)
+    best = flow_matching_loss(to_target, x_0, seeded())
+    worse = flow_matching_loss(lambda x, t: to_target(x, t) + 0.1, x_0, seeded())
+    assert best.loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert worse.loss.item() == pytest.approx(0.01, abs=1e-4)

@@ -1,0 +1,148 @@
+"""An exported student goes into the registry and comes out as it was."""
+
+from __future__ import annotations
+
+import io
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fewstep.errors import UserError
+from fewstep.tracking.address import connect
+from fewstep.tracking.registry import ModelVersionInfo, register, resolve
+from fewstep.tracking.run import Tracker
+
+REGISTER_SECONDS = 15  # 0.3 s on an idle machine; a subprocess for requirements would take longer than this
+
+TOY_SCRIPT = '''
+"""Serves a toy export: every picture has the colour that the folder holds."""
+
+import io
+from pathlib import Path
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+from PIL import Image
+
+
+class Toy(PythonModel):
+    def load_context(self, context):
+        self.colour = (Path(context.artifacts["student"]) / "deep" / "colour.txt").read_text()
+
+    def predict(self, context, model_input: pd.DataFrame, params=None):
+        pictures = []
+        for _ in model_input.iloc[:, 0]:
+            buffer = io.BytesIO()
+            Image.new("RGB", (4 + params["steps"], 4), self.colour).save(buffer, format="PNG")
+            pictures.append(buffer.getvalue())
+        return pd.DataFrame({"prompt": model_input.iloc[:, 0], "png": pictures})
+
+
+set_model(Toy())
+'''
+
+
+@pytest.fixture
+def toy_script(tmp_path: Path) -> Path:
+    path = tmp_path / "toy_model.py"
+    path.write_text(TOY_SCRIPT)
+    return path
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    folder = tmp_path / "student"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "colour.txt").write_text("red")
+    return folder
+
+
+def finished_run(uri: str, spool: Path) -> str:
+    with Tracker.start(uri, "distil", "registering", {"nfe": 4}, {}, spool) as tracker:
+        tracker.log_text("plain file", "export/card.md")
+    return tracker.run_id
+
+
+@pytest.fixture(params=["server", "database"])
+def uri(request: pytest.FixtureRequest) -> str:
+    found = request.getfixturevalue(request.param)
+    return found if isinstance(found, str) else found.uri
+
+
+def test_a_registered_student_comes_back_and_draws(uri, export, toy_script, tmp_path, monkeypatch, capfd):
+    run_id = finished_run(uri, tmp_path / "spool")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        began = time.perf_counter()
+        info = register(export, "toy", uri, run_id, metrics={"kid": -0.14}, script=toy_script)
+        assert time.perf_counter() - began < REGISTER_SECONDS
+    assert "Downloading" not in capfd.readouterr().err
+
+    folder, found = resolve("models:/toy@champion", uri, into=tmp_path / "fetched")
+    assert found == info == ModelVersionInfo("toy", info.version, run_id)
+    assert (folder / "deep" / "colour.txt").read_text() == "red"
+    assert resolve(found.uri, uri)[1] == found
+    version = connect(uri).get_model_version("toy", str(info.version))
+    assert version.run_id == run_id
+    assert version.tags["metric.kid"] == "-0.14"
+    assert "| kid | -0.14 |" in version.description
+    (made,) = connect(uri).get_run(run_id).outputs.model_outputs
+    logged = connect(uri).get_logged_model(made.model_id)
+    assert (logged.source_run_id, logged.artifact_location) == (run_id, version.source)
+
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    model = mlflow.pyfunc.load_model("models:/toy@champion")
+    table = model.predict(["a red heart, noto style"], params={"steps": 2})
+    picture = Image.open(io.BytesIO(table["png"][0]))
+    assert (picture.size, picture.getpixel((0, 0))) == ((6, 4), (255, 0, 0))
+    assert model.predict(["a", "b"])["prompt"].tolist() == ["a", "b"]
+
+
+def test_the_alias_moves_to_the_new_version_and_others_stay(database, export, toy_script, tmp_path):
+    run_id = finished_run(database, tmp_path / "spool")
+    first = register(export, "moving", database, run_id, script=toy_script)
+    second = register(export, "moving", database, run_id, alias=None, script=toy_script)
+    assert resolve("models:/moving@champion", database)[1] == first
+    third = register(export, "moving", database, run_id, alias="candidate", script=toy_script)
+    assert resolve("models:/moving@champion", database)[1] == first
+    fourth = register(export, "moving", database, run_id, script=toy_script)
+    assert resolve("models:/moving@champion", database)[1] == fourth
+    assert [one.version for one in (first, second, third, fourth)] == [1, 2, 3, 4]
+
+
+def test_an_unknown_name_alias_or_version_lists_what_exists(database, export, toy_script, tmp_path):
+    run_id = finished_run(database, tmp_path / "spool")
+    register(export, "listed", database, run_id, script=toy_script)
+    with pytest.raises(UserError, match=r"no registered model 'absent': use one that exists .*listed"):
+        resolve("models:/absent@champion", database)
+    known = r"versions 1, or of the aliases champion \(version 1\)"
+    with pytest.raises(UserError, match=f"has no alias 'best': use one of the {known}"):
+        resolve("models:/listed@best", database)
+    with pytest.raises(UserError, match=f"has no version 7: use one of the {known}"):
+        resolve("models:/listed/7", database)
+    with pytest.raises(UserError, match="is of no known form"):
+        resolve("models:/listed", database)
+
+
+def test_a_runs_files_and_a_plain_folder_resolve_too(database, export, tmp_path):
+    run_id = finished_run(database, tmp_path / "spool")
+    folder, info = resolve(f"runs:/{run_id}/export", database)
+    assert ((folder / "card.md").read_text(), info) == ("plain file", ModelVersionInfo(run_id=run_id))
+    assert resolve(str(export), database) == (export, ModelVersionInfo())
+    with pytest.raises(UserError, match="can't be fetched"):
+        resolve(f"runs:/{run_id}/nothing", database)
+    with pytest.raises(UserError, match="does not exist: give an exported folder or a registered model"):
+        resolve(str(tmp_path / "nowhere"), database)
+
+
+def test_registering_names_what_is_wrong(database, export, toy_script, tmp_path):
+    with pytest.raises(UserError, match="is not a folder: export the student first"):
+        register(tmp_path / "nothing", "toy", database, "run", script=toy_script)
+    with pytest.raises(UserError, match=r"did not register .* the folder is unharmed"):
+        register(export, "toy", database, "no-such-run", script=toy_script)
