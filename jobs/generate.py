@@ -29,10 +29,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise; image i of --count uses seed + i")
     parser.add_argument("--count", type=int, default=1, help="how many images")
     parser.add_argument("--temperature", type=float, help="mixture temperature; default: as trained")
-    parser.add_argument("--teacher-steps", type=int, help="draw with the teacher's guided Euler sampler instead")
-    parser.add_argument("--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db")
+    parser.add_argument(
+        "--teacher-steps", type=int, help="draw with the teacher's guided Euler sampler instead"
+    )
+    parser.add_argument(
+        "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
-    parser.add_argument("--scale", type=int, default=16, help="enlarge every pixel this often; default: %(default)s")
+    parser.add_argument(
+        "--scale", type=int, default=16, help="enlarge every pixel this often; default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/generated.png"), help="default: %(default)s")
     options = parser.parse_args()
 
@@ -43,7 +49,9 @@ def main() -> None:
     from fewstep.export import FewStepPipeline
     from fewstep.flow import gaussian_noise
 
-    pipe = FewStepPipeline.from_pretrained(options.model, device=options.device, tracking_uri=options.tracking_uri)
+    pipe = FewStepPipeline.from_pretrained(
+        options.model, device=options.device, tracking_uri=options.tracking_uri
+    )
     prompts, started = [options.prompt] * options.count, time.perf_counter()
     if options.teacher_steps:
         generators = [torch.Generator().manual_seed(options.seed + i) for i in range(options.count)]

@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     add("--autoencoder", default="pixel", metavar="NAME", help="pixel (latents are pixels), or a folder or "
         "hub id of a diffusers AutoencoderKL (folder:vae for a pipeline's part)")  # fmt: skip
     add("--max-tokens", type=int, default=64, metavar="N", help="longer captions are rejected")
-    add("--held-out", type=float, default=0.02, metavar="F", help="fraction of own data kept out of training, "
+    add("--held-out", type=float, default=0.02, metavar="F", help="fraction of own data kept out of training "
         "by a hash of the file name or prompt (the emoji set has its own split)")  # fmt: skip
     add("--shard-rows", type=int, default=256, metavar="N", help="most rows a shard holds; a split needs at "
         "least as many shards as there are training workers")  # fmt: skip
@@ -111,4 +111,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -32,12 +32,25 @@ def test_swapped_exchanges_and_gives_back_bit_for_bit() -> None:
         module.weight.add_(1)
     live, average = module.weight.clone(), ema.state_dict()["weight"].clone()
     parameter = module.weight
-    with pytest.raises(RuntimeError, match="sampling failed"), ema.swapped():
+    with ema.swapped():
         assert module.weight is parameter
         assert torch.equal(module.weight, average)
-        raise RuntimeError("sampling failed")
     assert torch.equal(module.weight, live)
     assert torch.equal(ema.state_dict()["weight"], average)
+
+
+def test_weights_come_back_when_sampling_fails() -> None:
+    weight = torch.zeros(2)
+    ema = PowerEMA({"w": weight})
+    weight.fill_(1)
+
+    def sample() -> None:
+        with ema.swapped():
+            raise RuntimeError("sampling failed")
+
+    with pytest.raises(RuntimeError, match="sampling failed"):
+        sample()
+    assert weight.tolist() == [1, 1]
 
 
 def test_low_precision_weights_have_a_float32_average() -> None:

@@ -101,7 +101,8 @@ def test_one_student_and_one_teacher_evaluation() -> None:
     imitation_loss(student, teacher, data(), seeded(), replace(SETTINGS, intermediate_states=3))
     assert len(student.policies) == len(teacher.asked) == 1
     x, sigma = teacher.asked[0]
-    assert x.shape == (3 * 6, 2, 2, 3) and sigma.shape == (3 * 6,)
+    assert x.shape == (3 * 6, 2, 2, 3)
+    assert sigma.shape == (3 * 6,)
 
 
 def test_the_teacher_is_asked_at_states_the_policy_visits() -> None:
@@ -168,7 +169,8 @@ def test_one_seed_one_result() -> None:
 def test_drawn_times_are_uniform_and_spread_over_the_batch() -> None:
     generator = seeded()
     draws = torch.stack([draw_times(8, generator) for _ in range(2000)])
-    assert (draws > 0).all() and (draws <= 1).all()
+    assert (draws > 0).all()
+    assert (draws <= 1).all()
     assert (draws.sort(1).values * 8).ceil().sub(1).eq(torch.arange(8)).float().mean() > 0.999
     for sample in draws.unbind(1):
         histogram = torch.histc(sample, 5, 0, 1) / 2000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -15,7 +15,7 @@ from fewstep.policies import GMFlowPolicy, rollout
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
-MODES, MODE_STD, LOCATIONS, SUBSTEPS, STEPS = 6, 0.1, 64, 32, 300
+MODES, MODE_STD, LOCATIONS, SUBSTEPS, STEPS = 8, 0.1, 48, 32, 500
 ONE = torch.ones(1)
 SETTINGS = ImitationSettings(
     nfe=1,
@@ -52,18 +52,27 @@ def teacher_trajectory(teacher: Velocity, noise: Tensor) -> list[Tensor]:
 
 
 def trajectory_error(policy: GMFlowPolicy, trajectory: list[Tensor]) -> float:
-    """Root mean squared distance to the teacher's state, over all substeps of all trajectories."""
+    """Distance to the teacher's state: root mean square over the substeps, mean over the trajectories."""
     x, raw, errors = trajectory[0], ONE, []
     for i, expected in enumerate(trajectory[1:], 1):
         raw_to = ONE * (1 - i / SUBSTEPS)
         x, _ = rollout(policy, x, raw, raw_to, NO_SHIFT, SUBSTEPS)
         raw = raw_to
-        errors.append((x - expected).square().sum(1).mean())
-    return torch.stack(errors).mean().sqrt().item()
+        errors.append((x - expected).square().sum(1))
+    return torch.stack(errors).mean(0).sqrt().mean().item()
 
 
 @pytest.fixture(scope="module")
-def learned_errors() -> dict[int, float]:
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more threads, and lose a lot on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def learned_errors(one_thread: None) -> dict[int, float]:
     """The trajectory error after π-ID for K components, one policy over all of time from fixed noise."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(MODES, 2, generator=generator))
@@ -72,6 +81,7 @@ def learned_errors() -> dict[int, float]:
     trajectory = teacher_trajectory(teacher, noise)
 
     def learn(components: int) -> float:
+        generator.manual_seed(1)
         start = torch.randn(1, components, 2, 1, LOCATIONS, generator=generator)
         means = (teacher(noise, ONE).unsqueeze(1) + 0.7 * start).requires_grad_()
         logstds = torch.full((1, 1, 1, 1, 1), -1.0, requires_grad=True)
@@ -92,8 +102,9 @@ def learned_errors() -> dict[int, float]:
 
 
 def test_a_mixture_of_32_reproduces_the_teachers_whole_trajectories(learned_errors: dict[int, float]) -> None:
-    assert learned_errors[32] < 0.01
+    assert learned_errors[32] < 0.006
 
 
 def test_more_components_follow_the_teacher_more_closely(learned_errors: dict[int, float]) -> None:
-    assert learned_errors[32] < 0.5 * learned_errors[4] < 0.25 * learned_errors[1]
+    assert learned_errors[32] < 0.8 * learned_errors[4]
+    assert learned_errors[4] < 0.2 * learned_errors[1]

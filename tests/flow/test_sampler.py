@@ -138,7 +138,8 @@ def test_videos_are_sampled_too() -> None:
 
     x = torch.randn(1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     result = generate(video_student, x, SamplerSchedule(2, SHIFT, h=1.0), generator=torch.Generator())
-    assert result.shape == x.shape and result.isfinite().all()
+    assert result.shape == x.shape
+    assert result.isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [1, 7])

@@ -104,14 +104,14 @@ def test_a_registered_student_comes_back_and_draws(uri, export, toy_script, tmp_
     assert model.predict(["a", "b"])["prompt"].tolist() == ["a", "b"]
 
 
-def test_the_alias_moves_to_the_new_version_and_others_stay(database, export, toy_script, tmp_path):
+def test_the_alias_moves_to_the_new_version_and_others_stay(database, export, tmp_path):
     run_id = finished_run(database, tmp_path / "spool")
-    first = register(export, "moving", database, run_id, script=toy_script)
-    second = register(export, "moving", database, run_id, alias=None, script=toy_script)
+    first = register(export, "moving", database, run_id)
+    second = register(export, "moving", database, run_id, alias=None)
     assert resolve("models:/moving@champion", database)[1] == first
-    third = register(export, "moving", database, run_id, alias="candidate", script=toy_script)
+    third = register(export, "moving", database, run_id, alias="candidate")
     assert resolve("models:/moving@champion", database)[1] == first
-    fourth = register(export, "moving", database, run_id, script=toy_script)
+    fourth = register(export, "moving", database, run_id)
     assert resolve("models:/moving@champion", database)[1] == fourth
     assert [one.version for one in (first, second, third, fourth)] == [1, 2, 3, 4]
 

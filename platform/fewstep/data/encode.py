@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from fewstep.data.autoencoder import PIXEL, load_autoencoder
-from fewstep.data.execution import configured
+from fewstep.data.execution import configured, user_errors
 from fewstep.data.schema import (
     SCHEMA,
     SCHEMA_VERSION,
@@ -34,7 +34,7 @@ from fewstep.data.schema import (
     shard_metadata,
 )
 from fewstep.data.seeds import stable_hash
-from fewstep.data.sources import Rejection, Size, Source, fit, open_image
+from fewstep.data.sources import Rejection, Size, Source, fit, measure, open_image
 from fewstep.data.storage import Storage
 from fewstep.data.text import MAX_TOKENS, MINILM, TextEncoder, token_dim
 from fewstep.errors import UserError
@@ -44,6 +44,7 @@ REJECTED = "rejected.jsonl"
 
 IMAGES_PER_PASS = 16
 DECODING_THREADS = 4
+ROWS_PER_MEASURE = 512
 STAGE_CPUS = 0.1
 """CPU slots of an actor or task: a fraction, as training workers may hold nearly all of a small cluster."""
 
@@ -77,6 +78,11 @@ class ShardPlan:
     size: Size
     shape: Shape
     rows: pa.Table
+
+    def as_item(self) -> dict[str, Any]:
+        """The plan as a row of the pipeline's dataset."""
+        size = {"width": self.size.width, "height": self.size.height, "shape": list(self.shape)}
+        return {"path": self.path, "split": self.split, **size, "rows": _pack(self.rows)}
 
 
 def prepare(
@@ -263,18 +269,17 @@ def _choose_sizes(source: Source, settings: Settings) -> tuple[list[Size | None]
         ], []
     import ray.data
 
-    measured = (
-        ray.data.from_arrow(rows.select(["key", "file", "image"]))
-        .repartition(-(-len(rows) // 1024))
-        .map_batches(
-            _measure, fn_kwargs={"images": source.storage}, batch_format="pyarrow", num_cpus=STAGE_CPUS
-        )
+    index = rows.select(["key", "file", "image"])
+    blocks = [index.slice(start, ROWS_PER_MEASURE) for start in range(0, len(index), ROWS_PER_MEASURE)]
+    measured = ray.data.from_arrow(blocks).map_batches(
+        _measure,
+        fn_kwargs={"images": source.storage},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=STAGE_CPUS,
     )
-    found = {
-        row["key"]: row
-        for batch in configured(measured).iter_batches(batch_size=None, batch_format="pyarrow")
-        for row in batch.to_pylist()
-    }
+    with user_errors():
+        found = {row["key"]: row for row in configured(measured).iter_rows()}
     sizes: list[Size | None] = []
     rejected = []
     for key in rows["key"].to_pylist():
@@ -289,7 +294,7 @@ def _measure(rows: pa.Table, images: Storage) -> pa.Table:
     measured = []
     for row in rows.to_pylist():
         try:
-            width, height = open_image(_content(row, images)).size
+            width, height = measure(_content(row, images))
             measured.append({"key": row["key"], "width": width, "height": height, "trouble": ""})
         except ValueError as error:
             measured.append({"key": row["key"], "width": 0, "height": 0, "trouble": str(error)})
@@ -327,15 +332,8 @@ def _encode(
     if not plans:
         return
     import ray.data
-    from ray.exceptions import RayTaskError
 
-    items = [
-        {
-            "path": p.path, "split": p.split, "width": p.size.width, "height": p.size.height,
-            "shape": list(p.shape), "rows": _pack(p.rows),
-        }
-        for p in plans
-    ]  # fmt: skip
+    items = [shard.as_item() for shard in plans]
     pool: dict[str, Any] = {
         "compute": ray.data.ActorPoolStrategy(size=encoders),
         "num_cpus": STAGE_CPUS,
@@ -347,23 +345,21 @@ def _encode(
         .map(EncodeText, fn_constructor_kwargs={"settings": settings}, **pool)
         .map(EncodeImages, fn_constructor_args=(settings, encoding, source.storage, out, has_images), **pool)
     )
-    total, done, started = sum(len(p.rows) for p in plans), 0, time.monotonic()
+    total, done, warm = sum(len(p.rows) for p in plans), 0, 0
+    started = reported = time.monotonic()
     report(f"encoding {total} rows into {len(plans)} shards; the encoders are starting")
-    reported = started
-    try:
+    with user_errors():
         for number, item in enumerate(configured(pipeline).iter_rows(), 1):
             done, now = done + item["rows"], time.monotonic()
-            if now - reported >= 2 or number == len(plans):
-                rate = done / (now - started)
-                report(
-                    f"{done}/{total} rows, {number}/{len(plans)} shards, {rate:.0f} rows/s, "
-                    f"{(total - done) / rate:.0f} s left"
-                )
+            if number == 1:
+                # The rate is of the encoders at work; their start is not in it.
+                started, warm = now, done
+                report(f"{done}/{total} rows, 1/{len(plans)} shards")
+            elif now - reported >= 2 or number == len(plans):
+                rate = (done - warm) / (now - started)
+                left = f"{(total - done) / rate:.0f} s left"
+                report(f"{done}/{total} rows, {number}/{len(plans)} shards, {rate:.0f} rows/s, {left}")
                 reported = now
-    except RayTaskError as error:
-        if isinstance(cause := error.cause, UserError):
-            raise cause from error
-        raise
 
 
 def _finish(

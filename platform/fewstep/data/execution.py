@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from fewstep.errors import UserError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -18,7 +23,8 @@ def configured(pipeline: Dataset, *, in_order: bool = False, ahead_bytes: int | 
     """
     from ray.data import ExecutionResources
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What fails is raised; Ray Data's log would only say it twice more.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = pipeline.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -29,3 +35,17 @@ def configured(pipeline: Dataset, *, in_order: bool = False, ahead_bytes: int | 
             object_store_memory=ahead_bytes
         )
     return pipeline
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise a UserError of a pipeline's tasks as itself: Ray Data keeps only its text, inside a traceback."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        messages = re.findall(rf"^{UserError.__module__}\.UserError: (.+)$", str(error), re.MULTILINE)
+        if messages:
+            raise UserError(messages[-1]) from error
+        raise

@@ -6,6 +6,7 @@ Kept apart from `stream`, as tasks that only read shards need not import torch.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,14 @@ class WorkItem:
     epoch: int
     shard: Shard
     skip: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """About what the shard takes in memory: float32 latents, and 16 KiB of token states a row."""
+        return self.shard.rows * (4 * math.prod(self.shard.shape) + 2**14)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"bucket": self.bucket, "epoch": self.epoch, "path": self.shard.path, "skip": self.skip}
 
 
 class Order:
@@ -95,9 +104,19 @@ class Order:
                 skip = max(0, skip - shards[index].rows)
 
 
-def read_permuted(item: pa.Table, *, storage: Storage, seed: int) -> pa.Table:
-    """Ray Data task: the rows of one work item, permuted for their epoch, with their `bucket`."""
-    work: dict[str, Any] = item.to_pylist()[0]
-    rows = read_shard(storage, work["path"])
-    order = generator(seed, "rows", work["epoch"], work["path"]).permutation(len(rows))[work["skip"] :]
-    return rows.take(order).append_column("bucket", pa.array([work["bucket"]] * len(order), pa.int32()))
+def grouped(items: Iterator[WorkItem], size: int, most: int) -> Iterator[list[WorkItem]]:
+    """Consecutive work items in groups of `most` items, or fewer that reach `size` bytes."""
+    group: list[WorkItem] = []
+    for item in items:
+        group.append(item)
+        if len(group) == most or sum(member.nbytes for member in group) >= size:
+            yield group
+            group = []
+
+
+def read_permuted(tasks: pa.Table, *, storage: Storage, seed: int) -> Iterator[pa.Table]:
+    """Ray Data task: the rows of its work items, permuted for their epochs, with their `bucket`."""
+    for item in itertools.chain(*tasks["items"].to_pylist()):
+        rows = read_shard(storage, item["path"])
+        order = generator(seed, "rows", item["epoch"], item["path"]).permutation(len(rows))[item["skip"] :]
+        yield rows.take(order).append_column("bucket", pa.array([item["bucket"]] * len(order), pa.int32()))

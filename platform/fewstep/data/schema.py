@@ -115,7 +115,8 @@ class DatasetInfo:
         if not shards:
             raise UserError(
                 f"the dataset {self.root} has no rows in its split {split!r} "
-                f"(it has {', '.join(self.splits)}): name one of those, or prepare it again with a larger --held-out."
+                f"(it has {', '.join(self.splits)}): name one of those, or prepare "
+                "it again with a larger --held-out."
             )
         shapes = sorted({shard.shape for shard in shards})
         return {

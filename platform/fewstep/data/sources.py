@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,7 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
 
     Args:
         captions: the table, JSONL, CSV or Parquet; None looks for metadata.* or captions.* in the folder.
-            Columns `file` (or `file_name`, `image`), relative to the folder, and `caption` (or `text`, `prompt`).
+            Columns `file` (`file_name`, `image`), relative to the folder, and `caption` (`text`, `prompt`).
         held_out: fraction of images, by a hash of their names, that goes into the held-out split.
 
     Raises:
@@ -208,7 +209,7 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
 
 
 def prompts(paths: Sequence[str], *, held_out: float) -> Source:
-    """Prompts alone: text files, one a line, or JSONL, CSV or Parquet with a column `caption` (`text`, `prompt`).
+    """Prompts alone: text files, one a line; or JSONL, CSV, Parquet with a column `caption` (or `text`).
 
     A prompt's key is a hash of its text; exact repetitions are rejected, so that no prompt is in both splits.
 
@@ -243,14 +244,25 @@ def open_image(content: bytes) -> Image:
     """
     from PIL import Image, ImageOps
 
-    try:
+    with _broken_as_value_error():
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
         return image.convert("RGB")
-    except Exception as error:  # Pillow's plug-ins raise whatever their parsers do
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def measure(content: bytes) -> tuple[int, int]:
+    """Width and height that `open_image` will give, from the header alone.
+
+    Raises:
+        ValueError: the bytes are no image that Pillow reads.
+    """
+    from PIL import ExifTags, Image
+
+    with _broken_as_value_error(), Image.open(io.BytesIO(content)) as image:
+        quarter_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if quarter_turned else image.size
 
 
 def fit(image: Image, size: Size) -> np.ndarray:
@@ -264,6 +276,14 @@ def fit(image: Image, size: Size) -> np.ndarray:
 
 def default_cache() -> Path:
     return Path.home() / ".cache" / "fewstep" / "emoji"
+
+
+@contextmanager
+def _broken_as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Pillow's plug-ins raise whatever their parsers do
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
 def _emoji_table(images: Sequence[emoji.EmojiImage]) -> pa.Table:

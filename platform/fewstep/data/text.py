@@ -2,7 +2,8 @@
 
 States are rounded through float16, the type that shards store: training and serving see the very same
 numbers. Captions are encoded in groups of equal length, without padding, so that a caption's states do not
-depend on what it is encoded with (with one thread, bit for bit; otherwise up to float16's last digit).
+depend on what it is encoded with. (Another number of threads or another processor can change float16's last
+digit.)
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ MAX_TOKENS = 64
 
 GROUP = 64
 """Captions of one length encoded at a time."""
+
+LEAST_TOKENS = 64
+"""Tokens of a group, repeated where it has fewer."""
 
 
 class TextEncoder:
@@ -112,9 +116,11 @@ class TextEncoder:
 
     def _states(self, ids: Tensor) -> Tensor:
         """(B, L) token ids of equal length → (B, L, D)."""
-        ids = ids.to(self._model.device)
+        count = len(ids)
+        # Matrix products of few rows take other kernels, with other last digits: short groups are repeated.
+        ids = ids.repeat(-(-LEAST_TOKENS // ids.numel()), 1).to(self._model.device)
         states = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return states.half().float().cpu()
+        return states[:count].half().float().cpu()
 
 
 def token_dim(name: str) -> int:

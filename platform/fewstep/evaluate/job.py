@@ -34,7 +34,9 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
     with tracker:
         metrics: dict[str, float] = {}
         if recipe.evaluation.enabled:
-            report = evaluate(trained.folder, recipe.data.path, recipe.evaluation, results, gpu=recipe.train.gpu)
+            report = evaluate(
+                trained.folder, recipe.data.path, recipe.evaluation, results, gpu=recipe.train.gpu
+            )
             metrics = report.metrics()
             tracker.log_metrics(metrics, recipe.train.steps)
             verdicts = report.verdicts(recipe.evaluation.promise)
@@ -63,7 +65,13 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
 
 
 def evaluate(
-    student: Path, data: str, settings: EvaluationSection, results: Path, *, split: str = "held_out", gpu: bool = False
+    student: Path,
+    data: str,
+    settings: EvaluationSection,
+    results: Path,
+    *,
+    split: str = "held_out",
+    gpu: bool = False,
 ) -> Report:
     """Compare a student with its teacher's ladder on held-out captions, on the whole cluster.
 
@@ -115,9 +123,7 @@ def _student_steps(student: Path) -> tuple[int, int]:
     return card.nfe, 1 if card.guidance == 1 else 2
 
 
-def _picture(
-    images: dict[str, np.ndarray], batch: Batch, reference: str, row: str, nfe: int, passes: int
-):  # noqa: ANN202 — a PIL image
+def _picture(images: dict[str, np.ndarray], batch: Batch, reference: str, row: str, nfe: int, passes: int):  # noqa: ANN202 — a PIL image
     chosen = np.linspace(0, len(batch) - 1, min(COLUMNS, len(batch))).round().astype(int)
     steps = int(reference.rpartition("_")[2])
     rows = [

@@ -37,7 +37,7 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
 
     It is unbiased even though x_i and y_i share a caption. The usual estimator keeps the N terms k(x_i, y_i),
     which is right for independent sets only: two drawings of one caption are alike, and it comes out too low
-    (by 14·10⁻³ for 384 emoji against blurred copies). Zero is expected of equal distributions, so that values
+    (by 10·10⁻³ for 384 emoji against blurred copies). Zero is expected of equal distributions, so that values
     below zero occur.
     """
     return _mean_off_diagonal(_discrepancy(x, y)) / KID_UNIT

@@ -58,10 +58,10 @@ def quality_plot(report: Report) -> Figure:
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         ticks = sorted({row.passes for row in [*ladder, *students]})
-        axes.margins(x=0.1)
+        axes.margins(x=0.16)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("network passes per image", color=FAINT_INK)
+        axes.set_xlabel("network passes per image")
     return figure
 
 
@@ -76,27 +76,29 @@ def loss_plot(rows: Sequence[Mapping[str, float]]) -> Figure:
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(9.6, 4.2), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True)
+    left, right = figure.subplots(1, 2, sharex=True, subplot_kw={"yscale": "log", "xlabel": "step"})
     _curve(left, rows, "train/loss", INK, None)
     names = ("image side", "second", "third", "noise side")
     for index, (name, ink) in enumerate(zip(names, QUARTILE_INKS, strict=True), start=1):
         _curve(right, rows, f"train/loss_t{index}of4", ink, name)
-    right.legend(frameon=False, fontsize=9, labelcolor=INK)
+    if right.lines:
+        right.legend(frameon=False, fontsize=9, labelcolor=INK)
     _dress(left, "Loss")
     _dress(right, "Loss by quartile of time")
     for axes in (left, right):
-        axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("step", color=FAINT_INK)
     return figure
 
 
 def _curve(axes: Axes, rows: Sequence[Mapping[str, float]], key: str, ink: str, label: str | None) -> None:
-    points = np.array([(row["step"], row[key]) for row in rows if key in row]).reshape(-1, 2)
-    axes.plot(*points.T, color=ink, lw=0.8, alpha=0.3)
-    axes.plot(points[:, 0], _smoothed(points[:, 1]), color=ink, lw=1.8, label=label)
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    if not points:
+        return
+    steps, values = np.array(points).T
+    axes.plot(steps, values, color=ink, lw=0.8, alpha=0.3)
+    axes.plot(steps, _smoothed(values), color=ink, lw=1.8, label=label)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
@@ -116,6 +118,7 @@ def _error_bars(rows: Sequence[Row]) -> np.ndarray:
 
 
 def _dress(axes: Axes, title: str) -> None:
+    axes.xaxis.label.set_color(FAINT_INK)
     axes.set_title(title, loc="left", color=INK, fontsize=11, pad=10)
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)

@@ -59,9 +59,16 @@ def save_adapter(network: PolicyNetwork, folder: Path, weights: dict[str, Tensor
         policy: dict[str, Any] = {"type": "GMFlow"}
     else:
         head = {"_class_name": f"DX{base_class}", "n_grid": settings.points, "p_order": 1}
-        policy = {"type": "DX", "segment_size": settings.segment_size, "shift": settings.shift, "mode": settings.mode}
+        policy = {
+            "type": "DX",
+            "segment_size": settings.segment_size,
+            "shift": settings.shift,
+            "mode": settings.mode,
+        }
     (folder / CONFIG).write_text(json.dumps(head | base, indent=2) + "\n")
-    save_file(adapter_state(network, weights), folder / WEIGHTS, metadata={"policy_config": json.dumps(policy)})
+    save_file(
+        adapter_state(network, weights), folder / WEIGHTS, metadata={"policy_config": json.dumps(policy)}
+    )
 
 
 def load_adapter(transformer: nn.Module, family: Family, folder: Path) -> PolicyNetwork:
@@ -126,4 +133,6 @@ def _lora_settings(state: dict[str, Tensor]) -> LoRASettings | None:
     if not adapters:
         return None
     rank = next(iter(adapters.values())).shape[0]
-    return LoRASettings(rank=rank, dropout=0.0, targets=tuple(n.removesuffix(".lora_A.weight") for n in adapters))
+    return LoRASettings(
+        rank=rank, dropout=0.0, targets=tuple(n.removesuffix(".lora_A.weight") for n in adapters)
+    )

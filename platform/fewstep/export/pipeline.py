@@ -133,7 +133,7 @@ class FewStepPipeline:
         Raises:
             UserError: nothing loadable there, or another teacher than the student's own.
         """
-        folder = _student_folder(str(path), tracking_uri)
+        folder = student_folder(str(path), tracking_uri)
         card = read_student_card(folder)
         transformer, family, reference = load_teacher(teacher or card.teacher.path, card.teacher.family)
         check_reference(reference, asdict(card.teacher))
@@ -175,7 +175,9 @@ class FewStepPipeline:
         shape = self._shape(height, width)
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
-            raise UserError(f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt.")
+            raise UserError(
+                f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt."
+            )
         noise = gaussian_noise(
             (len(prompts), *shape), generator or [torch.Generator().manual_seed(s) for s in seeds]
         )
@@ -234,11 +236,18 @@ class FewStepPipeline:
         shape = (channels, height or trained_height, width or trained_width)
         patch = self.network.family.patch(self.network.transformer)
         if any(side % patch or side < patch for side in shape[1:]):
-            raise UserError(f"height and width must be multiples of the patch size {patch}, got {shape[1]}x{shape[2]}.")
+            raise UserError(
+                f"height and width must be multiples of the patch size {patch}, got {shape[1]}x{shape[2]}."
+            )
         return shape
 
 
-def _student_folder(path: str, tracking_uri: str | None) -> Path:
+def student_folder(path: str, tracking_uri: str | None = None) -> Path:
+    """The local folder of a student: a bundled name, a folder, or an MLflow address (downloaded).
+
+    Raises:
+        UserError: nothing is there.
+    """
     if path.startswith(("models:", "runs:")):
         from fewstep.tracking.registry import resolve
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from fewstep.flow import TimeShift
@@ -35,9 +35,10 @@ INITIAL_STD = 0.05
 class GMFlowSettings(BaseModel):
     """Gaussian mixture policy (the paper's default)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     type: Literal["gmflow"] = "gmflow"
+    """Kind of policy: "gmflow" or "dx"; the other fields are that kind's."""
     components: int = Field(8, ge=1)
     """Mixture components K: 8 for text-to-image, 32 for ImageNet."""
     logstd_width: int = Field(1024, ge=1)
@@ -47,9 +48,10 @@ class GMFlowSettings(BaseModel):
 class DXSettings(BaseModel):
     """Dynamic-x0 policy: x0 predicted at several times of the segment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     type: Literal["dx"] = "dx"
+    """Kind of policy: "gmflow" or "dx"; the other fields are that kind's."""
     points: int = Field(10, ge=1)
     """Number N of grid points, or of polynomial coefficients."""
     mode: Literal["grid", "polynomial"] = "grid"
@@ -60,7 +62,13 @@ class DXSettings(BaseModel):
     """The policy's own time shift; belongs to the trained model."""
 
 
-PolicySettings = Annotated[GMFlowSettings | DXSettings, Field(discriminator="type")]
+def _kind(settings: object) -> str:
+    return settings.get("type", "gmflow") if isinstance(settings, dict) else getattr(settings, "type", "")
+
+
+PolicySettings = Annotated[
+    Annotated[GMFlowSettings, Tag("gmflow")] | Annotated[DXSettings, Tag("dx")], Discriminator(_kind)
+]
 
 
 class GMFlowHead(nn.Module):
@@ -73,7 +81,9 @@ class GMFlowHead(nn.Module):
         settings: number of components and width of the log-std MLP.
     """
 
-    def __init__(self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: GMFlowSettings) -> None:
+    def __init__(
+        self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: GMFlowSettings
+    ) -> None:
         super().__init__()
         self.channels, self.components = channels, settings.components
         self.area = proj_out.out_features // channels
@@ -180,7 +190,9 @@ class DXHead(nn.Module):
 PolicyHead = GMFlowHead | DXHead
 
 
-def build_head(norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: PolicySettings) -> PolicyHead:
+def build_head(
+    norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: PolicySettings
+) -> PolicyHead:
     """The head that `settings` describe, uninitialised (see `grow`)."""
     if isinstance(settings, GMFlowSettings):
         return GMFlowHead(norm_out, proj_out, channels, settings)

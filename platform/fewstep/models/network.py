@@ -24,11 +24,11 @@ from fewstep.policies import Policy
 class LoRASettings(BaseModel):
     """Low-rank adapters on the frozen base."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    rank: int = Field(256, ge=1)
+    rank: int = Field(64, ge=1)
     """Rank of every adapter; alpha equals it, so the scale is 1."""
-    dropout: float = Field(0.05, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapters' inputs, in training."""
     targets: tuple[str, ...] = ("paper",)
     """Names of linear layers to adapt, as module-name suffixes; "paper" stands for the family's own list."""
@@ -91,6 +91,7 @@ class PolicyNetwork(nn.Module):
         self.transformer = transformer
         if not proj_out.weight.is_meta:
             head.grow(proj_out, torch.Generator().manual_seed(seed))
+        self.train()
 
     @property
     def head(self) -> PolicyHead:
@@ -100,6 +101,15 @@ class PolicyNetwork(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The student's own parameters by module name: adapters and head."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def train(self, mode: bool = True) -> PolicyNetwork:
+        """Training mode for the student's own parts; the base is a teacher, and stays in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        self.head.train(mode)
+        for layer in self._adapted_layers:
+            layer.lora_dropout.train(mode)
+        return self
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Any, *, student: bool) -> Tensor:
         """Packed output `(B, L, features)` of the head (student) or of the base (teacher).

@@ -85,5 +85,10 @@ class QwenImage:
 
     def unused_parameters(self, transformer: nn.Module) -> list[str]:
         last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}."
-        dead = (f"{last}attn.to_add_out.", f"{last}txt_mlp.", f"{last}attn.norm_added_q.", f"{last}attn.add_q_proj.")
+        dead = (
+            f"{last}attn.to_add_out.",
+            f"{last}txt_mlp.",
+            f"{last}attn.norm_added_q.",
+            f"{last}attn.add_q_proj.",
+        )
         return [name for name, _ in transformer.named_parameters() if name.startswith(dead)]

@@ -58,7 +58,9 @@ def locate(path: str) -> str:
     if path in BUNDLED:
         folder = asset(BUNDLED[path])
         if not folder.exists():
-            raise UserError(f"the bundled model {path!r} is missing from this installation: reinstall fewstep.")
+            raise UserError(
+                f"the bundled model {path!r} is missing from this installation: reinstall fewstep."
+            )
         return str(folder)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).expanduser().is_dir():
@@ -80,7 +82,9 @@ def load_teacher(path: str, family: str) -> tuple[nn.Module, Family, TeacherRefe
         transformer = known.load(location)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"teacher.path: {path!r} holds no {family} model that can be loaded ({first}).") from error
+        raise UserError(
+            f"teacher.path: {path!r} holds no {family} model that can be loaded ({first})."
+        ) from error
     return transformer, known, TeacherReference(path, family, _weights_hash(location))
 
 
@@ -93,7 +97,9 @@ def read_card(path: str) -> TeacherCard | None:
     return TeacherCard(**{**fields, "latent_shape": tuple(fields["latent_shape"])})
 
 
-def save_teacher(transformer: nn.Module, card: TeacherCard, folder: Path, weights: Mapping[str, Tensor]) -> None:
+def save_teacher(
+    transformer: nn.Module, card: TeacherCard, folder: Path, weights: Mapping[str, Tensor]
+) -> None:
     """Write a teacher as a diffusers folder with its card.
 
     Args:

@@ -88,6 +88,13 @@ class Tracker:
         Raises:
             UserError: a new run can't be created, `run_id` does not exist, or `spool` can't be written.
         """
+        spool = Path(spool).absolute()
+        try:
+            spool.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"tracking spool {str(spool)!r} can't be written ({error}): choose a folder on a local disk"
+            ) from error
         uri = check_reachable(uri) if run_id is None else absolute_uri(uri)
         client = connect(uri)
         with mlflow_settings(DOOR_SECONDS):
@@ -95,14 +102,8 @@ class Tracker:
                 run_id = _create_run(client, uri, experiment, run_name)
             else:
                 _require_run(client, uri, run_id)
-        spool = Path(spool).absolute()
-        try:
-            earlier = list(left_behind(spool, run_id))
-            tracker = cls(Session.create(spool, uri, run_id), earlier, spool)
-        except OSError as error:
-            raise UserError(
-                f"tracking spool {str(spool)!r} can't be written ({error}): choose a folder on a local disk"
-            ) from error
+        earlier = list(left_behind(spool, run_id))
+        tracker = cls(Session.create(spool, uri, run_id), earlier, spool)
         tracker._append({"kind": "status", "status": "RUNNING", "time_ms": _now_ms()})
         tracker.set_tags(tags)
         tracker.log_params(params)

@@ -196,7 +196,9 @@ class _VelocityNetwork(nn.Module):
         return self(x, t, conditioning)
 
 
-def build_objective(recipe: DistillRecipe | TeacherRecipe, null: TextConditioning, device: torch.device) -> Objective:
+def build_objective(
+    recipe: DistillRecipe | TeacherRecipe, null: TextConditioning, device: torch.device
+) -> Objective:
     """The objective that a recipe describes."""
     kind = Distillation if isinstance(recipe, DistillRecipe) else FlowMatching
     return kind(recipe, null, device)

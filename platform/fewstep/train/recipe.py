@@ -42,7 +42,7 @@ class TeacherSection(Section):
 class StudentSection(Section):
     policy: PolicySettings = GMFlowSettings()
     """Policy head."""
-    lora: LoRASettings | None = LoRASettings(rank=64, dropout=0.0)
+    lora: LoRASettings | None = LoRASettings()
     """Adapters on the shared base; null trains the head alone."""
 
 
@@ -99,6 +99,8 @@ class NetworkSection(Section):
 class DataSection(Section):
     path: str = "data/emoji16"
     """Folder or s3:// address of prepared shards (jobs/prepare_data.py)."""
+    bundled: Literal["emoji"] | None = "emoji"
+    """What to prepare there, if nothing is: the captioned emoji set that ships with fewstep; null for nothing."""
     batch_size: int = Field(48, ge=1)
     """Samples per optimizer step, over all workers and accumulation steps."""
 
@@ -159,7 +161,9 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _bfloat16_needs_gpu(self) -> TrainSection:
         if self.precision == "bfloat16" and not self.gpu:
-            raise ValueError("bfloat16 is for GPUs (50 to 100 times slower than float32 on CPUs): set train.gpu=true")
+            raise ValueError(
+                "bfloat16 is for GPUs (50 to 100 times slower than float32 on CPUs): set train.gpu=true"
+            )
         return self
 
 
@@ -175,7 +179,7 @@ class TrackingSection(Section):
 
 
 class EvaluationSection(Section):
-    captions: int = Field(384, ge=2)
+    captions: int = Field(384, ge=3)
     """Held-out captions to evaluate on."""
     reference_steps: int = Field(64, ge=1)
     """Teacher steps of the reference."""
@@ -185,6 +189,14 @@ class EvaluationSection(Section):
     """Which of the documented promises the verdict checks."""
     enabled: bool = True
     """Whether the job evaluates at its end."""
+
+    @model_validator(mode="after")
+    def _ladder_has_the_rungs_of_the_promise(self) -> EvaluationSection:
+        if missing := {"quick": {4, 8}, "full": {4, 8, 16}}[self.promise] - set(self.ladder):
+            raise ValueError(
+                f"the {self.promise} promise compares with {sorted(missing)} Euler steps: add to ladder"
+            )
+        return self
 
 
 class _Recipe(Section):

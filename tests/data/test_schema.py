@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fewstep.data.schema import DatasetInfo, read_shard
+from fewstep.data.storage import Storage
+from fewstep.data.stream import Batch, read_split
+from fewstep.errors import UserError
+
+SHAPE = (3, 2, 4)
+
+
+def edit_manifest(info: DatasetInfo, **changes: object) -> None:
+    path = Path(info.root, "dataset.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_rows_come_back_as_they_were_written(make_dataset):
+    info = DatasetInfo.open(make_dataset({SHAPE: [5, 4]}).root)
+    assert info.rows("train") == 9
+    batch = Batch.of(read_shard(info.storage, info.shards[1].path), info.encoding.token_dim)
+    assert batch.keys == ["row-5", "row-6", "row-7", "row-8"]
+    assert batch.captions[0] == "caption of row-5"
+    assert batch.latent is not None
+    assert batch.latent.shape == (4, *SHAPE)
+    assert batch.latent[:, 0, 0, 0].tolist() == [5, 6, 7, 8]
+    assert batch.conditioning.mask.sum(1).tolist() == [2, 3, 4, 2]
+    assert batch.conditioning.states[1, :3].unique().tolist() == [6 % 7]
+    assert not batch.conditioning.states[0, 2:].any()
+
+
+def test_a_folder_without_a_dataset_is_refused_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(UserError, match=r"no dataset at .*nowhere: make one with jobs/prepare_data.py"):
+        DatasetInfo.open(tmp_path / "nowhere")
+
+
+def test_an_unfinished_dataset_is_refused(make_dataset):
+    info = make_dataset({SHAPE: [3]})
+    Path(info.root, "dataset.json").unlink()
+    with pytest.raises(UserError, match="did not finish: run the same"):
+        DatasetInfo.open(info.root)
+
+
+def test_another_schema_version_is_refused_in_the_manifest_and_in_a_shard(make_dataset):
+    info = make_dataset({SHAPE: [3]})
+    edit_manifest(info, version=2)
+    with pytest.raises(UserError, match="has schema version 2, this fewstep reads version 1: prepare"):
+        DatasetInfo.open(info.root)
+
+    other = make_dataset({SHAPE: [3]}, name="other")
+    import pyarrow.parquet as pq
+
+    shard = Path(other.root, other.shards[0].path)
+    pq.write_table(pq.read_table(shard).replace_schema_metadata({b"fewstep": b'{"version": 7}'}), shard)
+    with pytest.raises(UserError, match=r"part-00000.parquet has schema version 7"):
+        DatasetInfo.open(other.root)
+
+
+def test_an_empty_dataset_is_refused(make_dataset):
+    info = make_dataset({SHAPE: [3]})
+    edit_manifest(info, shards=[])
+    with pytest.raises(UserError, match="is empty: give"):
+        DatasetInfo.open(info.root)
+
+
+def test_missing_shards_are_named(make_dataset):
+    info = make_dataset({SHAPE: [3, 3]})
+    Path(info.root, info.shards[1].path).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of its 2 shards .*part-00001.parquet"):
+        DatasetInfo.open(info.root)
+
+
+def test_a_truncated_shard_is_refused(make_dataset):
+    info = make_dataset({SHAPE: [3]})
+    shard = Path(info.root, info.shards[0].path)
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        DatasetInfo.open(info.root)
+
+
+def test_a_split_without_rows_is_refused_with_the_splits_there_are(make_dataset):
+    with pytest.raises(UserError, match=r"no rows in its split 'held_out' \(it has train\)"):
+        read_split(make_dataset({SHAPE: [3]}).root, "held_out")
+
+
+def test_a_split_is_read_by_key_and_a_limit_takes_a_fixed_fair_sample(make_dataset):
+    root = make_dataset({SHAPE: [40, 40]}).root
+    whole, part = read_split(root, "train"), read_split(root, "train", 10)
+    assert whole.keys == sorted(whole.keys)
+    assert len(whole) == 80
+    assert part.keys == read_split(root, "train", 10).keys == sorted(part.keys)
+    assert part.keys != whole.keys[:10]
+    assert set(part.keys) <= set(read_split(root, "train", 20).keys)
+
+
+def test_a_split_of_several_shapes_is_read_by_shape(make_dataset):
+    root = make_dataset({SHAPE: [4], (3, 4, 2): [5]}).root
+    with pytest.raises(UserError, match="has the shapes"):
+        read_split(root, "train")
+    assert len(read_split(root, "train", shape=(3, 4, 2))) == 5
+
+
+def test_a_dataset_on_s3_reads_like_a_local_one(make_dataset, s3_bucket):
+    info = make_dataset({SHAPE: [4, 4]})
+    remote = Storage.at(f"{s3_bucket}/some/where")
+    for path in info.storage.list():
+        remote.write(path, Path(info.root, path).read_bytes())
+    batch, local = read_split(remote.root, "train"), read_split(info.root, "train")
+    assert batch.keys == local.keys
+    assert np.array_equal(batch.latent, local.latent)
+    with pytest.raises(UserError, match="no dataset at s3://"):
+        DatasetInfo.open(f"{s3_bucket}/else")
+
+
+def test_an_unreachable_s3_is_reported_in_seconds(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"s3://bucket/data can't be reached .*AWS_ENDPOINT_URL \(now http://127.0.0.1:9\)"
+    ):
+        DatasetInfo.open("s3://bucket/data")
+    assert time.monotonic() - started < 30
+
+
+def test_the_leftovers_of_a_killed_writer_are_no_part_of_a_dataset(tmp_path):
+    storage = Storage.at(tmp_path)
+    storage.write("a/part", b"whole")
+    (tmp_path / "a" / ".part.0.partial").write_bytes(b"half")
+    assert storage.list() == {"a/part": 5}
+    storage.sweep()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["part"]

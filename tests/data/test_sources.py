@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fewstep.data import emoji, sources
+from fewstep.data.sources import Size
+from fewstep.errors import UserError
+
+CONTENT_SHA256 = "67a2b1c695afee3db82fac319b24e5c2ec70d491db4f386e6059ba156afffa2f"
+
+
+@pytest.fixture(scope="module")
+def bundle() -> list[dict]:
+    return sources.read_bundle().to_pylist()
+
+
+def pixels(row: dict) -> np.ndarray:
+    return np.asarray(sources.open_image(row["image"]))
+
+
+def test_the_shipped_emoji_set_is_the_pinned_one(bundle):
+    assert Counter(row["split"] for row in bundle) == {"train": 5091, "held_out": emoji.HELD_OUT_PAIRS}
+    assert {row["style"] for row in bundle} == {"noto", "twemoji", "fluent"}
+    digest = hashlib.sha256()
+    for row in bundle:
+        assert row["caption"].endswith(f", {row['style']} style")
+        digest.update(f"{row['key']} {row['caption']} {row['split']}".encode() + pixels(row).tobytes())
+    assert digest.hexdigest() == CONTENT_SHA256
+
+
+def test_held_out_pairs_are_in_no_other_split_and_have_no_twin_there(bundle):
+    assert len({row["key"] for row in bundle}) == len(bundle)
+    for style in ("noto", "twemoji", "fluent"):
+        rows = [row for row in bundle if row["style"] == style]
+        flat = np.stack([pixels(row).reshape(-1) for row in rows]).astype(np.float64) / 255
+        held_out = np.array([row["split"] == "held_out" for row in rows])
+        for image in flat[held_out]:
+            distance = np.sqrt(((flat[~held_out] - image) ** 2).mean(1)).min()
+            assert distance > 0.99 * emoji.DUPLICATE_RMS
+
+
+def test_most_held_out_concepts_are_known_from_another_style(bundle):
+    train = {row["concept"] for row in bundle if row["split"] == "train"}
+    held_out = [row["concept"] for row in bundle if row["split"] == "held_out"]
+    assert np.mean([concept in train for concept in held_out]) > 0.9
+
+
+def test_licences_and_attributions_ship_with_the_set():
+    metadata = pq.read_schema(sources.EMOJI_BUNDLE).metadata[b"attribution"].decode()
+    text = sources.EMOJI_LICENCES.read_text()
+    for package in (*emoji.STYLES, emoji.CAPTIONS):
+        for words in (package.name, package.version, package.attribution, package.licence):
+            assert words in text
+            assert words in metadata
+    assert "Permission is hereby granted" in text
+    assert "Apache License" in sources.EMOJI_LICENCES.with_name("APACHE-2.0.txt").read_text()
+
+
+def test_a_changed_package_is_refused_by_its_hash(tmp_path):
+    (tmp_path / emoji.CAPTIONS.archive).write_bytes(b"changed")
+    with pytest.raises(
+        UserError, match=r"emojibase-data-17.0.0.tgz has SHA-256 \w+, expected d01d0e2c\w+: delete it"
+    ):
+        emoji.fetch(emoji.CAPTIONS, tmp_path)
+
+
+def test_without_npm_the_shipped_set_is_recommended(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="npm is needed to rebuild"):
+        sources.emoji_set([Size(32, 32)], tmp_path)
+
+
+def test_sizes_are_parsed_as_width_by_height_and_chosen_by_aspect_ratio():
+    assert Size.parse("512") == Size(512, 512)
+    assert Size.parse("640x384") == Size(640, 384)
+    for text in ("0", "12x", "a", "-3", "1x2x3"):
+        with pytest.raises(UserError, match=re.escape(repr(text))):
+            Size.parse(text)
+    sizes = [Size(512, 512), Size(640, 384), Size(384, 640)]
+    assert Size.nearest(sizes, 1920, 1080) == Size(640, 384)
+    assert Size.nearest(sizes, 1000, 1010) == Size(512, 512)
+    assert Size.nearest(sizes, 100, 300) == Size(384, 640)
+    with pytest.raises(UserError, match="the emoji set is square"):
+        sources.emoji_set([Size(640, 384)])
+
+
+def test_images_are_turned_upright_flattened_on_white_and_cut_in_the_middle():
+    def encoded(image: Image.Image, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", **options)
+        return buffer.getvalue()
+
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert np.asarray(sources.open_image(encoded(clear))).min() == 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(Image.new("RGB", (6, 2)), exif=exif)
+    assert sources.open_image(turned).size == sources.measure(turned) == (2, 6)
+    stripes = np.zeros((4, 12, 3), np.uint8)
+    stripes[:, 4:8] = 200
+    assert (sources.fit(Image.fromarray(stripes), Size(4, 4)) == 200).all()
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "captions.parquet"])
+def test_captions_are_read_from_any_of_the_tables(tmp_path, name):
+    for file in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / file)
+    path = tmp_path / name
+    if name.endswith("jsonl"):
+        path.write_text('{"file": "a.png", "caption": "one, two"}\n{"file": "a.png", "caption": "again"}\n')
+    elif name.endswith("csv"):
+        path.write_text('file,caption\na.png,"one, two"\na.png,again\n')
+    else:
+        pq.write_table(pa.table({"image": ["a.png"] * 2, "prompt": ["one, two", "again"], "x": [1, 2]}), path)
+    source = sources.image_folder(str(tmp_path), held_out=0.5)
+    assert source.rows["key"].to_pylist() == ["a.png", "a.png#2"]
+    assert source.rows["caption"].to_pylist() == ["one, two", "again"]
+    assert len(set(source.rows["split"].to_pylist())) == 1, "an image is in one split, whatever its captions"
+
+
+def test_the_held_out_fraction_is_stable_under_growth(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {n}\n" for n in range(1000)))
+    first = sources.prompts([str(path)], held_out=0.1)
+    path.write_text("a new one\n" + path.read_text())
+    second = sources.prompts([str(path)], held_out=0.1)
+    splits = [
+        dict(zip(*(s.rows[c].to_pylist() for c in ("key", "split")), strict=True)) for s in (first, second)
+    ]
+    assert splits[0].items() <= splits[1].items()
+    assert 60 < Counter(splits[0].values())["held_out"] < 140
+    assert first.digest() != second.digest()
+
+
+def test_sources_without_a_usable_row_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no table of captions in .* \(looked for metadata.jsonl"):
+        sources.image_folder(str(tmp_path), held_out=0.0)
+    with pytest.raises(UserError, match=r"nothing.txt doesn't exist"):
+        sources.prompts([str(tmp_path / "nothing.txt")], held_out=0.0)
+    (tmp_path / "metadata.csv").write_text("file,caption\nx.png,a cat\n")
+    with pytest.raises(UserError, match=r"has no usable row \(1 rejected; the first: missing file"):
+        sources.image_folder(str(tmp_path), held_out=0.0)

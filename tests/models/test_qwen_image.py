@@ -1,0 +1,77 @@
+"""The Qwen-Image family packs, unpacks and masks as the model means it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewstep.errors import UserError
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.qwen_image import pack, unpack
+from fewstep.models.registry import get_family
+from fewstep.models.teacher import load_teacher
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_unpack_inverts_pack(batch: int, channels: int, rows: int, columns: int) -> None:
+    x = torch.randn(batch, channels, 2 * rows, 2 * columns)
+    assert torch.equal(unpack(pack(x), channels, 2 * rows, 2 * columns)[:, 0], x)
+
+
+def test_patches_are_channel_major() -> None:
+    x = torch.arange(8.0).view(1, 2, 2, 2)
+    assert torch.equal(pack(x), torch.arange(8.0).view(1, 1, 8))
+
+
+@pytest.fixture(scope="module")
+def network():
+    transformer, family, _ = load_teacher("emoji", "qwen_image")
+    return transformer.eval(), family
+
+
+def test_padding_does_not_change_a_sample(network) -> None:
+    transformer, family = network
+    states = [torch.randn(5, 384), torch.randn(9, 384)]
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        together = family.denoise(transformer, x, t, TextConditioning.collate(states))
+        alone = family.denoise(transformer, x[:1], t[:1], TextConditioning.collate(states[:1]))
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_parameters_named_unused_get_no_gradient_and_all_others_do(network) -> None:
+    transformer, family = network
+    transformer.requires_grad_(True)
+    x, condition = torch.randn(1, 3, 16, 16), TextConditioning.collate([torch.randn(4, 384)])
+    family.denoise(transformer, x, torch.tensor([0.5]), condition).square().sum().backward()
+    without = {n for n, p in transformer.named_parameters() if p.grad is None or not p.grad.any()}
+    transformer.requires_grad_(False)
+    assert without == set(family.unused_parameters(transformer))
+
+
+def test_conditions_are_chosen_per_sample() -> None:
+    given_, null = (
+        TextConditioning.collate([torch.ones(3, 2), torch.ones(4, 2)]),
+        TextConditioning.collate([torch.zeros(2, 2)]),
+    )
+    mixed = given_.where(torch.tensor([True, False]), null)
+    assert mixed.mask.sum(1).tolist() == [3, 2]
+    assert mixed.states[1].abs().sum() == 0
+
+
+def test_an_unknown_family_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="qwen_image"):
+        get_family("qwen-image")
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "no/such/folder/here"])
+def test_a_missing_teacher_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        load_teacher(path, "qwen_image")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="holds no qwen_image model"):
+        load_teacher(str(tmp_path), "qwen_image")

@@ -1,0 +1,62 @@
+"""Recipes: typed, documented, and refused with a helpful sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fewstep.errors import UserError
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe, document, load_recipe
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+
+
+def load(*overrides: str, source: str | None = None) -> DistillRecipe:
+    return load_recipe(DistillRecipe, source, overrides, RECIPES)
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    files = sorted(RECIPES.glob("*.yaml"))
+    assert files
+    for file in files:
+        kind = TeacherRecipe if "teacher" in file.stem else DistillRecipe
+        assert load_recipe(kind, file.stem, [], RECIPES).name == file.stem
+
+
+def test_overrides_win_and_are_typed() -> None:
+    recipe = load(
+        "optimizer.rate=5e-4", "train.steps=7", "student.policy.components=4", source="emoji_qwen_4nfe"
+    )
+    assert (recipe.optimizer.rate, recipe.train.steps, recipe.student.policy.components) == (5e-4, 7, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.rat=1", r"unknown key 'optimizer.rat'; did you mean 'optimizer.rate'"),
+        ("optimiser.rate=1", r"unknown key 'optimiser'"),
+        ("train.steps=many", r"train.steps: .*integer.*'many'"),
+        ("train.steps=0", r"train.steps"),
+        ("imitation.final_step_scale=2", r"imitation.final_step_scale"),
+        ("train.precision=bfloat16", r"set train.gpu=true"),
+        ("train.workers=5", r"multiple of train.workers"),
+        ("steps", r"--set takes section.key=value"),
+        ("evaluation.ladder=[2]", r"evaluation: .*ladder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'emoji_qwen_4nfe'"):
+        load(source="emoji_qwen_4nf")
+
+
+def test_every_field_is_documented() -> None:
+    for kind in (DistillRecipe, TeacherRecipe):
+        undocumented = [key for key, _, text in document(kind) if not text and key != "name"]
+        assert not undocumented

@@ -1,0 +1,195 @@
+"""Training on Ray: learns, survives kills exactly, and stops cleanly where it must."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep.errors import UserError
+from fewstep.tracking.address import connect
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
+from fewstep.train.trainer import TrainedModel, fit
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+STEPS = 14
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recipe(data: Path, teacher: Path, *overrides: str) -> DistillRecipe:
+    fixed = [
+        f"data.path={data}", "data.batch_size=8", f"teacher.path={teacher}", f"train.steps={STEPS}",
+        "train.threads=1", "train.cpus_per_worker=0.5", "train.log_every=1", "train.checkpoint_every=4",
+        "train.sample_every=5", "student.lora={rank: 4, dropout: 0.1}",
+        "student.policy={type: gmflow, components: 3, logstd_width: 16}", "imitation.window=2",
+    ]  # fmt: skip
+    return load_recipe(DistillRecipe, None, [*fixed, *overrides], RECIPES)
+
+
+def losses(home: Path, run: str) -> dict[int, set[float]]:
+    """Every value of the loss that the run logged, by step."""
+    client = connect(f"sqlite:///{home / 'mlflow.db'}")
+    by_step: dict[int, set[float]] = {}
+    for point in client.get_metric_history(run, "train/loss"):
+        by_step.setdefault(point.step, set()).add(point.value)
+    return by_step
+
+
+def only_run(home: Path):
+    client = connect(f"sqlite:///{home / 'mlflow.db'}")
+    [run] = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return run
+
+
+def kill_worker_after(home: Path, step: int) -> threading.Thread:
+    """SIGKILL the only training worker once a checkpoint of at least `step` steps was reported."""
+
+    def run() -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            reported = [int(p.name.split("-")[1]) for p in home.glob("runs/*/step-*")]
+            if reported and max(reported) >= step:
+                os.kill(_train_worker_process(), signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def _train_worker_process() -> int:
+    """The process of the training worker, found by the title that Ray gives it."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::") and b"TrainWorker" in title:
+                return int(entry.name)
+    raise AssertionError("no training worker is running")
+
+
+def exported(trained: TrainedModel, home: Path) -> dict[str, torch.Tensor]:
+    return load_file(home / trained.folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_data, tiny_teacher, tmp_path_factory):
+    home = tmp_path_factory.mktemp("uninterrupted")
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        trained = fit(recipe(tiny_data, tiny_teacher))
+        return home, trained, exported(trained, home)
+    finally:
+        os.chdir(before)
+
+
+def test_a_run_is_tracked_and_exported(uninterrupted) -> None:
+    home, trained, weights = uninterrupted
+    client = connect(f"sqlite:///{home / 'mlflow.db'}")
+    run = client.get_run(trained.mlflow_run)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optimizer.rate"] == "0.001"
+    assert set(losses(home, trained.mlflow_run)) == set(range(1, STEPS + 1))
+    for name in (
+        "gradient_norm",
+        "learning_rate",
+        "samples_per_second",
+        "seconds_waiting_for_data",
+        "loss_t1of4",
+    ):
+        assert f"train/{name}" in run.data.metrics
+    samples = {artifact.path for artifact in client.list_artifacts(trained.mlflow_run, "samples")}
+    assert samples == {"samples/step-000005.png", "samples/step-000010.png"}
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_killed_worker_continues_the_same_run_with_the_very_same_losses(
+    uninterrupted, tiny_data, tiny_teacher, home
+) -> None:
+    reference_home, reference, weights = uninterrupted
+    # Slow enough that a kill lands in the middle: a checkpoint at every step, killed after the fifth.
+    killer = kill_worker_after(home, 5)
+    trained = fit(recipe(tiny_data, tiny_teacher, "train.checkpoint_every=1", "train.keep_checkpoints=20"))
+    killer.join()
+    ours, theirs = losses(home, trained.mlflow_run), losses(reference_home, reference.mlflow_run)
+    assert ours == theirs, "replayed steps, too, have bit for bit the uninterrupted run's losses"
+    run = only_run(home)
+    assert run.info.run_id == trained.mlflow_run, "one run, not two"
+    assert int(run.data.tags["resumed_from_step"]) >= 1, "the worker was killed while it trained"
+    for name, tensor in exported(trained, home).items():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_two_workers_shard_the_weights_and_average_their_gradients(tiny_data, tiny_teacher, home) -> None:
+    trained = fit(recipe(tiny_data, tiny_teacher, "train.workers=2", "train.accumulate=2", "train.steps=4"))
+    values = [value for step in losses(home, trained.mlflow_run).values() for value in step]
+    assert len(values) == 4
+    assert all(math.isfinite(value) for value in values)
+    assert all(tensor.isfinite().all() for tensor in exported(trained, home).values())
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny_data, tiny_teacher, home
+) -> None:
+    with pytest.raises(UserError, match=r"infinite or NaN .* lower optimizer.rate"):
+        fit(recipe(tiny_data, tiny_teacher, "optimizer.rate=1e30", "optimizer.clip_norm=1e30",
+                   "optimizer.warmup_steps=0", "train.checkpoint_every=1"))  # fmt: skip
+
+
+def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home) -> None:
+    settings = [
+        f"data.path={tiny_data}", "data.batch_size=8", "train.steps=30", "train.threads=1",
+        "train.cpus_per_worker=0.5", "train.log_every=10", "train.sample_every=0", "optimizer.rate=3e-3",
+        f"network.start={tiny_teacher}",
+    ]  # fmt: skip
+    trained = fit(load_recipe(TeacherRecipe, None, settings, RECIPES))
+    values = losses(home, trained.mlflow_run)
+    assert min(values[30]) < 0.8 * max(values[1])
+    from fewstep.models.teacher import load_teacher, read_card
+
+    load_teacher(str(trained.folder), "qwen_image")
+    assert read_card(str(trained.folder)).text_encoder == "minilm"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.workers=4", "train.cpus_per_worker=2"], r"need 8 CPUs, the Ray cluster has 4"),
+        (["train.gpu=true"], r"GPUs, the Ray cluster has 0"),
+        (["train.workers=8", "train.cpus_per_worker=0.1"], r"4 shards of shape .* for 8 workers"),
+        (["data.path=nowhere", "data.bundled=null"], r"there is no dataset at .*nowhere"),
+        (["teacher.path=./missing"], r"teacher.path: there is no folder"),
+        (["tracking.uri=http://127.0.0.1:9"], r"127.0.0.1:9"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(
+    tiny_data, tiny_teacher, home, overrides, message
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        fit(recipe(tiny_data, tiny_teacher, *overrides))
+    assert "\n" not in str(caught.value)
+    assert not list(home.glob("runs/*")), "nothing was started"
+
+
+def test_data_that_does_not_fit_the_teacher_is_refused(tiny_data, home) -> None:
+    other = Path(__file__).parents[1] / "conformance" / "adapters" / "qwen_base"
+    with pytest.raises(UserError, match="prepare the data with the teacher's own"):
+        fit(recipe(tiny_data, other))
