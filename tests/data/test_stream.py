@@ -122,6 +122,19 @@ def test_waiting_is_counted_and_trouble_in_the_background_reaches_the_consumer(m
         take(stream, 50)
 
 
+def test_a_stream_that_waits_for_the_training_takes_no_cpu_from_it(make_dataset, ray_cluster):
+    import time
+
+    batches = iter(ShardStream(make_dataset({WIDE: [64] * 40}).root, "train", batch_size=4, seed=0))
+    next(batches)
+    time.sleep(2)
+    started = time.process_time()
+    time.sleep(3)
+    spent = time.process_time() - started
+    batches.close()
+    assert spent < 0.6, "Ray Data's scheduler lives in the training process and can spin"
+
+
 def test_training_workers_that_hold_every_cpu_are_still_fed(make_dataset, ray_cluster):
     import ray
 

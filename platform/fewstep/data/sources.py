@@ -280,8 +280,13 @@ def default_cache() -> Path:
 
 @contextmanager
 def _broken_as_value_error() -> Iterator[None]:
+    from PIL import UnidentifiedImageError
+
     try:
         yield
+    except UnidentifiedImageError as error:
+        # Its own text names a buffer's address, and shards keep the text: the same input, the same bytes.
+        raise ValueError("not an image that Pillow reads") from error
     except Exception as error:  # Pillow's plug-ins raise whatever their parsers do
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 

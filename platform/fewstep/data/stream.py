@@ -8,8 +8,8 @@ resumed worker continues with the very batch it would have seen. How it is made:
   shard, anew in each epoch.
 * Batch n is of the bucket that a draw for n, weighted by rows and the same on all ranks, names. Rows carry
   over from shard to shard and epoch to epoch of their bucket: none is dropped, every batch is full.
-* The shards needed, in order of need and over all coming epochs, are the work items of one lazy Ray Data
-  pipeline: there is no start-up pause between epochs, and a resume begins at the right item.
+* The shards needed, in order of need and over all coming epochs, are work items. Ray Data reads them ahead, some
+  at a time, whatever the epochs' borders: no epoch begins with a pause, and a resume begins at the right item.
 """
 
 from __future__ import annotations
@@ -40,19 +40,23 @@ from fewstep.models.conditioning import TextConditioning
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-SEGMENT_TASKS = 32
-"""Reading tasks of one Ray Data execution. Its scheduler runs in the training process and visits all of them
-in every round: 1,024 cost 80 % of a core, 64 cost 7 %. The queue bridges the start of the next execution."""
+SEGMENT_TASKS = 4
+"""Reading tasks of one Ray Data execution. Its scheduler runs in the training process and, until all its tasks
+have finished, spins: it must be able to finish, and soon, whatever the training does. (1,024 tasks, or a
+limit on the object store that holds tasks back, cost 80 % of a core.) So executions are short, without such a
+limit, and bounded by their number of tasks; the queue bridges the start of the next one."""
 
 TASK_BYTES, TASK_ITEMS = 16 * 2**20, 16
 """What one task reads: one large shard, or several small ones."""
 
 QUEUED_BATCHES = 8
+"""Batches made ahead of the training."""
+
+CLOSE_SECONDS = 10
+"""Longest wait for reading to end when an iterator is closed; it ends after the block being read."""
+
 READ_TASKS = 2
 """Tasks of one worker's stream that run at the same time."""
-
-READ_AHEAD_BYTES = 256 * 2**20
-"""Object store memory one worker's stream may fill ahead of the training."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Batch:
 class ShardStream:
     """An endless stream of a split's batches for one rank; iterate it inside a process that Ray knows.
 
-    Each `iter()` begins at `start_batch`. Reading runs ahead in the background.
+    Each `iter()` begins at `start_batch`. Reading runs ahead in the background until the iterator is closed.
 
     Args:
         root: the dataset, a local folder or `s3://…`.
@@ -152,6 +156,7 @@ class ShardStream:
                 yield batch
         finally:
             stop.set()
+            reader.join(CLOSE_SECONDS)
 
     def _fill(self, batches: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
         try:
@@ -221,7 +226,7 @@ def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int) -> Datas
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(READ_TASKS),
     )
-    return configured(pipeline, in_order=True, ahead_bytes=READ_AHEAD_BYTES)
+    return configured(pipeline, in_order=True)
 
 
 def _put(

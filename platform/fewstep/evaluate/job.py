@@ -25,12 +25,16 @@ COLUMNS = 10
 
 
 def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
-    """The end of a distillation: measure, draw, track, register, and say where everything is."""
+    """The end of a distillation: measure, draw, track, register, and say where everything is.
+
+    Raises:
+        UserError: MLflow did not take the model version; everything else is done and printed by then.
+    """
+    results, settings = Path("out") / trained.run_name, recipe.tracking
     tracker = Tracker.start(
-        uri=recipe.tracking.uri, experiment=recipe.tracking.experiment, run_name=trained.run_name,
+        uri=settings.uri, experiment=settings.experiment, run_name=trained.run_name,
         params={}, tags={}, spool=spool(), run_id=trained.mlflow_run,
     )  # fmt: skip
-    results = Path("out") / trained.run_name
     with tracker:
         metrics: dict[str, float] = {}
         if recipe.evaluation.enabled:
@@ -43,22 +47,20 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
             tracker.set_tags({f"promise.{v.name}": "kept" if v.kept else "missed" for v in verdicts})
             text = f"{report.table()}\n\n{verdict_table(verdicts)}\n"
             (results / "report.txt").write_text(text)
-            print(f"\n{text}", flush=True)
+            write_card(replace(read_student_card(trained.folder), metrics=metrics), trained.folder)
+            print(f"\n{text}\npicture     {results.absolute() / 'comparison.png'}", flush=True)
         loss_plot(_history(tracker)).savefig(_made(results) / "loss.png")
         tracker.log_artifact(results, "results")
-        tracker.flush()
-        write_card(replace(read_student_card(trained.folder), metrics=metrics), trained.folder)
-        version = register(
-            trained.folder, recipe.tracking.model, tracker.uri, tracker.run_id, recipe.tracking.alias, metrics
-        )
-    model = f"models:/{recipe.tracking.model}@{recipe.tracking.alias}"
-    picture = f"picture     {results.absolute() / 'comparison.png'}\n" if recipe.evaluation.enabled else ""
     print(
-        f"{picture}"
         f"student     {trained.folder.absolute()}\n"
-        f"registered  models:/{version.name}/{version.version} (now {model})\n"
         f"MLflow run  {trained.run_name} ({tracker.run_id})\n"
-        f"open MLflow mlflow ui --backend-store-uri {tracker.uri}   then visit port 5000 of this machine\n"
+        f"open MLflow mlflow ui --backend-store-uri {tracker.uri}   (or: make ui), then visit port 5000",
+        flush=True,
+    )
+    version = register(trained.folder, settings.model, tracker.uri, tracker.run_id, settings.alias, metrics)
+    model = f"models:/{settings.model}@{settings.alias}"
+    print(
+        f"registered  models:/{version.name}/{version.version}, now {model}\n"
         f'generate    jobs/generate.py --model {model} --prompt "red heart, noto style" --steps 4 --seed 0',
         flush=True,
     )
@@ -136,15 +138,20 @@ def _picture(images: dict[str, np.ndarray], batch: Batch, reference: str, row: s
 
 
 def _history(tracker: Tracker) -> list[dict[str, float]]:
-    """The run's training metrics as rows, from MLflow itself."""
+    """The run's training losses as rows, from MLflow itself; none while it is away."""
+    from mlflow.exceptions import MlflowException
+
     from fewstep.tracking.address import connect
 
     client = connect(tracker.uri)
-    names = [name for name in client.get_run(tracker.run_id).data.metrics if name.startswith("train/loss")]
     rows: dict[int, dict[str, float]] = {}
-    for name in names:
-        for point in client.get_metric_history(tracker.run_id, name):
-            rows.setdefault(point.step, {"step": point.step})[name] = point.value
+    try:
+        for name in client.get_run(tracker.run_id).data.metrics:
+            if name.startswith("train/loss"):
+                for point in client.get_metric_history(tracker.run_id, name):
+                    rows.setdefault(point.step, {"step": point.step})[name] = point.value
+    except MlflowException:
+        return []
     return [rows[step] for step in sorted(rows) if "train/loss" in rows[step]]
 
 

@@ -131,7 +131,10 @@ class GMFlowHead(nn.Module):
         )
 
     def parameters_of(self, packed: Tensor, unpack: Unpack) -> dict[str, Tensor]:
-        """Split and unpack `forward`'s result: means (B, K, C, H, W), logweights (B, K, 1, H, W), logstds (B, 1, 1, 1, 1)."""
+        """`forward`'s result split and unpacked.
+
+        Means (B, K, C, H, W), logweights (B, K, 1, H, W) normalised over K, logstds (B, 1, 1, 1, 1).
+        """
         packed = packed.float()
         sizes = [self.components * self.channels * self.area, self.components * self.area, 1]
         means, logweights, logstds = packed.split(sizes, dim=-1)

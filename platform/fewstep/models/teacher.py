@@ -109,6 +109,7 @@ def save_teacher(
         weights: the whole state dict; rounded to float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    transformer.register_to_config(_name_or_path="")  # where it once was loaded from is nobody's business
     transformer.save_config(folder)
     halves = {name: tensor.half().contiguous() for name, tensor in weights.items()}
     save_file(halves, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

@@ -212,7 +212,8 @@ class _Recipe(Section):
         parts = self.train.workers * self.train.accumulate
         if self.data.batch_size % parts:
             raise ValueError(
-                f"data.batch_size={self.data.batch_size} must be a multiple of train.workers × train.accumulate = {parts}"
+                f"data.batch_size={self.data.batch_size} must be a multiple of "
+                f"train.workers × train.accumulate = {parts}"
             )
         return self
 

@@ -142,7 +142,8 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
     except TrainingFailedError as error:
         tracker.finish("FAILED")
         raise UserError(
-            f"run {run_name} failed: {_root_cause(error)}; continue it from its last checkpoint with --resume {run_name}."
+            f"run {run_name} failed: {_root_cause(error)}; "
+            f"continue it from its last checkpoint with --resume {run_name}."
         ) from error
     if "stopped" in (result.metrics or {}):
         tracker.finish("FAILED")
@@ -201,9 +202,10 @@ def _check_cluster(settings: TrainSection) -> None:
     for kind, amount in wanted.items():
         available = resources.get(kind, 0.0)
         if amount > available:
+            remedy = "lower train.cpus_per_worker" if kind == "CPU" else "set train.gpu=false"
             raise UserError(
-                f"train.workers={settings.workers} need {amount:g} {kind}s, the Ray cluster has {available:g}: use fewer "
-                f"workers, or {'lower train.cpus_per_worker' if kind == 'CPU' else 'set train.gpu=false'}, or add nodes."
+                f"train.workers={settings.workers} need {amount:g} {kind}s, the Ray cluster has {available:g}: "
+                f"use fewer workers, or {remedy}, or add nodes."
             )
 
 
@@ -216,7 +218,7 @@ def _worker_environment(settings: TrainSection) -> dict[str, str]:
     """
     return {
         "OMP_NUM_THREADS": str(settings.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     }
 
