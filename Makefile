@@ -15,6 +15,9 @@ export PATH := $(BIN):$(PATH)
 export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S ?= 120
 export MLFLOW_ENABLE_TELEMETRY ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
+# The local node listens on loopback alone, and without a token: Ray 2.60's `ray start` turns tokens on as soon as
+# one lies in ~/.ray, and its `ray job submit` then does not send it unless RAY_AUTH_MODE says so.
+export RAY_AUTH_MODE ?= disabled
 
 .PHONY: help setup node distill teacher test lint ui stop clean
 
@@ -33,7 +36,8 @@ $(VENV)/.ready: pyproject.toml infra/constraints.txt infra/models.txt
 
 node: setup
 	@ray status >/dev/null 2>&1 || { echo "== starting a local Ray node"; \
-	  ray start --head --num-cpus=$(SLOTS) --disable-usage-stats >/dev/null; }
+	  ray start --head --node-ip-address=127.0.0.1 --num-cpus=$(SLOTS) --disable-usage-stats >/dev/null; \
+	  until ray job submit --no-wait -- true >/dev/null 2>&1; do sleep 1; done; }  # its job agent comes up last
 
 distill: node
 	ray job submit --runtime-env-json '{"env_vars": {"FEWSTEP_HOME": "$(CURDIR)"}}' -- \

@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """One local Ray node with four logical CPUs for the whole test session; gives the address of its job API."""
+    """A local Ray node with four logical CPUs for the whole test session; gives the address of its job API.
+
+    All its ports are free ones, so that it runs beside any other node of this machine.
+    """
     import ray
 
-    context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0)
-    yield f"http://{context.dashboard_url}"
-    ray.shutdown()
+    port, dashboard, agent, client = (_free_port() for _ in range(4))
+    scripts = Path(sys.executable).parent
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie below it
+    command = [
+        str(scripts / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={port}",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--ray-client-server-port={client}", f"--temp-dir={folder}", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1",
+    ]  # fmt: skip
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # as in the Makefile
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    node = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PATH": path}, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait_for_job_agent(address)
+        ray.init(address=f"127.0.0.1:{port}")
+        yield address
+        ray.shutdown()
+    finally:
+        node.send_signal(signal.SIGTERM)  # `ray start --block` stops the node's processes
+        node.wait(60)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for_job_agent(address: str) -> None:
+    """A node takes jobs some seconds after it is up."""
+    from ray.job_submission import JobSubmissionClient
+
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            JobSubmissionClient(address).submit_job(entrypoint="true")
+            return
+        except (RuntimeError, ConnectionError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)

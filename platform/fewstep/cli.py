@@ -53,7 +53,10 @@ def connect_ray() -> None:
     try:
         ray.init(address="auto", log_to_driver=True)
     except ConnectionError:
-        ray.init(num_cpus=(os.cpu_count() or 1) + 2, log_to_driver=True)
+        # On loopback alone, and so without the token that Ray would otherwise leave in ~/.ray: `ray start` would
+        # find it there, demand it, and `ray job submit` would not send it.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=(os.cpu_count() or 1) + 2, _node_ip_address="127.0.0.1", log_to_driver=True)
 
 
 def recipe_parser(description: str, kind: type[BaseModel], examples: str) -> argparse.ArgumentParser:

@@ -140,7 +140,9 @@ def test_training_workers_that_hold_every_cpu_are_still_fed(make_dataset, ray_cl
 
     root = make_dataset({WIDE: [8, 8]}).root
 
-    @ray.remote(num_cpus=2)
+    half = int(ray.available_resources()["CPU"] * 50) / 100
+
+    @ray.remote(num_cpus=half)
     class Worker:
         def keys(self, rank: int) -> list[str]:
             stream = ShardStream(root, "train", batch_size=4, seed=0, rank=rank, world_size=2)

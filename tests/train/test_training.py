@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -149,9 +150,14 @@ def test_two_workers_shard_the_weights_and_average_their_gradients(tiny_data, ti
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny_data, tiny_teacher, home
 ) -> None:
-    with pytest.raises(UserError, match=r"infinite or NaN .* lower optimizer.rate"):
+    with pytest.raises(UserError, match=r"infinite or NaN .* lower optimizer.rate") as caught:
         fit(recipe(tiny_data, tiny_teacher, "optimizer.rate=1e30", "optimizer.clip_norm=1e30",
                    "optimizer.warmup_steps=0", "train.checkpoint_every=1"))  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert only_run(home).info.status == "FAILED"
+    kept = [path / "state.json" for path in home.glob("runs/*/step-*")]
+    assert kept
+    assert all(math.isfinite(json.loads(state.read_text())["metrics"]["train/loss"]) for state in kept)
 
 
 def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home) -> None:

@@ -50,16 +50,16 @@ class _Sampler:
         self.conditioning, self.shape = batch.conditioning.to(self.pipe.device), batch.shape
         self.seed = seed
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        method = Method(*(rows[name][0].item() for name in ("name", "steps", "student", "noise")))
-        start, stop = int(rows["start"][0]), int(rows["stop"][0])
+    def __call__(self, work: dict[str, Any]) -> dict[str, Any]:
+        start, stop = work["start"], work["stop"]
+        method = Method(work["name"], work["steps"], work["student"], work["noise"])
         noise = torch.stack([self._noise(method.noise, index) for index in range(start, stop)])
         conditioning = TextConditioning(
             self.conditioning.states[start:stop], self.conditioning.mask[start:stop]
         )
         draw = self.pipe.sample if method.student else self.pipe.sample_teacher
         pixels = self.pipe.decode(draw(noise, conditioning, method.steps))
-        return {"name": [method.name], "start": [start], "pixels": pixels[None]}
+        return {"name": method.name, "start": start, "pixels": pixels}
 
     def _noise(self, stream: int, index: int) -> torch.Tensor:
         """Noise of one caption: its own generator, so that it does not depend on the chunking."""
@@ -93,10 +93,9 @@ def draw_images(
         for start in range(0, len(batch), CHUNK)
     ]
     files = {file.name: file.read_bytes() for file in student.iterdir() if file.is_file()}
-    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
+    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map(
         _Sampler,
         fn_constructor_args=(ray.put(files), ray.put(batch), seed, "cuda" if gpu else "cpu"),
-        batch_size=1,
         concurrency=min(_places(gpu), len(work)),
         **({"num_gpus": 1} if gpu else {"num_cpus": 1}),
     )

@@ -127,7 +127,7 @@ class OptimizerSection(Section):
 
 
 class TrainSection(Section):
-    steps: int = Field(900, ge=1)
+    steps: int = Field(1000, ge=1)
     """Optimizer steps."""
     seed: int = 0
     """One seed, one result."""
@@ -145,13 +145,13 @@ class TrainSection(Section):
     """Compute precision (gradients are reduced, and weights kept, in float32)."""
     activation_checkpointing: bool = False
     """Recompute blocks in backward instead of keeping their activations."""
-    checkpoint_every: int = Field(200, ge=1)
+    checkpoint_every: int = Field(250, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many checkpoints stay on disk."""
     log_every: int = Field(10, ge=1)
     """Steps between progress lines and metric points."""
-    sample_every: int = Field(200, ge=0)
+    sample_every: int = Field(250, ge=0)
     """Steps between sample grids; 0 for none."""
     max_failures: int = Field(3, ge=0)
     """How often dead workers are replaced before the run gives up."""

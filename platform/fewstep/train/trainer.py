@@ -145,9 +145,9 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
             f"run {run_name} failed: {_root_cause(error)}; "
             f"continue it from its last checkpoint with --resume {run_name}."
         ) from error
-    if "stopped" in (result.metrics or {}):
+    if (stopped := result.return_value) is not None:
         tracker.finish("FAILED")
-        raise UserError(f"run {run_name} stopped: {result.metrics['stopped']}")
+        raise UserError(f"run {run_name} stopped: {stopped}")
     folder = Path(".fewstep") / "models" / run_name
     _fetch_export(result.checkpoint, folder)
     tracker.finish()

@@ -42,8 +42,12 @@ class WorkerJob:
     """Arguments of `Tracker.start`, or None."""
 
 
-def train_worker(job: WorkerJob) -> None:
-    """Train until the recipe's last step, resuming from Ray Train's latest checkpoint if there is one."""
+def train_worker(job: WorkerJob) -> str | None:
+    """Train until the recipe's last step, resuming from Ray Train's latest checkpoint if there is one.
+
+    Returns None, or why training stopped early for good: an exception would make Ray Train restart from the
+    last checkpoint, into the same numbers.
+    """
     import ray.train
     import ray.train.torch
     import torch.distributed as dist
@@ -139,11 +143,9 @@ def train_worker(job: WorkerJob) -> None:
             stream.seconds_waited = 0.0
             metrics["train/learning_rate"] = rate
             if metrics["train/non_finite"]:
-                # Not an exception: Ray Train would restart from the last checkpoint, into the same numbers.
                 if pending is not None:
                     report(pending)
-                ray.train.report({"stopped": _non_finite(step, metrics), "step": step})
-                return
+                return _non_finite(step, metrics)
             if rank == 0:
                 print(progress_line(recipe.name, step, done, settings.steps, started, metrics), flush=True)
             if tracker is not None:
@@ -167,6 +169,7 @@ def train_worker(job: WorkerJob) -> None:
     report(pending)
     if tracker is not None:
         tracker.flush(timeout=30)
+    return None
 
 
 def build_optimizer(
