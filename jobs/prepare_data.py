@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from fewstep.cli import connect_ray, run_job
 
 EXAMPLES = """\
 sources
@@ -74,7 +75,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    import ray
 
     from fewstep.data import sources
     from fewstep.data.encode import Settings, prepare
@@ -97,8 +97,7 @@ def main() -> None:
         source = sources.image_folder(options.paths[0], captions=options.captions, held_out=options.held_out)
     else:
         source = sources.prompts(options.paths, held_out=options.held_out)
-    # Joins the cluster of RAY_ADDRESS or of this machine; a node of its own needs no dashboard.
-    ray.init(include_dashboard=False, logging_level="warning")
+    connect_ray()
     prepare(
         source, options.out, settings, encoders=options.encoders, gpus=options.gpus,
         report=lambda line: print(line, flush=True),
@@ -106,10 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from fewstep.errors import UserError
-
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_job(main)
