@@ -5,9 +5,6 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-EMOJI_IMAGES = "emoji16.parquet"
-"""Name of the prepared 16×16 emoji set."""
-
 
 def asset(name: str) -> Path:
     """Path of a file or folder that ships with the package (it may not exist)."""

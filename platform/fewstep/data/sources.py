@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from fewstep.assets import asset
 from fewstep.data import emoji
 from fewstep.data.seeds import fraction
 from fewstep.data.storage import Storage
@@ -45,8 +46,7 @@ TABLE_NAMES = tuple(
 FILE_COLUMNS = ("file", "file_name", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 
-EMOJI_BUNDLE = Path(__file__).parent.parent / "assets" / "emoji16.parquet"
-EMOJI_LICENCES = EMOJI_BUNDLE.with_name("EMOJI_LICENCES.md")
+EMOJI_BUNDLE, EMOJI_LICENCES = asset("emoji16.parquet"), asset("EMOJI_LICENCES.md")
 BUNDLE_SIZE = 16
 
 
