@@ -133,6 +133,6 @@ def test_the_registered_model_is_a_pyfunc_model(submitted, monkeypatch: pytest.M
     import mlflow
 
     home, _ = submitted
-    mlflow.set_tracking_uri(f"sqlite:///{home / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
     images = mlflow.pyfunc.load_model("models:/emoji-4step@champion").predict(["owl, fluent style"])
     assert len(images) == 1
