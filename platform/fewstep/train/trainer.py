@@ -212,13 +212,18 @@ def _check_cluster(settings: TrainSection) -> None:
 def _worker_environment(settings: TrainSection) -> dict[str, str]:
     """What must stand in a worker's environment before its process starts.
 
-    Waiting threads sleep instead of spinning: beside any other process on the same cores (Ray's own, the data
-    pipeline) spinning at barriers makes a step up to ten times slower. And lines a worker prints are printed
-    once: Ray Train's print patch repeats them.
+    Threads that wait spin only shortly: beside any other process on the same cores (Ray's own, the data
+    pipeline), libgomp's default makes a step up to ten times slower. Freed memory is kept instead of handed
+    back to the system and faulted in again at every operation: 15 % of a small model's step. And lines a
+    worker prints are printed once: Ray Train's print patch repeats them.
     """
+    keep = str(1 << 33)
     return {
         "OMP_NUM_THREADS": str(settings.threads),
         "GOMP_SPINCOUNT": "1000",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": keep,
+        "MALLOC_TRIM_THRESHOLD_": keep,
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     }
 
