@@ -10,6 +10,7 @@ CPUS   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Two logical CPUs more than there are: the data pipeline works beside a trainer that holds the real ones.
 SLOTS  := $(shell echo $$(( $(CPUS) + 2 )))
 ARGS   ?=
+SUBMIT  = ray job submit --runtime-env-json '{"env_vars": {"FEWSTEP_HOME": "$(CURDIR)"}}' --
 
 export PATH := $(BIN):$(PATH)
 export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S ?= 120
@@ -40,12 +41,10 @@ node: setup
 	  until ray job submit --no-wait -- true >/dev/null 2>&1; do sleep 1; done; }  # its job agent comes up last
 
 distill: node
-	ray job submit --runtime-env-json '{"env_vars": {"FEWSTEP_HOME": "$(CURDIR)"}}' -- \
-	  $(CURDIR)/jobs/distill_qwen.py $(ARGS)
+	$(SUBMIT) $(CURDIR)/jobs/distill_qwen.py $(ARGS)
 
 teacher: node
-	ray job submit --runtime-env-json '{"env_vars": {"FEWSTEP_HOME": "$(CURDIR)"}}' -- \
-	  $(CURDIR)/jobs/train_teacher.py --recipe emoji_teacher $(ARGS)
+	$(SUBMIT) $(CURDIR)/jobs/train_teacher.py --recipe emoji_teacher $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

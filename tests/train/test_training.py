@@ -181,7 +181,7 @@ def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home)
         (["train.workers=4", "train.cpus_per_worker=2"], r"need 8 CPUs, the Ray cluster has 4"),
         (["train.gpu=true"], r"GPUs, the Ray cluster has 0"),
         (["train.workers=8", "train.cpus_per_worker=0.1"], r"4 shards of shape .* for 8 workers"),
-        (["data.path=nowhere", "data.bundled=null"], r"there is no dataset at .*nowhere"),
+        (["data.path=nowhere"], r"there is no dataset at .*nowhere"),
         (["teacher.path=./missing"], r"teacher.path: there is no folder"),
         (["tracking.uri=http://127.0.0.1:9"], r"127.0.0.1:9"),
     ],

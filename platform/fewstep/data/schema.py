@@ -124,6 +124,21 @@ class DatasetInfo:
             for shape in shapes
         }
 
+    def check_world(self, split: str, world_size: int) -> None:
+        """Refuse more workers than a bucket of the split has shards: each reads its own.
+
+        Raises:
+            UserError: some worker would have nothing to read.
+        """
+        for shape, shards in self.buckets(split).items():
+            if len(shards) < world_size:
+                rows = sum(shard.rows for shard in shards)
+                raise UserError(
+                    f"{self.root} has {len(shards)} shards of shape {'x'.join(map(str, shape))} in its split "
+                    f"{split!r} for {world_size} workers: use at most {len(shards)}, or prepare the data "
+                    f"again with --shard-rows {max(1, rows // (2 * world_size))}."
+                )
+
     @classmethod
     def open(cls, root: str | os.PathLike[str]) -> DatasetInfo:
         """Read and check a dataset's manifest.

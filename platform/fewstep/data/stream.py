@@ -128,15 +128,8 @@ class ShardStream:
         start_batch: int = 0,
     ) -> None:
         self.info = DatasetInfo.open(root)
+        self.info.check_world(split, world_size)
         buckets = self.info.buckets(split)
-        for shape, shards in buckets.items():
-            if len(shards) < world_size:
-                rows = sum(shard.rows for shard in shards)
-                raise UserError(
-                    f"{self.info.root} has {len(shards)} shards of shape {'x'.join(map(str, shape))} in its "
-                    f"split {split!r} for {world_size} workers: use at most {len(shards)}, or prepare the "
-                    f"data again with --shard-rows {max(1, rows // (2 * world_size))}."
-                )
         self.start_batch = start_batch
         self.seconds_waited = 0.0
         self._order = Order(buckets, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)

@@ -88,7 +88,8 @@ def evaluate(
         gpu: whether to draw on GPUs.
     """
     batch = read_split(data, split, settings.captions)
-    nfe, passes_per_step = _student_steps(student)
+    card = read_student_card(student)
+    nfe, passes_per_step = card.nfe, 1 if card.guidance == 1 else 2
     reference = f"teacher_{settings.reference_steps}"
     ladder = {f"euler_{steps}": steps for steps in settings.ladder}
     row = f"student_{nfe}"
@@ -99,7 +100,7 @@ def evaluate(
         *(Method(name, steps) for name, steps in ladder.items()),
     ]
     images = draw_images(student, batch, methods, gpu=gpu)
-    real = np.asarray(load_autoencoder(read_student_card(student).autoencoder).decode(batch.latent))
+    real = np.asarray(load_autoencoder(card.autoencoder).decode(batch.latent))
     steps = {reference: settings.reference_steps, **ladder}
     print(f"measuring {len(images) + 1} sets of {len(batch)} images", flush=True)
     report = build_report(
@@ -117,12 +118,6 @@ def evaluate(
     quality_plot(report).savefig(results / "quality.png")
     (results / "report.json").write_text(report.to_json())
     return report
-
-
-def _student_steps(student: Path) -> tuple[int, int]:
-    """(evaluations of the student, passes of one teacher step)."""
-    card = read_student_card(student)
-    return card.nfe, 1 if card.guidance == 1 else 2
 
 
 def _picture(images: dict[str, np.ndarray], batch: Batch, reference: str, row: str, nfe: int, passes: int):  # noqa: ANN202 — a PIL image

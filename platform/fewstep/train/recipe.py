@@ -19,6 +19,9 @@ from fewstep.errors import UserError
 from fewstep.models.heads import GMFlowSettings, PolicySettings
 from fewstep.models.network import LoRASettings
 
+EMOJI_DATA = "data/emoji16"
+"""Where the bundled emoji set is prepared."""
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, docstrings under fields are their documentation."""
@@ -97,10 +100,8 @@ class NetworkSection(Section):
 
 
 class DataSection(Section):
-    path: str = "data/emoji16"
-    """Folder or s3:// address of prepared shards (jobs/prepare_data.py)."""
-    bundled: Literal["emoji"] | None = "emoji"
-    """What to prepare there, if nothing is: the captioned emoji set that ships with fewstep; null for nothing."""
+    path: str = EMOJI_DATA
+    """Folder or s3:// address of prepared shards (jobs/prepare_data.py); the default is prepared when missing."""
     batch_size: int = Field(48, ge=1)
     """Samples per optimizer step, over all workers and accumulation steps."""
 

@@ -14,7 +14,7 @@ from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
 from fewstep.models.teacher import load_teacher
-from fewstep.train.recipe import DataSection, DistillRecipe, TeacherRecipe, TrainSection
+from fewstep.train.recipe import EMOJI_DATA, DataSection, DistillRecipe, TeacherRecipe, TrainSection
 from fewstep.train.worker import EXPORT, WorkerJob, train_worker
 
 PREVIEW_CAPTIONS = 32
@@ -55,13 +55,16 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
 
 
 def open_data(section: DataSection) -> DatasetInfo:
-    """The dataset of a recipe; the bundled one is prepared first, where nothing is yet."""
+    """The dataset of a recipe; at its default path the bundled emoji set is prepared first, once.
+
+    At any other path nothing is: a mistyped one must be refused, not trained on something else.
+    """
     from fewstep.data.encode import Settings, prepare
     from fewstep.data.schema import MANIFEST
     from fewstep.data.sources import Size, emoji_set
     from fewstep.data.storage import Storage
 
-    if section.bundled == "emoji" and Storage.at(section.path).read(MANIFEST) is None:
+    if section.path == EMOJI_DATA and Storage.at(section.path).read(MANIFEST) is None:
         print(f"preparing the bundled emoji set in {section.path} (once)", flush=True)
         settings = Settings(sizes=(Size(16, 16),))
         prepare(emoji_set(), section.path, settings, encoders=2, report=lambda line: print(line, flush=True))
@@ -161,14 +164,8 @@ def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> tup
             f"data.path: {info.root} holds prompts alone, and this training needs images: prepare a dataset with "
             "images (jobs/prepare_data.py --source folder)."
         )
-    buckets = info.buckets("train")
-    for shape, shards in buckets.items():
-        if len(shards) < recipe.train.workers:
-            raise UserError(
-                f"data.path: {info.root} has {len(shards)} shards of shape {shape} for {recipe.train.workers} workers: "
-                "use fewer workers, or prepare the data again with smaller --shard-rows."
-            )
-    return next(iter(buckets))
+    info.check_world("train", recipe.train.workers)
+    return next(iter(info.buckets("train")))
 
 
 def _check_fit(
@@ -237,7 +234,6 @@ def _preview(info: DatasetInfo) -> dict[str, Any]:
         "states": states,
         "shape": shape,
         "autoencoder": info.encoding.autoencoder,
-        "captions": batch.captions,
     }
 
 
