@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.distill import ImitationSettings, flow_matching_loss, imitation_loss
+from fewstep.distill import ImitationSettings, flow_matching_loss, imitation_loss, imitation_walk
 from fewstep.distill.result import draw_times
 from fewstep.flow import TimeShift
 from fewstep.policies import GMFlowPolicy, rollout
@@ -164,6 +164,42 @@ def test_one_seed_one_result() -> None:
     assert torch.equal(runs[0].per_sample, runs[1].per_sample)
     assert torch.equal(runs[0].raw_t, runs[1].raw_t)
     assert not torch.equal(runs[0].per_sample, runs[2].per_sample)
+
+
+def test_a_walk_enters_every_segment_where_the_students_own_rollout_ends() -> None:
+    student = Student(TARGET + 0.3, spread=0.5)
+    settings = replace(SETTINGS, nfe=4, gm_dropout=0.5)
+    results = list(imitation_walk(student, Teacher(), data(), seeded(), settings))
+    ends = settings.segments.boundaries.float()
+    torch.testing.assert_close(torch.stack([result.raw_t[0] for result in results]), ends[:-1])
+
+    x = data()
+    for policy, upper, lower in zip(student.policies, ends[:-1], ends[1:], strict=True):
+        torch.testing.assert_close(policy.x_src, x)
+        torch.testing.assert_close(policy.sigma_src, settings.shift.warp(upper).expand(6))
+        with torch.no_grad():
+            x, _ = rollout(policy.detach(), x, upper.expand(6), lower.expand(6), settings.shift)
+
+
+def test_a_walk_weighs_each_segment_by_its_size() -> None:
+    settings = replace(SETTINGS, nfe=4, loss_scale=30.0)
+    results = list(
+        imitation_walk(certain, lambda x, s: to_target(x, s) + 0.5, data(), seeded(), settings)
+    )
+    sizes = -settings.segments.boundaries.diff()
+    for result, size in zip(results, sizes, strict=True):
+        torch.testing.assert_close(result.per_sample, torch.full((6,), 30 * 0.25), atol=2e-2, rtol=0)
+        assert result.loss.item() == pytest.approx(size.item() * result.per_sample.mean().item())
+    assert sum(result.loss.item() for result in results) == pytest.approx(30 * 0.25, abs=2e-2)
+
+
+def test_a_walk_needs_one_segments_graph_at_a_time() -> None:
+    student = Student(TARGET + 0.2)
+    for result in imitation_walk(student, to_target, data(), seeded(), SETTINGS):
+        student.target.grad = None
+        result.loss.backward()
+        assert (student.target.grad > 0).all()
+    assert not any(policy.x_src.requires_grad for policy in student.policies)
 
 
 def test_drawn_times_are_uniform_and_spread_over_the_batch() -> None:

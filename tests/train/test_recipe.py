@@ -39,7 +39,6 @@ def test_overrides_win_and_are_typed() -> None:
         ("train.steps=many", r"train.steps: .*integer.*'many'"),
         ("train.steps=0", r"train.steps"),
         ("imitation.final_step_scale=2", r"imitation.final_step_scale"),
-        ("train.precision=bfloat16", r"set train.gpu=true"),
         ("train.workers=5", r"multiple of train.workers"),
         ("steps", r"--set takes section.key=value"),
         ("evaluation.ladder=[2]", r"evaluation: .*ladder"),

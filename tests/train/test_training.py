@@ -160,6 +160,18 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert all(math.isfinite(json.loads(state.read_text())["metrics"]["train/loss"]) for state in kept)
 
 
+def test_prompts_alone_suffice_for_data_free_training(tiny_data, tiny_teacher, home) -> None:
+    prompts = home / "prompts.txt"
+    prompts.write_text("\n".join(f"small thing {index}" for index in range(24)))
+    prepare(prompt_lists([prompts]), home / "prompts", Settings(sizes=(Size(8, 8),)), encoders=1)
+    overrides = [f"data.path={home / 'prompts'}", "data.batch_size=4", "imitation.nfe=2"]
+    with pytest.raises(UserError, match=r"prompts alone.*set imitation.data_free=true"):
+        fit(recipe(tiny_data, tiny_teacher, *overrides))
+    trained = fit(recipe(tiny_data, tiny_teacher, *overrides, "imitation.data_free=true", "optimizer.rate=1e-2"))
+    values = losses(home, trained.mlflow_run)
+    assert min(values[STEPS]) < 0.8 * max(values[1])
+
+
 def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home) -> None:
     settings = [
         f"data.path={tiny_data}", "data.batch_size=8", "train.steps=30", "train.threads=1",

@@ -2,7 +2,7 @@
 
 from fewstep.distill.ema import PowerEMA
 from fewstep.distill.flow_matching import flow_matching_loss
-from fewstep.distill.imitation import ImitationSettings, imitation_loss, segment_errors
+from fewstep.distill.imitation import ImitationSettings, imitation_loss, imitation_walk, segment_errors
 from fewstep.distill.protocols import Student, Teacher
 from fewstep.distill.result import LossResult
 
@@ -14,5 +14,6 @@ __all__ = [
     "Teacher",
     "flow_matching_loss",
     "imitation_loss",
+    "imitation_walk",
     "segment_errors",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -69,6 +70,38 @@ def imitation_loss(
     per_sample = segment_errors(policy, teacher, x_src, raw_src, segment_size, generator, settings)
     per_sample = settings.loss_scale * per_sample
     return LossResult(per_sample.mean(), per_sample.detach(), raw_t)
+
+
+def imitation_walk(
+    student: Callable[[Tensor, Tensor], Policy],
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    generator: torch.Generator,
+    settings: ImitationSettings,
+) -> Iterator[LossResult]:
+    """Data-free π-ID (Algorithm 3): the student walks from noise to data on its own rollouts.
+
+    Yields one loss per segment, from noise to data, weighted by the segment's size so that they sum to the
+    loss over all of raw time; each is to be differentiated before the next is asked for, so that one
+    segment's graph is in memory at a time. States come from the student's own trajectory, as in sampling,
+    instead of from noised data: no data is needed, and the student learns where it will be asked.
+
+    Args:
+        student: as in `imitation_loss`.
+        teacher: as in `imitation_loss`.
+        noise: x at τ = 1, (B, C, H, W).
+        generator: source of dropout and visited times.
+        settings: segments, window, scale.
+    """
+    x, batch = noise, len(noise)
+    for upper, lower in pairwise(settings.segments.boundaries.float()):
+        raw_src, segment_size = upper.expand(batch), (upper - lower).expand(batch)
+        policy = student(x, settings.shift.warp(raw_src).to(x.device))
+        per_sample = segment_errors(policy, teacher, x, raw_src, segment_size, generator, settings)
+        per_sample = settings.loss_scale * per_sample
+        with torch.no_grad():
+            x, _ = rollout(policy.detach(), x, raw_src, lower.expand(batch), settings.shift, settings.substeps)
+        yield LossResult(float(upper - lower) * per_sample.mean(), per_sample.detach(), raw_src)
 
 
 def segment_errors(

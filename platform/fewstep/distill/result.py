@@ -13,9 +13,9 @@ class LossResult:
     """A loss, and where on the time axis it comes from.
 
     Attributes:
-        loss: scalar with gradient, the mean of `per_sample`.
+        loss: scalar with gradient, the mean of `per_sample`; in a walk, times the segment's size.
         per_sample: (B,), detached.
-        raw_t: raw time drawn for each sample, (B,), in (0, 1].
+        raw_t: raw time of each sample, (B,), in (0, 1].
     """
 
     loss: Tensor

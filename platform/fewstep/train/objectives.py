@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.stream import Batch
-from fewstep.distill import ImitationSettings, LossResult, flow_matching_loss, imitation_loss
-from fewstep.flow import SamplerSchedule, TimeShift, euler, generate
+from fewstep.distill import (
+    ImitationSettings,
+    LossResult,
+    flow_matching_loss,
+    imitation_loss,
+    imitation_walk,
+)
+from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.network import GuidedTeacher, PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
+from fewstep.policies import Policy
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
 
@@ -31,8 +39,11 @@ class Objective(Protocol):
         """What the optimizer trains, by name."""
         ...
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> LossResult:
-        """The loss of one micro-batch; all draws from `generator`."""
+    def losses(self, batch: Batch, generator: torch.Generator) -> Iterator[LossResult]:
+        """The losses of one micro-batch, each to be differentiated before the next is asked for.
+
+        All draws come from `generator`.
+        """
         ...
 
     def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
@@ -81,15 +92,21 @@ class Distillation:
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.model.trainable()
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> LossResult:
+    def losses(self, batch: Batch, generator: torch.Generator) -> Iterator[LossResult]:
         asked = batch.conditioning.repeat(self.settings.intermediate_states)
-        return imitation_loss(
-            lambda x, sigma: self.model.policy(x, sigma, batch.conditioning),
-            lambda x, sigma: self.teacher.velocity(x, sigma, asked),
-            batch.latent,
-            generator,
-            self.settings,
-        )
+
+        def student(x: Tensor, sigma: Tensor) -> Policy:
+            return self.model.policy(x, sigma, batch.conditioning)
+
+        def teacher(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.teacher.velocity(x, sigma, asked)
+
+        if self.recipe.imitation.data_free:
+            device = batch.conditioning.states.device
+            noise = gaussian_noise((len(batch), *batch.shape), generator, device)
+            yield from imitation_walk(student, teacher, noise, generator, self.settings)
+        else:
+            yield imitation_loss(student, teacher, batch.latent, generator, self.settings)
 
     def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
         schedule = SamplerSchedule(self.settings.nfe, self.settings.shift, self.settings.final_step_scale)
@@ -147,11 +164,11 @@ class FlowMatching:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> LossResult:
+    def losses(self, batch: Batch, generator: torch.Generator) -> Iterator[LossResult]:
         draw = torch.rand(len(batch), generator=generator, device=generator.device)
         keep = (draw >= self.recipe.flow_matching.condition_dropout).to(batch.latent.device)
         conditioning = batch.conditioning.where(keep, self.null)
-        return flow_matching_loss(
+        yield flow_matching_loss(
             lambda x, t: self.model.velocity(x, t, conditioning), batch.latent, generator, self.shift
         )
 

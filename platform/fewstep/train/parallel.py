@@ -1,12 +1,18 @@
-"""FSDP2: weights sharded over the workers, gathered block by block."""
+"""FSDP2: weights sharded over the workers, gathered block by block; and the precision they compute in."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fewstep.train.objectives import Objective
 from fewstep.train.recipe import TrainSection
@@ -15,14 +21,17 @@ from fewstep.train.recipe import TrainSection
 def shard(objective: Objective, settings: TrainSection, world_size: int) -> None:
     """Shard the objective's model in place, one FSDP group per transformer block and one for the rest.
 
-    With bfloat16, blocks compute in it; weights stay, and gradients are reduced, in float32.
+    With bfloat16, blocks compute in it (on CPUs, their matrix products do); weights stay, and gradients are
+    reduced, in float32.
     """
     blocks = objective.family.blocks(objective.transformer)
     if settings.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
     mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
     precision = MixedPrecisionPolicy()
-    if settings.precision == "bfloat16":
+    if settings.precision == "bfloat16" and not settings.gpu:
+        objective.transformer.forward = _bfloat16_products(objective.transformer.forward)
+    elif settings.precision == "bfloat16":
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # One worker has nothing to gather: it keeps the weights whole between uses.
     reshard = world_size > 1
@@ -42,3 +51,37 @@ def full(tensor: Tensor) -> Tensor:
     """The whole of a possibly sharded tensor, on the CPU; all ranks must ask together."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware; others take 50 to 100 times longer."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _bfloat16_products(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with its linear layers in bfloat16, on CPUs: 1.3 times as fast as float32 with AVX512-BF16."""
+
+    @wraps(forward)
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16), _Float32Attention():
+            return forward(*args, **kwargs)
+
+    return mixed
+
+
+class _Float32Attention(TorchFunctionMode):
+    """Attention in float32 inside autocast: torch's CPU kernel has a bfloat16 backward seven times as slow."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

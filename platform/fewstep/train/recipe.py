@@ -52,6 +52,9 @@ class StudentSection(Section):
 class ImitationSection(Section):
     """π-ID, METHOD.md section 4."""
 
+    data_free: bool = False
+    """Walk the student's own trajectories from noise (Algorithm 3; captions suffice) instead of entering segments
+    from noised data (Algorithm 2). One sample of a batch then is one walk: nfe segments instead of one."""
     nfe: int = Field(4, ge=1)
     """Network evaluations of the student."""
     final_step_scale: float = Field(0.5, gt=0, le=1)
@@ -143,7 +146,8 @@ class TrainSection(Section):
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Compute precision (gradients are reduced, and weights kept, in float32)."""
+    """Compute precision (gradients are reduced, and weights kept, in float32); bfloat16 wants a GPU, or a CPU that
+    multiplies it in hardware (AVX512-BF16, AMX)."""
     activation_checkpointing: bool = False
     """Recompute blocks in backward instead of keeping their activations."""
     checkpoint_every: int = Field(250, ge=1)
@@ -158,14 +162,6 @@ class TrainSection(Section):
     """How often dead workers are replaced before the run gives up."""
     storage: str = "runs"
     """Folder or s3:// address of checkpoints and results."""
-
-    @model_validator(mode="after")
-    def _bfloat16_needs_gpu(self) -> TrainSection:
-        if self.precision == "bfloat16" and not self.gpu:
-            raise ValueError(
-                "bfloat16 is for GPUs (50 to 100 times slower than float32 on CPUs): set train.gpu=true"
-            )
-        return self
 
 
 class TrackingSection(Section):

@@ -14,6 +14,7 @@ from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
 from fewstep.models.teacher import load_teacher
+from fewstep.train.parallel import cpu_has_bfloat16
 from fewstep.train.recipe import EMOJI_DATA, DataSection, DistillRecipe, TeacherRecipe, TrainSection
 from fewstep.train.worker import EXPORT, WorkerJob, train_worker
 
@@ -44,6 +45,7 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
 
     info = open_data(recipe.data)
     shape = _check_data(info, recipe)
+    _check_precision(recipe.train)
     if isinstance(recipe, DistillRecipe):
         transformer, family, _ = load_teacher(recipe.teacher.path, recipe.teacher.family)
         _check_fit(info, shape, family.latent_channels(transformer), family.condition_width(transformer),
@@ -159,10 +161,12 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
 
 
 def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> tuple[int, int, int]:
-    if not info.has_latents:
+    data_free = isinstance(recipe, DistillRecipe) and recipe.imitation.data_free
+    if not info.has_latents and not data_free:
+        remedy = ", or set imitation.data_free=true" if isinstance(recipe, DistillRecipe) else ""
         raise UserError(
             f"data.path: {info.root} holds prompts alone, and this training needs images: prepare a dataset with "
-            "images (jobs/prepare_data.py --source folder)."
+            f"images (jobs/prepare_data.py --source folder){remedy}."
         )
     info.check_world("train", recipe.train.workers)
     return next(iter(info.buckets("train")))
@@ -186,6 +190,14 @@ def _check_fit(
         raise UserError(
             f"data.path: latents of {shape[1]}x{shape[2]} can't be cut into the teacher's {patch}x{patch} patches: "
             "prepare the data at a size that is a multiple of the patch."
+        )
+
+
+def _check_precision(settings: TrainSection) -> None:
+    if settings.precision == "bfloat16" and not settings.gpu and not cpu_has_bfloat16():
+        raise UserError(
+            "train.precision: this CPU has no bfloat16 arithmetic, and would be 50 to 100 times slower than in float32: "
+            "set train.precision=float32, or train.gpu=true."
         )
 
 

@@ -126,9 +126,9 @@ def train_worker(job: WorkerJob) -> str | None:
         for _ in range(settings.accumulate):
             seed_step(generator, settings.seed, rank, batches)
             batch = to_device(next(source), device)
-            result = objective.loss(batch, generator)
-            (result.loss / settings.accumulate).backward()
-            meter.add(result)
+            for result in objective.losses(batch, generator):
+                (result.loss / settings.accumulate).backward()
+                meter.add(result)
             batches += 1
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm)
         optimizer.step()
