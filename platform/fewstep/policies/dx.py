@@ -81,11 +81,13 @@ class DXPolicy:
             factors[s] = gains[s] * derivative + slopes[s]
             derivative = derivative + factors[s]
         steps = (-1, *[1] * (x.ndim - 2), len(gains))  # substeps in place of the latent's last axis
-        basis = self._basis(self._raw(sigmas[:-1].T.reshape(steps).to(x.device)))
-        terms = basis * factors.T.reshape(steps).to(x.device).unsqueeze(1)
+        basis = self._basis(self._raw(sigmas[:-1].T.reshape(steps).to(x.device, non_blocking=True)))
+        terms = basis * factors.T.reshape(steps).to(x.device, non_blocking=True).unsqueeze(1)
         # One by one, so that the substeps in which a sample rests, zeros, do not alter the rounding.
         weights = sum(terms.split(1, -1))
-        return per_latent(derivative.to(x.device), x) * x - (weights * self._coefficients).sum(1)
+        return per_latent(derivative.to(x.device, non_blocking=True), x) * x - (
+            weights * self._coefficients
+        ).sum(1)
 
     @property
     def one_time_per_sample(self) -> bool:

@@ -52,7 +52,7 @@ def rollout(
         The state at `raw_to`, (B, C, H, W), and its σ, (B,).
     """
     sigmas = _substep_sigmas(raw_from, raw_to, substep_count(raw_from, raw_to, substeps), shift)
-    end = sigmas[-1].to(x.device)
+    end = sigmas[-1].to(x.device, non_blocking=True)
     if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
         return policy.closed_form(x, sigmas, torch.zeros_like(sigmas[1:]), 1.0), end
     kernel = kernels.kernel(policy, x)
@@ -63,7 +63,7 @@ def rollout(
 
 def rollout_reference(policy: Policy, x: Tensor, sigmas: Tensor) -> Tensor:
     """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends."""
-    for sigma, after in pairwise(sigmas.to(x.device)):
+    for sigma, after in pairwise(sigmas.to(x.device, non_blocking=True)):
         x = torch.addcmul(x, per_latent(after - sigma, x), policy.velocity(x, sigma))
     return x
 
@@ -114,7 +114,11 @@ def mean_velocity_reference(policy: Policy, x: Tensor, sigmas: Tensor, shares: T
     """
     if isinstance(policy, GMFlowPolicy):
         policy.mixture()  # shared by the substeps, so not to be recomputed with one of them
-    mean, sigmas, shares = torch.zeros_like(x), sigmas.to(x.device), shares.to(x.device)
+    mean, sigmas, shares = (
+        torch.zeros_like(x),
+        sigmas.to(x.device, non_blocking=True),
+        shares.to(x.device, non_blocking=True),
+    )
     for (sigma, after), share in zip(pairwise(sigmas), shares, strict=True):
         if torch.is_grad_enabled():
             velocity = checkpoint(
