@@ -17,6 +17,8 @@ from fewstep.policies.kernels.numba_gmflow import LANES, FlatPolicy, Gradients, 
 SLICE = 50_000
 """Component-channel-substeps of a block that are worth a thread: some 50 µs."""
 
+SLICES_PER_THREAD = 4
+
 
 def rollout(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor) -> Tensor:
     """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends."""
@@ -110,14 +112,24 @@ def _array(tensor: Tensor) -> Any:
 def _in_slices(run: Callable[[int, int], None], blocks: int, work: int) -> None:
     """`run(first, last)` over all blocks, on as many threads as torch would use and the work is worth.
 
-    Threads of our own, for numba's break down when several Python threads call at once, as a server does.
+    Threads of our own, for numba's break down when several Python threads call at once, as a server does. Each
+    takes the next slice when it is done with one: torch's own threads may still spin on its core after the
+    network, and then the caller does most of the work.
     """
-    slices = max(1, min(torch.get_num_threads(), blocks, blocks * work // SLICE))
+    threads = max(1, min(torch.get_num_threads(), blocks, blocks * work // SLICE))
+    slices = 1 if threads == 1 else min(blocks, SLICES_PER_THREAD * threads)
     ends = [blocks * i // slices for i in range(slices + 1)]
-    others = [_pool().submit(run, *ends[i : i + 2]) for i in range(1, slices)]
-    run(0, ends[1])
+    remaining = iter(range(slices))  # its next() is one step of the interpreter: no two threads get the same
+
+    def take() -> None:
+        for i in remaining:
+            run(ends[i], ends[i + 1])
+
+    others = [_pool().submit(take) for _ in range(threads - 1)]
+    take()
     for other in others:
-        other.result()
+        if not other.cancel():
+            other.result()
 
 
 @functools.cache

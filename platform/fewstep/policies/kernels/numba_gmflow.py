@@ -1,4 +1,4 @@
-"""GMFlow on the CPU: a block of sixteen latent locations stays in the first-level cache for a whole rollout.
+"""GMFlow on the CPU: a block of 32 latent locations stays in the first-level cache for a whole rollout.
 
 Compiled by numba at the first use (some seconds) and kept in numba's cache on disk. All that is compiled
 stands in this one file, because numba compiles anew when the file of a cached function changes, not when
@@ -19,10 +19,10 @@ from numba.extending import intrinsic, models, overload, register_model
 from fewstep.policies.base import MIN_SIGMA
 from fewstep.policies.gmflow import MIN_SPREAD
 
-# Lanes: sixteen float32 side by side, one latent location per lane. As a numba type it is one LLVM vector (one
-# AVX-512 register, two of AVX2, four of NEON): numba by itself vectorises neither sums nor exponentials.
+# Lanes: 32 float32 side by side, one latent location per lane. As a numba type it is one LLVM vector (two
+# AVX-512 registers, four of AVX2, eight of NEON): numba by itself vectorises neither sums nor exponentials.
 
-LANES = 16
+LANES = 32
 """Latent locations per block."""
 
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
@@ -80,7 +80,7 @@ def put(_: Any, rows: types.Array, row: types.Integer, value: LanesType) -> Any:
 
 @intrinsic
 def load(_: Any, flat: types.Array, start: types.Integer) -> Any:
-    """Sixteen neighbours of any flat float32 array."""
+    """`LANES` neighbours in any flat float32 array."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -233,7 +233,7 @@ class Gradients(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A policy at sixteen locations, in the coordinates of `GMFlowPolicy`, and one query's answer."""
+    """A policy at `LANES` locations, in the coordinates of `GMFlowPolicy`, and one query's answer."""
 
     centres: np.ndarray  # μ_k − c, K·C rows
     squares: np.ndarray  # ‖μ_k − c‖², K rows
@@ -296,7 +296,7 @@ def softmax(logits: np.ndarray, components: int) -> None:
 def load_block(
     block: Block, policy: FlatPolicy, shape: tuple[int, int, int], sample: int, n: int, spare: np.ndarray
 ) -> None:
-    """Fill a block with the policy at a sample's sixteen locations from `n` on."""
+    """Fill a block with the policy at a sample's locations from `n` on."""
     components, channels, space = shape
     count = min(LANES, space - n)
     for k in range(components):
