@@ -1,5 +1,7 @@
 """GMFlow on a GPU: one program carries a block of latent locations through all substeps in registers."""
 
+# ruff: noqa: ANN001, ANN201 (Triton reads annotations: pointers and sizes have none)
+
 from __future__ import annotations
 
 import triton
