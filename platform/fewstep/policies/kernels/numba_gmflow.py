@@ -30,8 +30,15 @@ _INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 _CONTRACT = ("contract",)  # a·b + c may become one instruction; nothing else may be rearranged
 
 
-entry = njit(nogil=True, cache=True, error_model="numpy")
 part = njit(nogil=True, error_model="numpy")
+
+
+def entry(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile what torch code calls."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # neither this folder, nor the user's cache, nor NUMBA_CACHE_DIR can be written
+        return part(function)
 
 
 class LanesType(types.Type):
