@@ -219,6 +219,16 @@ def test_the_number_of_threads_alters_nothing(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_source_time_that_varies_over_the_latent_goes_by_the_reference() -> None:
+    policy, raw = large_case()
+    varied = GMFlowPolicy(
+        policy.means, policy.logstds, policy.logweights, policy.x_src, torch.full((1, 1, 33, 31), 0.97)
+    )
+    assert kernels.kernel(policy, policy.x_src) is not None
+    assert kernels.kernel(varied, policy.x_src) is None
+    assert rollout(varied, policy.x_src, raw, raw / 2, TimeShift(3.2))[0].isfinite().all()
+
+
 def test_nan_stays_visible() -> None:
     policy, raw = large_case()
     policy.means[0, 3, 1, 2, 5] = torch.nan

@@ -27,9 +27,15 @@ def kernel(policy: object, x: torch.Tensor) -> ModuleType | None:
     if type(policy) is not GMFlowPolicy or x.device.type not in MODULES:
         return None
     tensors = (x, policy.means, policy.logstds, policy.logweights, policy.x_src)
-    fits = all(t.device == x.device and t.dtype in DTYPES for t in tensors)
-    per_sample = policy.sigma_src.numel() in (1, len(x)) and policy.logstds.numel() in (1, len(x))
+    fits = all(t.device == x.device and t.dtype in DTYPES for t in tensors) and x.shape == policy.x_src.shape
+    per_sample = _per_sample(policy.sigma_src, x) and _per_sample(policy.logstds, policy.means)
     return _load(x.device.type) if fits and per_sample and x.numel() else None
+
+
+def _per_sample(scalars: torch.Tensor, of: torch.Tensor) -> bool:
+    """Whether a tensor holds one number for all, or one for each sample of `of`."""
+    one_each = scalars.ndim in (1, of.ndim) and scalars.numel() == len(scalars) == len(of)
+    return one_each or scalars.numel() == 1
 
 
 @functools.cache
