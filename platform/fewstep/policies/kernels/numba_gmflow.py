@@ -98,6 +98,19 @@ def load(_: Any, flat: types.Array, start: types.Integer) -> Any:
 
 
 @intrinsic
+def store(_: Any, flat: types.Array, start: types.Integer, value: LanesType) -> Any:
+    """Write `LANES` neighbours in any flat float32 array."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), _FLOATS.as_pointer())
+        builder.store(args[2], pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(flat, types.intp, Lanes), emit
+
+
+@intrinsic
 def splat(_: Any, value: types.Float) -> Any:
     """The same number in all lanes."""
 
@@ -200,10 +213,14 @@ def read(flat: np.ndarray, start: int, count: int, spare: np.ndarray) -> LanesTy
 
 
 @part
-def write(flat: np.ndarray, start: int, count: int, rows: np.ndarray, row: int) -> None:
-    """The first `count` lanes of a row to `flat[start:]`."""
-    for lane in range(count):
-        flat[start + lane] = rows[row * LANES + lane]
+def write(flat: np.ndarray, start: int, count: int, value: LanesType, spare: np.ndarray) -> None:
+    """The first `count` lanes to `flat[start:]`; `spare` is a buffer of one row."""
+    if count == LANES:
+        store(flat, start, value)
+    else:
+        put(spare, 0, value)
+        for lane in range(count):
+            flat[start + lane] = spare[lane]
 
 
 @part
@@ -263,17 +280,28 @@ class Moment(NamedTuple):
 
 
 @part
+def padded(components: int) -> int:
+    """K, rounded up to groups of four: `query` takes sums four at a time."""
+    return -(-components // 4) * 4
+
+
+@part
 def new_block(components: int, channels: int) -> Block:
-    return Block(
-        new_rows(components * channels),
-        new_rows(components),
-        new_rows(components),
+    rows = padded(components)
+    block = Block(
+        new_rows(rows * channels + 3),
+        new_rows(rows),
+        new_rows(rows),
         new_rows(channels),
         new_rows(channels),
         new_rows(channels),
-        new_rows(components),
-        new_rows(channels),
+        new_rows(rows),
+        new_rows(channels + 3),
     )
+    block.centres[:] = 0  # components beyond K have no weight
+    block.squares[:] = 0
+    block.logweights[:] = -np.inf
+    return block
 
 
 @part
@@ -335,6 +363,12 @@ def load_block(
 
 
 @part
+def logit(block: Block, k: int, agreement: LanesType, scale: float, contrast: float) -> LanesType:
+    """a'_k in base 2, given μ_k·ν."""
+    return agreement * scale + (get(block.logweights, k) - get(block.squares, k) * contrast)
+
+
+@part
 def query(block: Block, x: np.ndarray, first: int, at: Moment, components: int, channels: int) -> None:
     """Write ν, the weights and their mean centre for the state in rows `first` … of `x`."""
     for c in range(channels):
@@ -342,18 +376,33 @@ def query(block: Block, x: np.ndarray, first: int, at: Moment, components: int, 
         put(block.nu, c, shifted * at.gain - get(block.evidence, c))
     scale = at.shrink * LOG2E
     contrast = 0.5 * at.zeta * scale
-    for k in range(components):
-        agreement = splat(np.float32(0))
-        for c in range(channels):
-            agreement = agreement + get(block.centres, k * channels + c) * get(block.nu, c)
-        logit = get(block.logweights, k) - get(block.squares, k) * contrast
-        put(block.weights, k, agreement * scale + logit)
-    softmax(block.weights, components)
-    for c in range(channels):
-        posterior = splat(np.float32(0))
+    zero, rows = splat(np.float32(0)), padded(components)
+    # Sums four at a time: one factor of each product then stays in a register.
+    for k in range(0, rows, 4):
+        a, b, c, d = zero, zero, zero, zero
+        for channel in range(channels):
+            nu, row = get(block.nu, channel), k * channels + channel
+            a = a + get(block.centres, row) * nu
+            b = b + get(block.centres, row + channels) * nu
+            c = c + get(block.centres, row + 2 * channels) * nu
+            d = d + get(block.centres, row + 3 * channels) * nu
+        put(block.weights, k, logit(block, k, a, scale, contrast))
+        put(block.weights, k + 1, logit(block, k + 1, b, scale, contrast))
+        put(block.weights, k + 2, logit(block, k + 2, c, scale, contrast))
+        put(block.weights, k + 3, logit(block, k + 3, d, scale, contrast))
+    softmax(block.weights, rows)
+    for channel in range(0, channels, 4):  # up to three beyond C, of no meaning
+        a, b, c, d = zero, zero, zero, zero
         for k in range(components):
-            posterior = posterior + get(block.weights, k) * get(block.centres, k * channels + c)
-        put(block.posterior, c, posterior)
+            weight, row = get(block.weights, k), k * channels + channel
+            a = a + get(block.centres, row) * weight
+            b = b + get(block.centres, row + 1) * weight
+            c = c + get(block.centres, row + 2) * weight
+            d = d + get(block.centres, row + 3) * weight
+        put(block.posterior, channel, a)
+        put(block.posterior, channel + 1, b)
+        put(block.posterior, channel + 2, c)
+        put(block.posterior, channel + 3, d)
 
 
 @part
@@ -410,8 +459,8 @@ def integrate(
                 put(x, c, get(x, c) + u * change)
                 put(mean, c, get(mean, c) + u * share)
         for c in range(channels):
-            write(x_to, (sample * channels + c) * space + n, count, x, c)
-            write(mean_velocity, (sample * channels + c) * space + n, count, mean, c)
+            write(x_to, (sample * channels + c) * space + n, count, get(x, c), spare)
+            write(mean_velocity, (sample * channels + c) * space + n, count, get(mean, c), spare)
 
 
 @entry
@@ -522,15 +571,23 @@ def pull_back(
                 row = k * channels + c
                 centre_bar = get(centres_bar, row) - get(contraction, k) * get(block.centres, row)
                 x_src_bar = x_src_bar + centre_bar
-                put(spare, 0, centre_bar * (-source.sigma))
                 write(
-                    gradients.means, ((sample * components + k) * channels + c) * space + n, count, spare, 0
+                    gradients.means,
+                    ((sample * components + k) * channels + c) * space + n,
+                    count,
+                    centre_bar * (-source.sigma),
+                    spare,
                 )
-            put(spare, 0, x_src_bar)
-            write(gradients.x_src, (sample * channels + c) * space + n, count, spare, 0)
-            write(gradients.x_from, (sample * channels + c) * space + n, count, x_bar, c)
+            write(gradients.x_src, (sample * channels + c) * space + n, count, x_src_bar, spare)
+            write(gradients.x_from, (sample * channels + c) * space + n, count, get(x_bar, c), spare)
         for k in range(components):
-            write(gradients.logweights, (sample * components + k) * space + n, count, logweights_bar, k)
+            write(
+                gradients.logweights,
+                (sample * components + k) * space + n,
+                count,
+                get(logweights_bar, k),
+                spare,
+            )
         put(spare, 0, variance_bar)
         total = 0.0
         for lane in range(LANES):
