@@ -33,6 +33,11 @@ reading the table
   arithmetic of the algorithm, at the rates at which this machine, in this run, copies 256 MB and multiplies
   float32 matrices. DX needs almost no arithmetic: its floor is memory.
 
+  On a CPU, "plain" depends on whether the C library hands freed memory back to the system and faults it in again
+  at every operation: several times slower, and decided by chance as a process goes on. Fix it for a comparison:
+  MALLOC_MMAP_THRESHOLD_=131072 (glibc's first setting: handed back), or, with MALLOC_TRIM_THRESHOLD_ too,
+  8589934592 (kept, as in this library's training workers). "fused" allocates next to nothing either way.
+
 examples
   jobs/benchmark_rollout.py                                 CPU, 2 threads, about a minute
   jobs/benchmark_rollout.py --device cuda                   shapes of a data-centre GPU
