@@ -1,6 +1,6 @@
 """Policies π(x_t, t): network-free velocity fields, and the integration of their ODE.
 
-Pure torch; imports nothing else of fewstep.
+Imports nothing else of fewstep. Plain torch says what is computed; `kernels` has the fused versions.
 """
 
 from fewstep.policies.base import Policy, Shift

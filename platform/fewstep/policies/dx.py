@@ -57,6 +57,43 @@ class DXPolicy:
         x_0 = (basis * self._coefficients).sum(1)
         return (x_t - x_0) / sigma.clamp(min=MIN_SIGMA)
 
+    def closed_form(self, x: Tensor, sigmas: Tensor, shares: Tensor, end: float) -> Tensor:
+        """end·x_S + Σ_s share_s·velocity_s of the substeps from `x` to x_S, without taking them; (B, C, H, W).
+
+        x̂_0 depends on time alone, so every state is linear in `x` and the c_i. With g_s = Δσ_s/σ_s, h_s =
+        share_s/σ_s and λ_s the derivative of the result to x_s,
+
+            λ_S = end        λ_s = (1 + g_s)·λ_{s+1} + h_s
+            result = λ_0·x − Σ_i c_i·Σ_s (g_s·λ_{s+1} + h_s)·φ_i(τ_s)
+
+        so that a rollout, or a window and its gradient, reads the outputs once.
+
+        Args:
+            x: state at the first substep's start, (B, C, H, W).
+            sigmas: σ at the substeps' ends, (S + 1, B), on the CPU.
+            shares: (S, B), on the CPU.
+            end: factor of the end state.
+        """
+        clamped = sigmas[:-1].clamp(min=MIN_SIGMA)
+        gains, slopes = sigmas.diff(dim=0) / clamped, shares / clamped
+        derivative, factors = torch.full_like(sigmas[0], end), torch.empty_like(gains)
+        for s in range(len(gains) - 1, -1, -1):
+            factors[s] = gains[s] * derivative + slopes[s]
+            derivative = derivative + factors[s]
+        steps = (-1, *[1] * (x.ndim - 2), len(gains))  # substeps in place of the latent's last axis
+        basis = self._basis(self._raw(sigmas[:-1].T.reshape(steps).to(x.device, non_blocking=True)))
+        terms = basis * factors.T.reshape(steps).to(x.device, non_blocking=True).unsqueeze(1)
+        # One by one, so that the substeps in which a sample rests, zeros, do not alter the rounding.
+        weights = sum(terms.split(1, -1))
+        return per_latent(derivative.to(x.device, non_blocking=True), x) * x - (
+            weights * self._coefficients
+        ).sum(1)
+
+    @property
+    def one_time_per_sample(self) -> bool:
+        """Whether `sigma_src` is the same at all of a sample's locations."""
+        return self._raw_src[0].numel() == 1
+
     def _raw(self, sigma: Tensor) -> Tensor:
         return sigma if self.shift is None else self.shift.unwarp(sigma)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,33 +46,33 @@ class GMFlowPolicy:
         self.means, self.logstds, self.logweights = means, logstds, logweights
         self.x_src, self.sigma_src = x_src, sigma_src
 
-        sigma = per_latent(sigma_src, x_src).clamp(min=MIN_SIGMA)
-        alpha = 1 - sigma
-        centres = x_src.unsqueeze(1) - sigma.unsqueeze(1) * means
-        # The velocity does not depend on the origin, so neither does its gradient.
-        self._origin = (logweights.softmax(1) * centres).sum(1).detach()  # c (B, C, H, W)
-        self._centres = centres - self._origin.unsqueeze(1)  # μ_k − c (B, K, C, H, W)
-        self._squared_centres = self._centres.square().sum(2)  # ‖μ_k − c‖² (B, K, H, W)
-        self._variance = (2 * logstds).exp().squeeze(1) * sigma.square()  # v (B, 1, 1, 1)
-        self._src_precision = (alpha / sigma).square()
-        self._src_evidence = alpha * (x_src - alpha * self._origin) / sigma.square()
+        self._mixture: _Mixture | None = None
 
     def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
         """π(x_t, σ_t) of shape (B, C, H, W); `sigma_t` is (B,) or broadcastable to the latent."""
+        mixture = self.mixture()
         sigma = per_latent(sigma_t, x_t).clamp(min=MIN_SIGMA)
         alpha = 1 - sigma
-        zeta = (alpha / sigma).square() - self._src_precision
-        nu = alpha * (x_t - alpha * self._origin) / sigma.square() - self._src_evidence
-        spread = (self._variance * zeta + 1).clamp(min=MIN_SPREAD)
+        zeta = (alpha / sigma).square() - mixture.src_precision
+        nu = alpha * (x_t - alpha * mixture.origin) / sigma.square() - mixture.src_evidence
+        spread = (mixture.variance * zeta + 1).clamp(min=MIN_SPREAD)
 
         # `spread` is common to all components, so x̂_0 needs Σ w_k·μ_k only: two passes over the means.
         # Products and sums, not einsum: K and C are too small for a matrix multiply, and autocast leaves
         # these in float32.
-        agreement = (self._centres * nu.unsqueeze(1)).sum(2)  # μ_k·ν (B, K, H, W)
-        logits = self.logweights.squeeze(2) + (agreement - 0.5 * zeta * self._squared_centres) / spread
+        agreement = (mixture.centres * nu.unsqueeze(1)).sum(2)  # μ_k·ν (B, K, H, W)
+        logits = self.logweights.squeeze(2) + (agreement - 0.5 * zeta * mixture.squared_centres) / spread
         weights = logits.softmax(1).unsqueeze(2)
-        x_0 = self._origin + ((weights * self._centres).sum(1) + self._variance * nu) / spread
+        x_0 = mixture.origin + ((weights * mixture.centres).sum(1) + mixture.variance * nu) / spread
         return (x_t - x_0) / sigma
+
+    def mixture(self) -> _Mixture:
+        """The mixture over x_0 − c, made at the first query (fused rollouts make none), anew for a gradient."""
+        head = (self.means, self.logstds, self.logweights, self.x_src)
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in head)
+        if self._mixture is None or (wanted and not self._mixture.differentiable):
+            self._mixture = _Mixture.of(*head, self.sigma_src, wanted)
+        return self._mixture
 
     def detach(self) -> GMFlowPolicy:
         """The same policy without gradient to the head."""
@@ -110,4 +111,49 @@ class GMFlowPolicy:
             self.logweights.masked_fill(dropped, -torch.inf).log_softmax(1),
             self.x_src,
             self.sigma_src,
+        )
+
+
+class _Mixture(NamedTuple):
+    """What every query of a `GMFlowPolicy` needs of its source."""
+
+    origin: Tensor
+    """c, (B, C, H, W)."""
+    centres: Tensor
+    """μ_k − c, (B, K, C, H, W)."""
+    squared_centres: Tensor
+    """‖μ_k − c‖², (B, K, H, W)."""
+    variance: Tensor
+    """v, (B, 1, 1, 1)."""
+    src_precision: Tensor
+    """ζ's part of the source, (B, 1, 1, 1)."""
+    src_evidence: Tensor
+    """ν's part of the source, (B, C, H, W)."""
+    differentiable: bool
+    """Whether it carries the graph of the head."""
+
+    @classmethod
+    def of(
+        cls,
+        means: Tensor,
+        logstds: Tensor,
+        logweights: Tensor,
+        x_src: Tensor,
+        sigma_src: Tensor,
+        differentiable: bool,
+    ) -> _Mixture:
+        sigma = per_latent(sigma_src, x_src).clamp(min=MIN_SIGMA)
+        alpha = 1 - sigma
+        centres = x_src.unsqueeze(1) - sigma.unsqueeze(1) * means
+        # The velocity does not depend on the origin, so neither does its gradient.
+        origin = (logweights.softmax(1) * centres).sum(1).detach()
+        centres = centres - origin.unsqueeze(1)
+        return cls(
+            origin,
+            centres,
+            centres.square().sum(2),
+            (2 * logstds).exp().squeeze(1) * sigma.square(),
+            (alpha / sigma).square(),
+            alpha * (x_src - alpha * origin) / sigma.square(),
+            differentiable,
         )

@@ -1,13 +1,23 @@
-"""Integrating a policy's ODE over dense substeps: the plain torch reference."""
+"""Integrating a policy's ODE over dense substeps.
+
+`rollout_reference` and `mean_velocity_reference` say what is computed, in plain torch for any policy.
+`rollout` and `mean_velocity` compute the same by the shortest way there is: GMFlow by a fused kernel of the
+device, DX in closed form, anything else as the reference does.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from fewstep.policies import kernels
 from fewstep.policies.base import Policy, Shift, per_latent
+from fewstep.policies.dx import DXPolicy
+from fewstep.policies.gmflow import GMFlowPolicy
 
 SUBSTEPS = 128
 """Substeps per unit of raw time."""
@@ -41,10 +51,21 @@ def rollout(
     Returns:
         The state at `raw_to`, (B, C, H, W), and its σ, (B,).
     """
-    sigmas = _substep_sigmas(raw_from, raw_to, substep_count(raw_from, raw_to, substeps), shift).to(x.device)
-    for sigma, after in pairwise(sigmas):
+    sigmas = _substep_sigmas(raw_from, raw_to, substep_count(raw_from, raw_to, substeps), shift)
+    end = sigmas[-1].to(x.device, non_blocking=True)
+    if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
+        return policy.closed_form(x, sigmas, torch.zeros_like(sigmas[1:]), 1.0), end
+    kernel = kernels.kernel(policy, x)
+    if kernel is not None and not _asks_for_gradient(policy, x):
+        return kernel.rollout(policy, x, sigmas), end
+    return rollout_reference(policy, x, sigmas), end
+
+
+def rollout_reference(policy: Policy, x: Tensor, sigmas: Tensor) -> Tensor:
+    """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends."""
+    for sigma, after in pairwise(sigmas.to(x.device, non_blocking=True)):
         x = torch.addcmul(x, per_latent(after - sigma, x), policy.velocity(x, sigma))
-    return x, sigmas[-1]
+    return x
 
 
 def mean_velocity(
@@ -73,21 +94,63 @@ def mean_velocity(
     Returns:
         (B, C, H, W).
     """
+    sigmas, shares = _window(raw_a, raw_to, shift, substeps)
+    if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
+        return policy.closed_form(x_a, sigmas, shares, 0.0)
+    kernel = kernels.kernel(policy, x_a)
+    if kernel is not None and hasattr(kernel, "mean_velocity"):
+        return kernel.mean_velocity(policy, x_a, sigmas, shares)
+    return mean_velocity_reference(policy, x_a, sigmas, shares)
+
+
+def mean_velocity_reference(policy: Policy, x: Tensor, sigmas: Tensor, shares: Tensor) -> Tensor:
+    """Σ_s share_s·velocity_s, (B, C, H, W); a gradient recomputes one substep at a time.
+
+    Args:
+        policy: any.
+        x: state at the first substep's start, (B, C, H, W).
+        sigmas: σ at the substeps' ends, (S + 1, B).
+        shares: weight of each substep, (S, B).
+    """
+    if isinstance(policy, GMFlowPolicy):
+        policy.mixture()  # shared by the substeps, so not to be recomputed with one of them
+    mean, sigmas, shares = (
+        torch.zeros_like(x),
+        sigmas.to(x.device, non_blocking=True),
+        shares.to(x.device, non_blocking=True),
+    )
+    for (sigma, after), share in zip(pairwise(sigmas), shares, strict=True):
+        if torch.is_grad_enabled():
+            velocity = checkpoint(
+                policy.velocity,
+                x,
+                sigma,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                determinism_check="none",
+            )
+        else:
+            velocity = policy.velocity(x, sigma)
+        mean = torch.addcmul(mean, per_latent(share, x), velocity)
+        x = torch.addcmul(x, per_latent(after - sigma, x), velocity)
+    return mean
+
+
+def _window(raw_a: Tensor, raw_to: Tensor, shift: Shift | None, substeps: int) -> tuple[Tensor, Tensor]:
+    """σ at the ends of a micro window's substeps, (S + 1, B), and their shares in its mean velocity, (S, B)."""
     instantaneous = ((raw_a - raw_to) * substeps).round() < 2
     counts = substep_count(raw_a, raw_to, substeps).masked_fill(instantaneous, 1)
     sigmas = _substep_sigmas(raw_a, raw_to, counts, shift)
     changes = sigmas.diff(dim=0)
     only_first = torch.zeros_like(changes)
     only_first[0] = 1
-    shares = torch.where(instantaneous, only_first, changes / changes.sum(0))
+    return sigmas, torch.where(instantaneous.cpu(), only_first, changes / changes.sum(0))
 
-    x, mean = x_a, torch.zeros_like(x_a)
-    steps = (table.to(x.device) for table in (sigmas[:-1], changes, shares))
-    for sigma, change, share in zip(*steps, strict=True):
-        velocity = policy.velocity(x, sigma)
-        mean = torch.addcmul(mean, per_latent(share, x), velocity)
-        x = torch.addcmul(x, per_latent(change, x), velocity)
-    return mean
+
+def _asks_for_gradient(policy: Policy, x: Tensor) -> bool:
+    """Whether autograd would follow a velocity query of a `GMFlowPolicy`."""
+    head = (policy.means, policy.logstds, policy.logweights, policy.x_src)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *head))
 
 
 def substep_count(raw_from: Tensor, raw_to: Tensor, substeps: int = SUBSTEPS) -> Tensor:
@@ -96,14 +159,16 @@ def substep_count(raw_from: Tensor, raw_to: Tensor, substeps: int = SUBSTEPS) ->
 
 
 def _substep_sigmas(raw_from: Tensor, raw_to: Tensor, counts: Tensor, shift: Shift | None) -> Tensor:
-    """σ at the substeps' ends, (max(counts) + 1, B); samples with fewer substeps stay at their last one.
+    """σ at the substeps' ends, (max(counts) + 1, B), on the CPU; samples with fewer substeps stay at their last one.
 
     The clock runs by repeated subtraction in float32, as the reference implementation's does: its end is a
     few 1e-7 off `raw_to`, which the steep x̂_0(τ) of a short DX grid makes visible in the velocity.
     """
-    step = (raw_from - raw_to) / counts
-    raws = [raw_from]
-    for i in range(int(counts.max())):
-        raws.append(torch.where(i < counts, raws[-1] - step, raws[-1]))
-    raw = torch.stack(raws).clamp(min=0)
+    step = ((raw_from - raw_to) / counts).cpu()
+    counts = counts.cpu()
+    index = torch.arange(int(counts.max())).unsqueeze(1)
+    moves = torch.where(index < counts, -step, torch.zeros_like(step))
+    # numpy accumulates one by one, in the table's own precision
+    clock = np.add.accumulate(torch.cat([raw_from.detach().cpu().unsqueeze(0), moves]).numpy(), 0)
+    raw = torch.from_numpy(clock).clamp(min=0)
     return raw if shift is None else shift.warp(raw)

@@ -1,0 +1,287 @@
+#!/usr/bin/env python
+"""Policy rollouts: the fused kernels against a plain port of the published algorithm, and against the machine."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fewstep.benchmark import Rates, aligned, interleaved, log_to_mlflow, machine, peak_memory
+from fewstep.cli import run_job
+from fewstep.flow import TEXT_TO_IMAGE_SHIFT as SHIFT
+from fewstep.policies import SUBSTEPS, DXPolicy, GMFlowPolicy, Policy, mean_velocity, rollout
+from fewstep.policies.rollout import _substep_sigmas, rollout_reference, substep_count
+
+DESCRIPTION = """\
+Time a whole rollout of a policy, from the head's output to the state at its end, three ways in one process:
+
+  plain      the published algorithm as it is written: a masked loop over substeps, each a dozen operations on
+             tensors of the size of the means
+  torch      the library's reference: the same loop with the algebra arranged to read the means twice
+  fused      what `fewstep.policies.rollout` uses: numba on CPUs, Triton on GPUs; DX in closed form
+
+and then the part of a training step that needs gradients, a micro window of three substeps: its time, forward and
+backward, with and without fusion, and the largest memory it holds, over that of one velocity query and its backward."""
+
+EPILOG = """\
+reading the table
+  The three are timed in turns and medians are shown, so ratios hold on a busy machine too; milliseconds do not.
+  "floor" is what no implementation undercuts here: the head's output read and the state written once, or the
+  arithmetic of the algorithm, at the rates at which this machine, in this run, copies 256 MB and multiplies
+  float32 matrices. DX needs almost no arithmetic: its floor is memory.
+
+  On a CPU, "plain" depends on whether the C library hands freed memory back to the system and faults it in again
+  at every operation: several times slower, and decided by chance as a process goes on. Fix it for a comparison:
+  MALLOC_MMAP_THRESHOLD_=131072 (glibc's first setting: handed back), or, with MALLOC_TRIM_THRESHOLD_ too,
+  8589934592 (kept, as in this library's training workers). "fused" allocates next to nothing either way.
+
+examples
+  jobs/benchmark_rollout.py                                 CPU, 2 threads, about a minute
+  jobs/benchmark_rollout.py --device cuda                   shapes of a data-centre GPU
+  jobs/benchmark_rollout.py --repeats 3 --tracking sqlite:///mlflow.db"""
+
+EXPONENTIAL = 12
+"""Operations of one: reduction, polynomial, scaling."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rollout to time."""
+
+    policy: str
+    """gm, dx-grid or dx-polynomial."""
+    shape: tuple[int, int, int, int, int]
+    """(B, K, C, H, W); K is the number of grid points or orders of DX."""
+    substeps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy} {self.shape} × {self.substeps}"
+
+    @property
+    def moved(self) -> int:
+        """Bytes: head output, x_src and x read, the end state written."""
+        batch, components, channels, height, width = self.shape
+        weights = components if self.policy == "gm" else 0
+        return 4 * batch * height * width * (components * channels + weights + 3 * channels)
+
+    @property
+    def operations(self) -> int:
+        """Additions and multiplications of the algorithm."""
+        batch, components, channels, height, width = self.shape
+        means, once = components * channels, 3 * channels
+        if self.policy != "gm":
+            return batch * height * width * (2 * means + once)
+        per_substep = 4 * means + components * (EXPONENTIAL + 6) + 12 * channels
+        return batch * height * width * (8 * means + self.substeps * per_substep)
+
+
+CASES = {
+    "cpu": (
+        Case("gm", (1, 8, 16, 64, 64), 32),
+        Case("gm", (16, 32, 4, 32, 32), 32),
+        Case("dx-grid", (1, 10, 16, 64, 64), 32),
+        Case("dx-polynomial", (16, 10, 4, 32, 32), 32),
+    ),
+    "cuda": (
+        Case("gm", (1, 8, 16, 128, 128), 32),
+        Case("gm", (64, 32, 4, 32, 32), 128),
+        Case("dx-grid", (1, 10, 16, 128, 128), 32),
+        Case("dx-polynomial", (64, 10, 4, 32, 32), 128),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """Random head output and its source."""
+
+    output: Tensor
+    logstds: Tensor
+    logweights: Tensor
+    x_src: Tensor
+    raw_src: Tensor
+    """(B,), on the CPU."""
+
+    @classmethod
+    def draw(cls, case: Case, device: torch.device) -> "Head":
+        (batch, components, channels, *space), generator = case.shape, torch.Generator().manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator).to(device)
+
+        return cls(
+            normal(batch, components, channels, *space),
+            torch.full((batch, 1, 1, 1, 1), -2.0, device=device),
+            normal(batch, components, 1, *space).log_softmax(1),
+            normal(batch, channels, *space),
+            torch.ones(batch),
+        )
+
+    def policy(self, case: Case) -> Policy:
+        sigma_src = SHIFT.warp(self.raw_src).to(self.output.device)
+        if case.policy == "gm":
+            return GMFlowPolicy(self.output, self.logstds, self.logweights, self.x_src, sigma_src)
+        mode = case.policy.removeprefix("dx-")
+        return DXPolicy(self.output, self.x_src, sigma_src, case.substeps / SUBSTEPS, SHIFT, mode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=tuple(CASES), default=default, help="default here: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=10, help="timed rounds; default: %(default)s")
+    parser.add_argument("--tracking", metavar="URI", help="also log the table to this MLflow address")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    rates, description = Rates.measured(device), machine(device)
+    measured = [measure_rollout(case, options.repeats, device, rates) for case in CASES[options.device]]
+    windows = [
+        measure_window(case, options.repeats, device)
+        for case in CASES[options.device]
+        if case.policy in ("gm", "dx-grid")
+    ]
+    table = (
+        f"{description}\ncopies {rates.copy / 1e9:.1f} GB/s, multiplies matrices at {rates.matrix / 1e9:.0f} GFLOPS\n\n"
+        + aligned(ROLLOUT_HEADER, [row for row, _ in measured])
+        + "\n\n"
+        + aligned(WINDOW_HEADER, [row for row, _ in windows])
+    )
+    print(table)
+    if options.tracking:
+        metrics = {key: value for _, values in (*measured, *windows) for key, value in values.items()}
+        log_to_mlflow(options.tracking, f"rollout-{options.device}", description, table, metrics)
+
+
+ROLLOUT_HEADER = (
+    "rollout, no gradient (B,K,C,H,W) × substeps", "plain ms", "torch ms", "fused ms", "plain/fused", "torch/fused",
+    "MB", "MFLOP", "floor ms", "fused/floor",
+)  # fmt: skip
+WINDOW_HEADER = (
+    "window of 3 substeps, with gradient", "torch ms", "fused ms", "torch/fused", "query MB", "window MB",
+    "window/query",
+)  # fmt: skip
+
+
+def measure_rollout(
+    case: Case, repeats: int, device: torch.device, rates: Rates
+) -> tuple[tuple[str, ...], dict[str, float]]:
+    """A table row and its metrics."""
+    head = Head.draw(case, device)
+    raw_to = head.raw_src - case.substeps / SUBSTEPS
+    sigmas = _substep_sigmas(head.raw_src, raw_to, substep_count(head.raw_src, raw_to), SHIFT)
+    runs: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: plain_rollout(case, head, sigmas),
+        "torch": lambda: rollout_reference(head.policy(case), head.x_src, sigmas),
+        "fused": lambda: rollout(head.policy(case), head.x_src, head.raw_src, raw_to, SHIFT)[0],
+    }
+    with torch.no_grad():
+        for name in ("torch", "fused"):
+            torch.testing.assert_close(runs[name](), runs["plain"](), atol=1e-3, rtol=1e-3)
+        seconds = interleaved(runs, repeats, device)
+    plain, reference, fused = (seconds[name] for name in runs)
+    floor = rates.floor(case.moved, case.operations)
+    row = (
+        case.name, f"{plain * 1e3:.1f}", f"{reference * 1e3:.1f}", f"{fused * 1e3:.2f}", f"{plain / fused:.1f}",
+        f"{reference / fused:.1f}", f"{case.moved / 1e6:.1f}", f"{case.operations / 1e6:.0f}", f"{floor * 1e3:.2f}",
+        f"{fused / floor:.1f}",
+    )  # fmt: skip
+    key = metric_key(case)
+    return row, {
+        f"{key}/plain_over_fused": plain / fused,
+        f"{key}/torch_over_fused": reference / fused,
+        f"{key}/fused_over_floor": fused / floor,
+        f"{key}/fused_ms": fused * 1e3,
+    }
+
+
+def measure_window(
+    case: Case, repeats: int, device: torch.device
+) -> tuple[tuple[str, ...], dict[str, float]]:
+    """A table row and its metrics: forward and backward, from the head's output to its gradient."""
+    head = Head.draw(case, device)
+    leaves = [head.output, head.logstds, head.logweights] if case.policy == "gm" else [head.output]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    raw_a = head.raw_src
+    raw_to = raw_a - 3 / SUBSTEPS
+    sigmas = _substep_sigmas(raw_a, raw_to, substep_count(raw_a, raw_to), SHIFT)
+    changes = sigmas.diff(dim=0)
+
+    def gradient(velocity: Callable[[Policy], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(velocity(head.policy(case)).square().mean(), leaves)
+
+    def kept(policy: Policy) -> Tensor:
+        """The window as autograd does it unaided: every substep is kept."""
+        x = head.x_src
+        for sigma, change in zip(sigmas.to(device), changes.to(device), strict=False):
+            x = x + change.view(-1, 1, 1, 1) * policy.velocity(x, sigma)
+        return (x - head.x_src) / changes.sum(0).to(device).view(-1, 1, 1, 1)
+
+    query = gradient(lambda policy: policy.velocity(head.x_src, sigmas[1].to(device)))
+    fused = gradient(lambda policy: mean_velocity(policy, head.x_src, raw_a, raw_to, SHIFT))
+    seconds = interleaved({"torch": gradient(kept), "fused": fused}, repeats, device)
+    one, window = peak_memory(query, device), peak_memory(fused, device)
+    ratio = seconds["torch"] / seconds["fused"]
+    row = (
+        case.name, f"{seconds['torch'] * 1e3:.1f}", f"{seconds['fused'] * 1e3:.1f}", f"{ratio:.1f}",
+        f"{one / 1e6:.1f}", f"{window / 1e6:.1f}", f"{window / one:.2f}",
+    )  # fmt: skip
+    key = metric_key(case)
+    return row, {
+        f"{key}/window_torch_over_fused": ratio,
+        f"{key}/window_memory_over_query": window / one,
+    }
+
+
+def metric_key(case: Case) -> str:
+    return f"{case.policy}/{'x'.join(map(str, case.shape))}x{case.substeps}"
+
+
+def plain_rollout(case: Case, head: Head, sigmas: Tensor) -> Tensor:
+    """METHOD.md sections 1 and 3 word for word, on tensors (B, K, C, H, W); for comparison alone."""
+    x_src, device = head.x_src, head.x_src.device
+    sigma_src = SHIFT.warp(head.raw_src).to(device).view(-1, 1, 1, 1, 1)
+    points = x_src.unsqueeze(1) - sigma_src * head.output
+    variance = (2 * head.logstds).exp() * sigma_src.square()
+    raw_src, raw_end = head.raw_src.to(device), (head.raw_src - case.substeps / SUBSTEPS).to(device)
+    counts = sigmas.diff(dim=0).ne(0).sum(0).to(device)
+
+    def gm_x_0(x: Tensor, sigma: Tensor) -> Tensor:
+        s, alpha, alpha_src = sigma.view(-1, 1, 1, 1, 1), 1 - sigma.view(-1, 1, 1, 1, 1), 1 - sigma_src
+        zeta = (alpha / s) ** 2 - (alpha_src / sigma_src) ** 2
+        nu = alpha * x.unsqueeze(1) / s**2 - alpha_src * x_src.unsqueeze(1) / sigma_src**2
+        spread = (variance * zeta + 1).clamp(min=1e-6)
+        posterior = (variance * nu + points) / spread
+        evidence = (points * (nu - 0.5 * zeta * points) / spread).sum(2, keepdim=True)
+        return ((head.logweights + evidence).softmax(1) * posterior).sum(1)
+
+    def dx_x_0(_: Tensor, sigma: Tensor) -> Tensor:
+        raw = SHIFT.unwarp(sigma)
+        orders = torch.arange(len(points[0]), device=device)
+        if case.policy == "dx-polynomial":
+            basis = (raw_src - raw).unsqueeze(1) ** orders
+        else:
+            position = (raw - raw_end) / (raw_src - raw_end) * (len(orders) - 1)
+            basis = (1 - (position.unsqueeze(1) - orders).abs()).clamp(min=0)
+        return (basis.view(*basis.shape, 1, 1, 1) * points).sum(1)
+
+    x_0_at, x = gm_x_0 if case.policy == "gm" else dx_x_0, x_src
+    for i, (sigma, after) in enumerate(pairwise(sigmas.to(device))):
+        s = sigma.view(-1, 1, 1, 1)
+        velocity = (x - x_0_at(x, sigma)) / s.clamp(min=1e-6)
+        moved = x + velocity * (after.view(-1, 1, 1, 1) - s)
+        x = torch.where((i < counts).view(-1, 1, 1, 1), moved, x)
+    return x
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,231 @@
+#!/usr/bin/env python
+"""One distillation step: how much of it is rollouts, data and Ray."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.benchmark import aligned, interleaved, log_to_mlflow, machine
+from fewstep.cli import connect_ray, run_job
+from fewstep.data.stream import Batch, read_split
+from fewstep.models.conditioning import TextConditioning
+from fewstep.train.recipe import DistillRecipe, load_recipe
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+BATCHES = 8
+"""Batches that the bare process cycles through; it holds them in memory."""
+
+DESCRIPTION = """\
+Take the steps of a distillation recipe (jobs/distill_qwen.py; by default its own) in two ways, in turns:
+
+  bare   in a process with torch alone: no Ray, no sharding, batches in memory, the environment of a worker
+  Ray    as the job does: Ray Train's worker, FSDP, batches streamed by Ray Data, metrics to MLflow
+
+and in the bare process also, in turns with the whole step,
+
+  network    student forward and backward, teacher's guided query, optimizer and weight average; no rollouts
+  rollouts   all the rest of π-ID: the policies' rollouts to the visited states, the micro windows and their
+             gradient to the head's output; no network"""
+
+EPILOG = """\
+reading the table
+  Times are seconds per optimizer step. The first half of each run warms up and is not counted. What is promised
+  of the default recipe on a CPU: rollouts under 15 % of a step, Ray at most 1.03 times the bare process, waiting
+  for data under 2 %.
+
+examples
+  jobs/benchmark_train.py                                    two rounds of 40 steps each, some 5 minutes
+  jobs/benchmark_train.py --rounds 4 --steps 60 --tracking sqlite:///mlflow.db
+  jobs/benchmark_train.py --set data.batch_size=24 --set imitation.intermediate_states=4"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of jobs/recipes, or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
+    parser.add_argument("--steps", type=int, default=40, help="of each run; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each kind; default: %(default)s")
+    parser.add_argument("--tracking", metavar="URI", help="also log the table to this MLflow address")
+    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    recipe = load_recipe(DistillRecipe, options.recipe, options.set, RECIPES)
+    if options.bare:
+        options.bare.write_text(json.dumps(bare_run(recipe, options.steps)))
+        return
+
+    from fewstep.train.trainer import open_data
+
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"path": open_data(recipe.data).root})}
+    )
+    torch.set_num_threads(recipe.train.threads)
+    connect_ray()
+    rounds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.rounds):
+            bare = in_bare_process(recipe, options.steps, Path(folder) / f"bare-{number}.json")
+            rounds.append(bare | ray_run(recipe, options.steps, Path(folder), number))
+    seconds = {name: mean(one[name] for one in rounds) for name in rounds[0]}
+    description = machine(torch.device("cpu"))
+    table = f"{description}; {recipe.name}, batch {recipe.data.batch_size}\n\n{step_table(seconds)}"
+    print(f"\n{table}")
+    if options.tracking:
+        log_to_mlflow(options.tracking, "train-step", description, table, ratios(seconds) | seconds)
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """What the table promises something about."""
+    return {
+        "rollouts_share": seconds["rollouts"] / seconds["step"],
+        "network_share": seconds["network"] / seconds["step"],
+        "ray_over_bare": seconds["ray"] / seconds["bare"],
+        "waiting_share": seconds["waiting"] / seconds["ray"],
+    }
+
+
+def step_table(seconds: dict[str, float]) -> str:
+    """Seconds and ratios, one line each."""
+    of = ratios(seconds)
+    rows = [
+        ("bare process, steps in a row", f"{seconds['bare']:.3f}", "1.000", ""),
+        ("inside Ray Train", f"{seconds['ray']:.3f}", f"{of['ray_over_bare']:.3f} of bare", "≤ 1.03"),
+        (
+            "  of that waiting for data",
+            f"{seconds['waiting']:.4f}",
+            f"{of['waiting_share']:.2%} of Ray's",
+            "< 2 %",
+        ),
+        ("bare process, in turns with parts", f"{seconds['step']:.3f}", "100 %", ""),
+        ("  network alone", f"{seconds['network']:.3f}", f"{of['network_share']:.1%}", ""),
+        ("  rollouts alone", f"{seconds['rollouts']:.4f}", f"{of['rollouts_share']:.1%}", "< 15 %"),
+    ]
+    return aligned(("one optimizer step", "seconds", "ratio", "promise"), rows)
+
+
+def ray_run(recipe: DistillRecipe, steps: int, folder: Path, number: int) -> dict[str, float]:
+    """Seconds per step, and of waiting for data in one, of a short real run's second half."""
+    from fewstep.train.trainer import fit
+
+    train = {"steps": steps, "log_every": steps // 2, "checkpoint_every": steps, "sample_every": 0}
+    short = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update=train | {"storage": str(folder / "runs")}),
+            "tracking": recipe.tracking.model_copy(update={"uri": f"sqlite:///{folder / 'mlflow.db'}"}),
+        }
+    )
+    metrics = fit(short, f"benchmark-train-{os.getpid()}-{number}").metrics
+    return {
+        "ray": metrics["train/seconds_per_step"],
+        "waiting": metrics["train/seconds_waiting_for_data"],
+    }
+
+
+def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str, float]:
+    """`bare_run` in a process of its own, with a worker's environment."""
+    from fewstep.train.trainer import _worker_environment
+
+    file = result.with_suffix(".yaml")
+    file.write_text(json.dumps(recipe.model_dump(mode="json")))  # JSON is YAML
+    command = [sys.executable, __file__, "--recipe", str(file), "--steps", str(steps), "--bare", str(result)]
+    subprocess.run(command, env=os.environ | _worker_environment(recipe.train), check=True)
+    return json.loads(result.read_text())
+
+
+def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
+    """Seconds of steps in a row, and of a step and its parts in turns."""
+    from fewstep.data.schema import DatasetInfo
+    from fewstep.data.text import TextEncoder
+    from fewstep.distill import PowerEMA, imitation
+    from fewstep.flow import gaussian_noise
+    from fewstep.train.objectives import Distillation
+    from fewstep.train.worker import build_optimizer, seed_step
+
+    torch.set_num_threads(recipe.train.threads)
+    torch.set_flush_denormal(True)
+    info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size
+    null = TextEncoder.load(info.encoding.text_encoder).encode([""])[0]
+    objective = Distillation(recipe, TextConditioning.collate([null]), torch.device("cpu"))
+    parameters, settings = objective.parameters(), objective.settings
+    optimizer = build_optimizer(parameters, recipe.optimizer)
+    average, generator = PowerEMA(parameters, recipe.optimizer.ema_gamma), torch.Generator()
+
+    rows = read_split(recipe.data.path, "train", BATCHES * size, shape=next(iter(info.buckets("train"))))
+    order = torch.randperm(len(rows), generator=generator.manual_seed(0)).split(size)
+    batches = [rows_of(rows, index.tolist()) for index in order]
+    taken = 0
+
+    def update(backward: Callable[[Any], None]) -> None:
+        nonlocal taken
+        taken += 1
+        seed_step(generator, recipe.train.seed, 0, taken)
+        backward(batches[taken % len(batches)])
+        torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(taken)
+
+    def whole(batch: Batch) -> None:
+        objective.loss(batch, generator).loss.backward()
+
+    def network(batch: Batch) -> None:
+        x = gaussian_noise(batch.latent.shape, generator)
+        policy = objective.model.policy(x, torch.full((len(x),), 0.7), batch.conditioning)
+        asked = settings.intermediate_states
+        states, sigmas = x.repeat(asked, 1, 1, 1), torch.full((asked * len(x),), 0.6)
+        with torch.no_grad():
+            objective.teacher.velocity(states, sigmas, batch.conditioning.repeat(asked))
+        head_output(policy).backward()
+
+    def head_output(policy: Any) -> Tensor:
+        """Something with a gradient to all the head gives, and nothing of the policy's own arithmetic."""
+        names = ("means", "logstds", "logweights", "output")
+        return sum(getattr(policy, name).square().mean() for name in names if hasattr(policy, name))
+
+    batch = batches[0]
+    raw_src, segment = settings.segments.containing(torch.rand(len(batch), generator=generator))
+    sigma_src = settings.shift.warp(raw_src)
+    x_src = gaussian_noise(batch.latent.shape, generator)
+    with torch.no_grad():
+        drawn = objective.model.policy(x_src, sigma_src, batch.conditioning)
+
+    def rollouts() -> None:
+        policy = drawn.detach()
+        for name in ("means", "logstds", "logweights", "output"):
+            if hasattr(policy, name):
+                getattr(policy, name).requires_grad_()
+        imitation.segment_errors(
+            policy, lambda x, _: torch.zeros_like(x), x_src, raw_src, segment, generator, settings
+        ).mean().backward()
+
+    for _ in range(steps // 2):
+        update(whole)
+    began = time.perf_counter()
+    for _ in range(steps - steps // 2):
+        update(whole)
+    in_a_row = (time.perf_counter() - began) / (steps - steps // 2)
+    runs = {"step": lambda: update(whole), "network": lambda: update(network), "rollouts": rollouts}
+    return {"bare": in_a_row} | interleaved(runs, max(3, steps // 4), torch.device("cpu"))
+
+
+def rows_of(batch: Batch, index: list[int]) -> Batch:
+    """Some rows of a batch as one of their own, padded to its own longest caption."""
+    states = [batch.conditioning.states[i][batch.conditioning.mask[i]] for i in index]
+    captions, keys = [batch.captions[i] for i in index], [batch.keys[i] for i in index]
+    return Batch(batch.latent[index], TextConditioning.collate(states), captions, keys, batch.shape)
+
+
+if __name__ == "__main__":
+    run_job(main)

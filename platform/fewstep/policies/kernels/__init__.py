@@ -1,0 +1,50 @@
+"""Fused GMFlow rollouts, one launch for all substeps; which one, the device decides.
+
+Nothing here is imported before the first rollout: compilers take their time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+
+from fewstep.policies.gmflow import GMFlowPolicy
+
+log = logging.getLogger(__name__)
+
+MODULES = {"cpu": ("cpu", "numba"), "cuda": ("cuda", "triton")}
+"""Per device type: the module of this package that has `rollout`, and the compiler it needs."""
+
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+def kernel(policy: object, x: torch.Tensor) -> ModuleType | None:
+    """The fused kernel for a policy's rollout from `x`, or None where plain torch has to do it."""
+    if type(policy) is not GMFlowPolicy or x.device.type not in MODULES:
+        return None
+    tensors = (x, policy.means, policy.logstds, policy.logweights, policy.x_src)
+    fits = all(t.device == x.device and t.dtype in DTYPES for t in tensors) and x.shape == policy.x_src.shape
+    per_sample = _per_sample(policy.sigma_src, x) and _per_sample(policy.logstds, policy.means)
+    return _load(x.device.type) if fits and per_sample and x.numel() else None
+
+
+def _per_sample(scalars: torch.Tensor, of: torch.Tensor) -> bool:
+    """Whether a tensor holds one number for all, or one for each sample of `of`."""
+    one_each = scalars.ndim in (1, of.ndim) and scalars.numel() == len(scalars) == len(of)
+    return one_each or scalars.numel() == 1
+
+
+@functools.cache
+def _load(device_type: str) -> ModuleType | None:
+    name, compiler = MODULES[device_type]
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        log.warning(
+            "rollouts run in plain torch, several times slower: %s is not usable (%s)", compiler, error
+        )
+        return None
