@@ -202,10 +202,13 @@ class GuidedTeacher:
 def _add_adapters(transformer: nn.Module, family: Family, settings: LoRASettings, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    from fewstep.models.lora import FoldedLoRALinear
+
     targets = lora_target_modules(transformer, family, settings.targets)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.dropout, target_modules=targets
     )
+    config._register_custom_module({nn.Linear: FoldedLoRALinear})
     with torch.random.fork_rng():  # peft draws lora_A from torch's global generator
         torch.manual_seed(seed)
         inject_adapter_in_model(config, transformer)

@@ -22,22 +22,23 @@ def shard(objective: Objective, settings: TrainSection, world_size: int) -> None
     """Shard the objective's model in place, one FSDP group per transformer block and one for the rest.
 
     With bfloat16, blocks compute in it (on CPUs, their matrix products do); weights stay, and gradients are
-    reduced, in float32.
+    reduced, in float32. A lone CPU worker keeps its model as it is: it has nothing to share, and FSDP's hooks
+    are 13 % of a small model's step.
     """
-    blocks = objective.family.blocks(objective.transformer)
     if settings.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
-    mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
     precision = MixedPrecisionPolicy()
-    if settings.precision == "bfloat16" and not settings.gpu:
-        objective.transformer.forward = _bfloat16_products(objective.transformer.forward)
-    elif settings.precision == "bfloat16":
+    if settings.precision == "bfloat16" and settings.gpu:
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    elif settings.precision == "bfloat16":
+        objective.transformer.forward = _bfloat16_products(objective.transformer.forward)
+    if world_size == 1 and not settings.gpu:
+        return
+    mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
     # One worker has nothing to gather: it keeps the weights whole between uses.
     reshard = world_size > 1
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
-    fully_shard(objective.model, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    for module in (*objective.family.blocks(objective.transformer), objective.model):
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
 
 
 def drop_gathered(model: nn.Module) -> None:
