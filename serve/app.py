@@ -1,0 +1,48 @@
+"""The application: HTTP in front, generators behind.
+
+    serve run serve/config.yaml          serve deploy serve/config.yaml          make serve
+
+The ingress checks requests against the limits and speaks HTTP; it has no torch, so a malformed request never
+costs a generator anything.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from serve.generator import Generator
+from serve.http import build_api
+from serve.settings import Settings
+
+
+@serve.deployment(
+    max_ongoing_requests=1000,
+    health_check_period_s=2,
+    graceful_shutdown_wait_loop_s=0.2,
+    graceful_shutdown_timeout_s=90,
+    max_constructor_retry_count=3,
+    ray_actor_options={"num_cpus": 0},
+)
+@serve.ingress()
+class Ingress:
+    """HTTP: requests are checked here, drawn by the generators, and answered here.
+
+    Args:
+        settings: a `Settings` as plain data.
+        generator: handle of the generators.
+    """
+
+    def __init__(self, settings: dict[str, Any], generator: DeploymentHandle) -> None:
+        self._settings, self._generator = Settings.model_validate(settings), generator
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._settings, self._generator)
+
+
+def build(settings: Settings) -> Application:
+    """The application from its settings; `import_path` of `serve/config.yaml`."""
+    offer, engine = settings.offer.model_dump(mode="json"), settings.engine.model_dump(mode="json")
+    return Ingress.bind(settings.model_dump(mode="json"), Generator.options(user_config=offer).bind(engine))
