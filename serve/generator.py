@@ -41,8 +41,10 @@ class Generator:
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
 
+        from fewstep.cli import enter_home
         from serve.metrics import EngineMetrics
 
+        enter_home()  # relative paths, as in the jobs
         self._settings = EngineSettings.model_validate(settings)
         torch.set_num_threads(self._settings.threads)
         self._metrics = EngineMetrics()
