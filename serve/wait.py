@@ -25,7 +25,9 @@ def main(config: str) -> None:
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    sys.exit(f"error: {address} was not ready within {PATIENCE_S} s: `serve status` and Ray's dashboard say why.")
+    sys.exit(
+        f"error: {address} was not ready within {PATIENCE_S} s: `serve status` and Ray's dashboard say why."
+    )
 
 
 if __name__ == "__main__":
