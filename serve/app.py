@@ -43,6 +43,12 @@ class Ingress:
 
 
 def build(settings: Settings) -> Application:
-    """The application from its settings; `import_path` of `serve/config.yaml`."""
+    """The application from its settings: `import_path` of `serve/config.yaml`, which also says how it scales."""
+    return assemble(settings)
+
+
+def assemble(settings: Settings, **generator_options: Any) -> Application:
+    """The same for Python: `serve.run(assemble(Settings(), num_replicas=2))`."""
     offer, engine = settings.offer.model_dump(mode="json"), settings.engine.model_dump(mode="json")
-    return Ingress.bind(settings.model_dump(mode="json"), Generator.options(user_config=offer).bind(engine))
+    generator = Generator.options(user_config=offer, **generator_options).bind(engine)
+    return Ingress.bind(settings.model_dump(mode="json"), generator)

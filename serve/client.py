@@ -66,7 +66,8 @@ class Client:
                 "/v1/images/generations", data=content, headers={"content-type": "application/json"}
             ) as response:
                 text = await response.read()
-                answer = Answer(response.status, {}, dict(response.headers), time.perf_counter() - begin)
+                headers = {name.lower(): value for name, value in response.headers.items()}
+                answer = Answer(response.status, {}, headers, time.perf_counter() - begin)
         except (aiohttp.ClientError, TimeoutError) as error:
             return Answer(599, {"error": {"message": repr(error)}}, {}, time.perf_counter() - begin)
         try:

@@ -52,7 +52,7 @@ class ImageRequest(BaseModel):
     """Of the noise; drawn at random, and told in the response, if left out."""
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     """Network evaluations; as the model was trained by default."""
-    temperature: Annotated[float, Field(ge=0, le=1, strict=False)] | Literal["auto"] | None = None
+    temperature: Annotated[float, Field(ge=0.01, le=1, strict=False)] | Literal["auto"] | None = None
     """Mixture temperature of the policy; as the model was trained by default."""
     class_label: Annotated[int, Field(ge=0)] | None = None
     """Class, for class-conditional models."""
