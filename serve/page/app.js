@@ -41,7 +41,7 @@ function showModel() {
   $("steps").value = model.num_inference_steps ?? 4;
   $("steps-value").textContent = $("steps").value;
   $("about").textContent = `${model.id} · ${short(model.version ?? "")}`;
-  const sizes = [["auto", model.size ? `${model.size.replace("x", "×")} (as trained)` : "as trained"]];
+  const sizes = [["auto", model.size ? model.size.replace("x", "×") : "as trained"]];
   if (model.size) {
     const [width, height] = model.size.split("x").map(Number);
     sizes.push([`${1.5 * width}x${height}`, `${1.5 * width}×${height}`], [`${width}x${1.5 * height}`, `${width}×${1.5 * height}`]);
