@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.generator import Generator
 from serve.http import build_api
 from serve.settings import Settings
+from serve.stages import Decoder, Encoder
 
 
 @serve.deployment(
@@ -50,5 +51,7 @@ def build(settings: Settings) -> Application:
 def assemble(settings: Settings, **generator_options: Any) -> Application:
     """The same for Python: `serve.run(assemble(Settings(), num_replicas=2))`."""
     offer, engine = settings.offer.model_dump(mode="json"), settings.engine.model_dump(mode="json")
-    generator = Generator.options(user_config=offer, **generator_options).bind(engine)
+    threads, apart = settings.engine.threads, settings.engine.stages == "apart"
+    stages = [Encoder.bind(threads), Decoder.bind(threads)] if apart else []
+    generator = Generator.options(user_config=offer, **generator_options).bind(engine, *stages)
     return Ingress.bind(settings.model_dump(mode="json"), generator)

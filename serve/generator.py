@@ -10,10 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from serve.images import encode_image
 from serve.schema import Delivery, Drawn, ModelEntry, Order, PreviewImage, Refusal
 from serve.settings import EngineSettings, Offer
+from serve.stages import RemoteStages
 
 if TYPE_CHECKING:
     from fewstep.engine import Engine, GeneratedImage, LoadedModel, ModelStore, Preview
@@ -36,9 +38,16 @@ class Generator:
 
     Args:
         settings: an `EngineSettings` as plain data. What is offered comes through `user_config`.
+        encoder: handle of `Encoder`, where stages are apart.
+        decoder: handle of `Decoder`, where stages are apart.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        encoder: DeploymentHandle | None = None,
+        decoder: DeploymentHandle | None = None,
+    ) -> None:
         import torch
 
         from fewstep.cli import enter_home
@@ -48,6 +57,7 @@ class Generator:
         self._settings = EngineSettings.model_validate(settings)
         torch.set_num_threads(self._settings.threads)
         self._metrics = EngineMetrics()
+        self._stages = RemoteStages(encoder, decoder) if encoder and decoder else None
         self._offer: Offer
         self._store: ModelStore | None = None
         self._engine: Engine
@@ -65,7 +75,7 @@ class Generator:
         else:
             await self._store.offer(sources)
             batching, batcher = self._offer.batching, self._engine.batcher
-            batcher.max_batch_size, batcher.max_pending = batching.max_batch_size, batching.max_pending
+            batcher.max_batch_size, self._engine.max_pending = batching.max_batch_size, batching.max_pending
             batcher.max_wait_s = batching.max_wait_ms / 1000
         await self._store.get(self._store.default)
 
@@ -115,24 +125,18 @@ class Generator:
                 "class_label",
             )
         try:
-            model.pipeline.text_encoder.check([order.prompt])
+            model.latent_shape(order.size)
         except UserError as error:
-            return Refusal(400, str(error), "prompt_too_long", "prompt")
+            return Refusal(400, str(error), "invalid_value", "size")
         tasks = [
             ImageTask(order.prompt, order.seed + index, self._preview(order, index, steps, show))
             for index in range(order.n)
         ]
+        how = {"steps": steps, "temperature": order.temperature, "sampler": order.sampler}
         try:
-            images = await self._engine.generate(
-                model,
-                tasks,
-                size=order.size,
-                steps=steps,
-                temperature=order.temperature,
-                sampler=order.sampler,
-            )
+            images = await self._engine.generate(model, tasks, size=order.size, **how)
         except UserError as error:
-            return Refusal(400, str(error), "invalid_value", "size")
+            return Refusal(400, str(error), "prompt_too_long", "prompt")
         except Overloaded as error:
             return Refusal(429, f"{error.pending} images already wait here: try again later.", "overloaded")
         return await asyncio.to_thread(self._deliver, order, model, steps, images)
@@ -156,10 +160,10 @@ class Generator:
         encode = partial(encode_image, output_format=order.output_format, quality=order.output_compression)
         drawn = []
         for index, image in enumerate(images):
-            self._metrics.waited(image.queue_s, model.name, model.version)
+            self._metrics.image(image)
             seconds = {
-                "queue_ms": image.queue_s, "encode_ms": image.batch.encode_s, "network_ms": image.batch.network_s,
-                "policy_ms": image.batch.policy_s, "decode_ms": image.batch.decode_s,
+                "queue_ms": image.queue_s, "encode_ms": image.encode_s, "network_ms": image.batch.network_s,
+                "policy_ms": image.batch.policy_s, "decode_ms": image.decode_s,
             }  # fmt: skip
             timings = {name: round(value * 1000, 3) for name, value in seconds.items()}
             drawn.append(Drawn(index, image.seed, encode(image.pixels), image.batch.size, timings))
@@ -180,11 +184,13 @@ class Generator:
             device=device,
             memory_bytes=settings.model_memory_mb and settings.model_memory_mb * 2**20,
             compile=settings.compile,
+            whole=self._stages is None,
         )
         engine = Engine(
             max_batch_size=batching.max_batch_size,
             max_wait_s=batching.max_wait_ms / 1000,
             max_pending=batching.max_pending,
+            stages=self._stages,
             on_batch=self._metrics.batch,
         )
         return store, engine
@@ -218,5 +224,5 @@ class Generator:
 
     async def _report_pending(self) -> None:
         while True:
-            self._metrics.pending(self._engine.batcher.pending)
+            self._metrics.pending(self._engine.pending)
             await asyncio.sleep(GAUGE_EVERY_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from fewstep.engine import BatchReport
+from fewstep.engine import BatchReport, GeneratedImage
 
 MILLISECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000, 60000]
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -25,10 +25,10 @@ class EngineMetrics:
             "fewstep_batch_size", "Images of a batch.", boundaries=SIZES, tag_keys=by_model
         )
         self._queue = milliseconds("queue", "Time an image waited for its batch.")
-        self._encode = milliseconds("encode", "Time of a batch in the text encoder.")
+        self._encode = milliseconds("encode", "Time until an image's prompt was encoded.")
         self._network = milliseconds("network", "Time of a batch in the network.")
         self._policy = milliseconds("policy", "Time of a batch in policies and their rollouts.")
-        self._decode = milliseconds("decode", "Time of a batch in the decoder.")
+        self._decode = milliseconds("decode", "Time until an image's latent was decoded.")
         self._rate = Gauge(
             "fewstep_images_per_second", "Images per second of the last batch.", tag_keys=by_model
         )
@@ -38,16 +38,15 @@ class EngineMetrics:
         tags = {"model": report.model.name, "version": report.model.version}
         self._images.inc(report.size, tags)
         self._batch_size.observe(report.size, tags)
-        for histogram, seconds in (
-            (self._encode, report.encode_s), (self._network, report.network_s),
-            (self._policy, report.policy_s), (self._decode, report.decode_s),
-        ):  # fmt: skip
-            histogram.observe(seconds * 1000, tags)
-        total = report.encode_s + report.network_s + report.policy_s + report.decode_s
-        self._rate.set(report.size / max(total, 1e-9), tags)
+        self._network.observe(report.network_s * 1000, tags)
+        self._policy.observe(report.policy_s * 1000, tags)
+        self._rate.set(report.size / max(report.network_s + report.policy_s, 1e-9), tags)
 
-    def waited(self, seconds: float, model: str, version: str) -> None:
-        self._queue.observe(seconds * 1000, {"model": model, "version": version})
+    def image(self, image: GeneratedImage) -> None:
+        tags = {"model": image.batch.model.name, "version": image.batch.model.version}
+        self._encode.observe(image.encode_s * 1000, tags)
+        self._queue.observe(image.queue_s * 1000, tags)
+        self._decode.observe(image.decode_s * 1000, tags)
 
     def pending(self, images: int) -> None:
         self._pending.set(images)

@@ -384,6 +384,22 @@ def test_keys_are_asked_for_where_they_are_set(address: str, tmp_path: Path) -> 
     serve.delete("locked")
 
 
+def test_encoder_and_decoder_may_be_deployments_of_their_own(address: str, service: str) -> None:
+    from ray import serve
+
+    settings = {"engine": {"stages": "apart"}}
+    deploy(address, settings, name="apart", prefix="/apart", ray_actor_options={"num_cpus": 0.1})
+    together = ask(address, {"prompt": PROMPT, "seed": 3, "n": 2})[0]
+    body = json.dumps({"prompt": PROMPT, "seed": 3, "n": 2}).encode()
+    request = urllib.request.Request(
+        f"{address}/apart/v1/images/generations", body, {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as response:
+        images = [decode_image(image["b64_json"]) for image in json.load(response)["data"]]
+    assert all(map(within_one_level, images, together.images))
+    serve.delete("apart")
+
+
 def test_a_request_has_a_time_limit(address: str) -> None:
     from ray import serve
 

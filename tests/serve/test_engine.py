@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.engine import Engine, ImageTask, ModelSource, ModelStore, UnknownModel
+from fewstep.engine import Engine, ImageTask, ModelSource, ModelStore, Overloaded, UnknownModel
 from fewstep.errors import UserError
 
 PROMPTS = [
@@ -85,9 +85,8 @@ def test_previews_come_after_each_evaluation_and_change_nothing(model) -> None:
 
 def test_the_parts_of_a_batch_s_time_are_known(model) -> None:
     [image] = draw(model, [ImageTask("something new, noto style", 0)])
-    report = image.batch
-    assert report.network_s > report.decode_s > 0
-    assert min(report.encode_s, report.policy_s) > 0
+    assert image.batch.network_s > image.batch.policy_s > 0
+    assert min(image.encode_s, image.queue_s, image.decode_s) > 0
 
 
 def test_a_batch_that_everyone_left_stops_at_the_next_evaluation(model) -> None:
@@ -102,6 +101,32 @@ def test_a_batch_that_everyone_left_stops_at_the_next_evaluation(model) -> None:
         return time.perf_counter() - begin
 
     assert asyncio.run(scenario()) < 3
+
+
+def test_a_prompt_that_is_too_long_leaves_the_others_alone(model) -> None:
+    async def scenario():
+        engine = Engine()
+        long = engine.generate(model, [ImageTask("long " * 100, 0)])
+        outcomes = await asyncio.gather(
+            long, engine.generate(model, [ImageTask("x", 0)]), return_exceptions=True
+        )
+        await engine.close()
+        return outcomes
+
+    refused, [image] = asyncio.run(scenario())
+    assert isinstance(refused, UserError)
+    assert image.batch.size == 1
+
+
+def test_images_beyond_the_queue_are_refused_before_any_work(model) -> None:
+    async def scenario() -> None:
+        engine = Engine(max_pending=3)
+        with pytest.raises(Overloaded):
+            await engine.generate(model, [ImageTask("x", seed) for seed in range(4)])
+        assert engine.pending == 0
+        await engine.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_size_that_no_patch_tiles_is_refused(model) -> None:

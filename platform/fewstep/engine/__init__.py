@@ -1,7 +1,7 @@
 """Generation as a service needs it, without HTTP: models by name, and batches of whatever may share one."""
 
 from fewstep.engine.batcher import DynamicBatcher, Overloaded
-from fewstep.engine.engine import BatchReport, Engine, GeneratedImage, ImageTask, Preview
+from fewstep.engine.engine import BatchReport, Engine, GeneratedImage, ImageTask, Preview, Stages
 from fewstep.engine.models import LoadedModel, ModelSource, ModelStore, UnknownModel
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "ModelStore",
     "Overloaded",
     "Preview",
+    "Stages",
     "UnknownModel",
 ]

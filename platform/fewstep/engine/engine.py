@@ -12,20 +12,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.engine.batcher import DynamicBatcher, Waiting
+from fewstep.engine.batcher import DynamicBatcher, Overloaded, Waiting
 from fewstep.engine.models import LoadedModel
 from fewstep.flow import gaussian_noise
 from fewstep.models.conditioning import TextConditioning
 
 Sampler = Literal["student", "teacher"]
-PROMPT_CACHE = 512
-"""Prompts whose token states an engine remembers."""
+REMEMBERED_PROMPTS = 512
+"""Prompts whose token states are remembered."""
 
 
 class Abandoned(Exception):
@@ -49,8 +49,15 @@ class ImageTask:
     seed: int
     on_preview: Callable[[Preview], None] | None = None
     """Called on the engine's event loop after each evaluation."""
-    states: Tensor | None = None
-    """Token states (L, D) of the prompt, where another process encodes."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A task with its prompt's token states."""
+
+    task: ImageTask
+    states: Tensor
+    """(L, D) float32 on the CPU."""
 
 
 class BatchKey(NamedTuple):
@@ -70,11 +77,18 @@ class BatchReport:
 
     model: LoadedModel
     size: int
-    encode_s: float
     network_s: float
     policy_s: float
     """Rollouts, and the rest of sampling outside the network."""
-    decode_s: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the network gives for one image."""
+
+    latent: Tensor
+    queue_s: float
+    batch: BatchReport
 
 
 @dataclass(frozen=True)
@@ -82,24 +96,81 @@ class GeneratedImage:
     """One image, and how it came about."""
 
     seed: int
-    pixels: np.ndarray | None
-    """(H, W, 3) uint8; None where another process decodes."""
+    pixels: np.ndarray
+    """(H, W, 3) uint8."""
     latent: Tensor
     """(C, H, W) float32 on the CPU."""
+    encode_s: float
+    """Until its prompt was encoded."""
     queue_s: float
-    """Time before its batch began."""
+    """From then until its batch began."""
+    decode_s: float
     batch: BatchReport
 
 
+class Stages(Protocol):
+    """Where prompts are encoded and latents decoded: here, or in other processes."""
+
+    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[Tensor]:
+        """Token states (L, D) of each prompt, float32 on the CPU.
+
+        Raises:
+            UserError: a prompt is too long.
+        """
+        ...
+
+    async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
+        """(B, C, H, W) latents → (B, H', W', 3) uint8."""
+        ...
+
+
+class LocalStages:
+    """Encodes in a thread of its own, while the network works in another.
+
+    Prompts that arrive while others are being encoded are encoded together; the latest are remembered.
+    """
+
+    def __init__(self) -> None:
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="fewstep-encoder")
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="fewstep-decoder")
+        self._remembered: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._batcher: DynamicBatcher[LoadedModel, str, Tensor] = DynamicBatcher(
+            self._encode_batch, max_batch_size=64, max_wait_s=0, max_pending=1 << 30
+        )
+
+    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[Tensor]:
+        model.pipeline.text_encoder.check(prompts)
+        name = model.pipeline.card.text_encoder  # states depend on nothing else of the model
+        states = {prompt: self._remembered.get((name, prompt)) for prompt in prompts}
+        missing = [prompt for prompt, known in states.items() if known is None]
+        if missing:
+            states |= zip(missing, await self._batcher.submit(model, missing), strict=True)
+        for prompt, known in states.items():
+            self._remembered[name, prompt] = known
+            self._remembered.move_to_end((name, prompt))
+        while len(self._remembered) > REMEMBERED_PROMPTS:
+            self._remembered.popitem(last=False)
+        return [states[prompt] for prompt in prompts]
+
+    async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoder, model.pipeline.decode, latents)
+
+    async def _encode_batch(self, model: LoadedModel, entries: list[Waiting[str, Tensor]]) -> list[Tensor]:
+        loop = asyncio.get_running_loop()
+        prompts = [entry.item for entry in entries]
+        return await loop.run_in_executor(self._encoder, model.pipeline.text_encoder.encode, prompts)
+
+
 class Engine:
-    """Batches image tasks and runs them in one worker thread. Belongs to one event loop.
+    """Batches image tasks and runs the network in one worker thread. Belongs to one event loop.
 
     Args:
         max_batch_size: most images of a batch.
         max_wait_s: how long an idle worker waits for a batch to fill.
         max_pending: bound on waiting images.
-        decode: whether results carry pixels; False where another process decodes.
-        on_batch: told of each finished batch, on the worker thread.
+        stages: where prompts are encoded and latents decoded; in threads of this process by default.
+        on_batch: told of each finished batch.
     """
 
     def __init__(
@@ -108,15 +179,21 @@ class Engine:
         max_batch_size: int = 16,
         max_wait_s: float = 0.004,
         max_pending: int = 256,
-        decode: bool = True,
+        stages: Stages | None = None,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
     ) -> None:
-        self._decode, self._on_batch = decode, on_batch
-        self._prompts: OrderedDict[tuple[LoadedModel, str], Tensor] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-engine")
-        self.batcher: DynamicBatcher[BatchKey, ImageTask, GeneratedImage] = DynamicBatcher(
-            self._run, max_batch_size=max_batch_size, max_wait_s=max_wait_s, max_pending=max_pending
+        self.max_pending = max_pending
+        self._stages, self._on_batch = stages or LocalStages(), on_batch
+        self._encoding = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-network")
+        self.batcher: DynamicBatcher[BatchKey, Encoded, Drawn] = DynamicBatcher(
+            self._run, max_batch_size=max_batch_size, max_wait_s=max_wait_s, max_pending=1 << 30
         )
+
+    @property
+    def pending(self) -> int:
+        """Images that wait for their batch."""
+        return self._encoding + self.batcher.pending
 
     async def generate(
         self,
@@ -137,38 +214,46 @@ class Engine:
             sampler: the student, or the teacher's own guided Euler sampler.
 
         Raises:
-            UserError: a size that the model can't take.
+            UserError: a size or a prompt that the model can't take.
             Overloaded: the queue is full.
         """
-        key = BatchKey(
-            model, model.latent_shape(size), steps or model.pipeline.card.nfe, temperature, sampler
-        )
-        return await self.batcher.submit(key, tasks)
+        steps = steps or model.pipeline.card.nfe
+        key = BatchKey(model, model.latent_shape(size), steps, temperature, sampler)
+        if self.pending + len(tasks) > self.max_pending:
+            raise Overloaded(self.pending, self.max_pending)
+        begin = time.perf_counter()
+        self._encoding += len(tasks)
+        try:
+            states = await self._stages.encode(model, [task.prompt for task in tasks])
+        finally:
+            self._encoding -= len(tasks)
+        encode_s = time.perf_counter() - begin
+        drawn = await self.batcher.submit(key, list(map(Encoded, tasks, states)))
+        begin = time.perf_counter()
+        pixels = await self._stages.decode(model, torch.stack([one.latent for one in drawn]))
+        decode_s = time.perf_counter() - begin
+        return [
+            GeneratedImage(task.seed, image, one.latent, encode_s, one.queue_s, decode_s, one.batch)
+            for task, image, one in zip(tasks, pixels, drawn, strict=True)
+        ]
 
     async def close(self) -> None:
         await self.batcher.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(
-        self, key: BatchKey, batch: list[Waiting[ImageTask, GeneratedImage]]
-    ) -> list[GeneratedImage]:
+    async def _run(self, key: BatchKey, batch: list[Waiting[Encoded, Drawn]]) -> list[Drawn]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._generate, loop, key, batch)
+        return await loop.run_in_executor(self._thread, self._draw, loop, key, batch)
 
-    def _generate(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        key: BatchKey,
-        batch: list[Waiting[ImageTask, GeneratedImage]],
-    ) -> list[GeneratedImage]:
+    def _draw(
+        self, loop: asyncio.AbstractEventLoop, key: BatchKey, batch: list[Waiting[Encoded, Drawn]]
+    ) -> list[Drawn]:
         queue_s = [entry.waited_s for entry in batch]
         pipeline, watch = key.model.pipeline, key.model.stopwatch
         begin = time.perf_counter()
-        conditioning = self._condition(key.model, [entry.item for entry in batch])
-        noise = gaussian_noise(
-            (len(batch), *key.shape), [torch.Generator().manual_seed(entry.item.seed) for entry in batch]
-        )
-        encoded = time.perf_counter()
+        conditioning = TextConditioning.collate([entry.item.states for entry in batch]).to(pipeline.device)
+        generators = [torch.Generator().manual_seed(entry.item.task.seed) for entry in batch]
+        noise = gaussian_noise((len(batch), *key.shape), generators)
 
         def stop_if_abandoned() -> None:
             if all(entry.abandoned for entry in batch):
@@ -183,55 +268,23 @@ class Engine:
                     on_step=self._previews(loop, key, batch),
                 )  # fmt: skip
             latents = latents.float().cpu()
-        sampled = time.perf_counter()
-        pixels = list(pipeline.decode(latents)) if self._decode else [None] * len(batch)
-        report = BatchReport(
-            model=key.model,
-            size=len(batch),
-            encode_s=encoded - begin,
-            network_s=watch.network_s,
-            policy_s=sampled - encoded - watch.network_s,
-            decode_s=time.perf_counter() - sampled,
-        )
+        elapsed = time.perf_counter() - begin
+        report = BatchReport(key.model, len(batch), watch.network_s, elapsed - watch.network_s)
         self._on_batch(report)
-        return [
-            GeneratedImage(entry.item.seed, image, latent, waited, report)
-            for entry, image, latent, waited in zip(batch, pixels, latents, queue_s, strict=True)
-        ]
-
-    def _condition(self, model: LoadedModel, tasks: Sequence[ImageTask]) -> TextConditioning:
-        """Token states of the tasks' prompts, padded together; remembered ones are not encoded again."""
-        missing = {task.prompt for task in tasks if task.states is None}
-        missing = [prompt for prompt in sorted(missing) if (model, prompt) not in self._prompts]
-        if missing:
-            for prompt, states in zip(missing, model.pipeline.text_encoder.encode(missing), strict=True):
-                self._prompts[model, prompt] = states
-        states = []
-        for task in tasks:
-            if task.states is None:
-                self._prompts.move_to_end((model, task.prompt))
-                states.append(self._prompts[model, task.prompt])
-            else:
-                states.append(task.states)
-        while len(self._prompts) > PROMPT_CACHE:
-            self._prompts.popitem(last=False)
-        return TextConditioning.collate(states).to(model.pipeline.device)
+        return [Drawn(latent, waited, report) for latent, waited in zip(latents, queue_s, strict=True)]
 
     def _previews(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        key: BatchKey,
-        batch: list[Waiting[ImageTask, GeneratedImage]],
+        self, loop: asyncio.AbstractEventLoop, key: BatchKey, batch: list[Waiting[Encoded, Drawn]]
     ) -> Callable[[int, Tensor, Tensor], None] | None:
         """Decodes x̂_0 of those who asked, and of nobody else; None where nobody did."""
-        rows = [row for row, entry in enumerate(batch) if entry.item.on_preview is not None]
+        rows = [row for row, entry in enumerate(batch) if entry.item.task.on_preview is not None]
         if not rows:
             return None
 
         def show(step: int, state: Tensor, clean: Tensor) -> None:
             for row, pixels in zip(rows, key.model.pipeline.decode(clean[rows]), strict=True):
                 if not batch[row].abandoned:
-                    callback: Any = batch[row].item.on_preview
+                    callback: Any = batch[row].item.task.on_preview
                     loop.call_soon_threadsafe(callback, Preview(step + 1, pixels))
 
         return show

@@ -144,6 +144,7 @@ class ModelStore:
         device: where networks run.
         memory_bytes: limit on loaded weights; the least recently used models leave first. None: no limit.
         compile: compile networks.
+        whole: also load each model's encoder and autoencoder, and warm up; False where other processes have them.
     """
 
     def __init__(
@@ -154,11 +155,12 @@ class ModelStore:
         device: str = "cpu",
         memory_bytes: int | None = None,
         compile: bool = False,
+        whole: bool = True,
     ) -> None:
         self.sources = dict(sources)
         self.created = int(time.time())
         self._tracking_uri, self._device = tracking_uri, device
-        self._memory_bytes, self._compile = memory_bytes, compile
+        self._memory_bytes, self._compile, self._whole = memory_bytes, compile, whole
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._locks: dict[str, asyncio.Lock] = {}
         self._failed: dict[str, float] = {}
@@ -249,7 +251,8 @@ class ModelStore:
         pipeline = FewStepPipeline.from_pretrained(folder, teacher=teacher, device=self._device)
         if self._compile:
             pipeline.network.transformer.compile()
-        pipeline("", seed=0, num_inference_steps=1)  # encoder and autoencoder load, kernels warm up
+        if self._whole:
+            pipeline("", seed=0, num_inference_steps=1)
         return LoadedModel(source.name, version, pipeline)
 
     def _current_version(self, source: ModelSource) -> str:
