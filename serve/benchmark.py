@@ -123,8 +123,13 @@ async def saturated(
     return _row(name, None, answers, time.perf_counter() - begin)
 
 
-def bare_engine(source: str, batch_size: int, seconds: float, *, steps: int, threads: int) -> Row:
-    """The engine in this process: full batches of the same kind, back to back, without HTTP and without Ray.
+def bare_engine(
+    source: str, batch_size: int, seconds: float, *, steps: int, threads: int, in_flight: int = 1
+) -> Row:
+    """The engine in this process: full batches of the same kind, without HTTP and without Ray.
+
+    Args:
+        in_flight: batches under way at once; with two, prompts are encoded while the network works.
 
     Raises:
         UserError: no model lies there.
@@ -134,31 +139,45 @@ def bare_engine(source: str, batch_size: int, seconds: float, *, steps: int, thr
     from fewstep.engine import Engine, ImageTask, ModelSource, ModelStore
 
     torch.set_num_threads(threads)
+    captions = iter(prompts(200_000, 7))
+    times: list[float] = []
 
-    async def run() -> tuple[list[float], float]:
+    async def run() -> float:
         model = await ModelStore({"bare": ModelSource(name="bare", source=source)}).get("bare")
         engine = Engine(max_batch_size=batch_size, max_wait_s=0)
-        captions = iter(prompts(1_000_000 // batch_size, 7))
-        times, begin = [], 0.0
-        for round_ in range(1_000_000):
-            tasks = [ImageTask(next(captions), seed) for seed in range(batch_size)]
-            if round_ == 2:  # two to warm up
-                begin = time.perf_counter()
+
+        async def one_batch() -> None:
             start = time.perf_counter()
+            tasks = [ImageTask(next(captions), seed) for seed in range(batch_size)]
             await engine.generate(model, tasks, steps=steps)
             times.append(time.perf_counter() - start)
-            if round_ >= 2 and time.perf_counter() - begin > seconds:
-                break
+
+        async def batches() -> None:
+            while time.perf_counter() < end:
+                await one_batch()
+
+        await one_batch()  # to warm up
+        times.clear()
+        begin = time.perf_counter()
+        end = begin + seconds
+        await asyncio.gather(*(batches() for _ in range(in_flight)))
         elapsed = time.perf_counter() - begin
         await engine.close()
-        return times[2:], elapsed
+        return elapsed
 
-    times, elapsed = asyncio.run(run())
+    elapsed = asyncio.run(run())
     milliseconds = np.array(times) * 1000
     return Row(
-        f"bare engine, batches of {batch_size}", None, len(times) * batch_size / elapsed,
-        float(np.percentile(milliseconds, 50)), float(np.percentile(milliseconds, 99)), batch_size, 0.0, 0, 0,
-    )  # fmt: skip
+        name=f"bare engine, batches of {batch_size}" + (f", {in_flight} in flight" if in_flight > 1 else ""),
+        offered_per_s=None,
+        images_per_s=len(times) * batch_size / elapsed,
+        p50_ms=float(np.percentile(milliseconds, 50)),
+        p99_ms=float(np.percentile(milliseconds, 99)),
+        mean_batch=batch_size,
+        outside_engine=None,
+        refused=0,
+        errors=0,
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
