@@ -21,6 +21,7 @@ from serve.stages import Decoder, Encoder
 
 @serve.deployment(
     max_ongoing_requests=1000,
+    max_surge_percent=100,  # a new one takes over before the old one leaves
     health_check_period_s=2,
     graceful_shutdown_wait_loop_s=0.2,
     graceful_shutdown_timeout_s=90,
@@ -54,4 +55,4 @@ def assemble(settings: Settings, **generator_options: Any) -> Application:
     threads, apart = settings.engine.threads, settings.engine.stages == "apart"
     stages = [Encoder.bind(threads), Decoder.bind(threads)] if apart else []
     generator = Generator.options(user_config=offer, **generator_options).bind(engine, *stages)
-    return Ingress.bind(settings.model_dump(mode="json"), generator)
+    return Ingress.bind(settings.model_dump(mode="json", exclude={"offer"}), generator)

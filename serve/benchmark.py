@@ -136,7 +136,9 @@ def bare_engine(
     """
     import torch
 
-    from fewstep.engine import Engine, ImageTask, ModelSource, ModelStore
+    from fewstep.engine.engine import Engine, ImageTask
+    from fewstep.engine.models import ModelStore
+    from fewstep.engine.source import ModelSource
 
     torch.set_num_threads(threads)
     captions = iter(prompts(200_000, 7))

@@ -18,7 +18,8 @@ from serve.settings import EngineSettings, Offer
 from serve.stages import RemoteStages
 
 if TYPE_CHECKING:
-    from fewstep.engine import Engine, GeneratedImage, LoadedModel, ModelStore, Preview
+    from fewstep.engine.engine import Engine, GeneratedImage, Preview
+    from fewstep.engine.models import LoadedModel, ModelStore
 
 log = logging.getLogger("ray.serve")
 GAUGE_EVERY_S = 1.0
@@ -102,7 +103,9 @@ class Generator:
     async def _draw(
         self, order: Order, show: Callable[[PreviewImage], None] | None = None
     ) -> Delivery | Refusal:
-        from fewstep.engine import ImageTask, Overloaded, UnknownModel
+        from fewstep.engine.batcher import Overloaded
+        from fewstep.engine.engine import ImageTask
+        from fewstep.engine.models import UnknownModel
         from fewstep.errors import UserError
 
         try:
@@ -172,7 +175,8 @@ class Generator:
     def _start(self, sources: dict[str, Any]) -> tuple[ModelStore, Engine]:
         import torch
 
-        from fewstep.engine import Engine, ModelStore
+        from fewstep.engine.engine import Engine
+        from fewstep.engine.models import ModelStore
 
         settings, batching = self._settings, self._offer.batching
         device = settings.device

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from serve.schema import OutputFormat
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def encode_image(pixels: np.ndarray, output_format: OutputFormat = "png", quality: int = 100) -> bytes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from fewstep.engine import BatchReport, GeneratedImage
+if TYPE_CHECKING:
+    from fewstep.engine.engine import BatchReport, GeneratedImage
 
 MILLISECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000, 60000]
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]

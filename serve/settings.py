@@ -1,4 +1,4 @@
-"""Settings of the application: the `args` of `serve/config.yaml`."""
+"""Settings of the application: `args`, and the generator's `user_config`, of `serve/config.yaml`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fewstep.engine.models import ModelSource
+from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
 
 
@@ -118,6 +118,7 @@ class Settings(Section):
     """All of it."""
 
     offer: Offer = Offer()
+    """For `serve run serve.app:build` and for Python; in a configuration file the generator's `user_config` has it."""
     limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
     access: Access = Access()

@@ -229,7 +229,9 @@ def _check(request: dict[str, Any], answer: Answer, reference: Reference, tally:
 
 def replica_pids(application: str, deployment: str = "Generator") -> list[int]:
     """Process ids of the living replicas of a deployment on this machine."""
+    import ray
     from ray.util.state import list_actors
 
-    actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+    address = ray.get_runtime_context().gcs_address  # others may run on this machine
+    actors = list_actors(address, filters=[("state", "=", "ALIVE")], limit=1000)
     return sorted(actor.pid for actor in actors if f"{application}#{deployment}#" in (actor.name or ""))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from fewstep.engine import LoadedModel
+    from fewstep.engine.models import LoadedModel
 
 
 @serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})

@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from PIL import Image
 
 from serve.client import Client, decode_image
 from serve.running import deploy
+from serve.soak import replica_pids
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "red heart, noto style"
@@ -287,20 +290,13 @@ def test_a_dead_replica_s_requests_are_answered_by_another(service: str) -> None
                 for i in range(24)
             ]
             await asyncio.sleep(0.4)
-            victims = replica_pids("Generator")
+            victims = replica_pids("fewstep")
             os.kill(victims[0], signal.SIGKILL)
             return await asyncio.gather(*sent), victims
 
     answers, victims = asyncio.run(scenario())
     assert len(victims) == 2
     assert [answer.status for answer in answers] == [200] * 24, [a.message for a in answers]
-
-
-def replica_pids(deployment: str, application: str = "fewstep") -> list[int]:
-    from ray.util.state import list_actors
-
-    actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-    return [a.pid for a in actors if f"{application}#{deployment}#" in (a.name or "")]
 
 
 def test_a_client_that_leaves_stops_costing(service: str) -> None:
@@ -390,12 +386,9 @@ def test_encoder_and_decoder_may_be_deployments_of_their_own(address: str, servi
     settings = {"engine": {"stages": "apart"}}
     deploy(address, settings, name="apart", prefix="/apart", ray_actor_options={"num_cpus": 0.1})
     together = ask(address, {"prompt": PROMPT, "seed": 3, "n": 2})[0]
-    body = json.dumps({"prompt": PROMPT, "seed": 3, "n": 2}).encode()
-    request = urllib.request.Request(
-        f"{address}/apart/v1/images/generations", body, {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as response:
-        images = [decode_image(image["b64_json"]) for image in json.load(response)["data"]]
+    status, body = post(f"{address}/apart", prompt=PROMPT, seed=3, n=2)
+    assert status == 200
+    images = [decode_image(image["b64_json"]) for image in body["data"]]
     assert all(map(within_one_level, images, together.images))
     serve.delete("apart")
 
@@ -404,23 +397,95 @@ def test_a_request_has_a_time_limit(address: str) -> None:
     from ray import serve
 
     deploy(address, {"limits": {"time_limit_s": 0.3}}, name="hasty", prefix="/hasty", ray_actor_options=SMALL)
-    body = json.dumps({"prompt": "x", "sampler": "teacher", "n": 10}).encode()
-    request = urllib.request.Request(
-        f"{address}/hasty/v1/images/generations", body, {"content-type": "application/json"}
-    )
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request)
-    assert refused.value.code == 504
-    assert "not ready within 0.3 s" in json.load(refused.value)["error"]["message"]
+    status, error = post(f"{address}/hasty", prompt="x", sampler="teacher", n=10)
+    assert status == 504
+    assert "not ready within 0.3 s" in error["error"]["message"]
     serve.delete("hasty")
 
 
-def test_the_configuration_file_holds_known_settings_only() -> None:
+def post(url: str, **body) -> tuple[int, dict]:
+    """Status and JSON of one image request."""
+    request = urllib.request.Request(
+        f"{url}/v1/images/generations", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as refused:
+        return refused.code, json.load(refused)
+
+
+def test_serve_deploy_changes_models_and_limits_without_a_restart_and_deletion_waits_for_what_was_accepted(
+    address: str, ray_cluster: str, tmp_path: Path
+) -> None:
+    from ray import serve
+
+    def deploy_file(offer: dict) -> None:
+        config = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
+        config["http_options"]["port"] = int(address.rpartition(":")[2])
+        [application] = config["applications"]
+        application |= {"name": "changing", "route_prefix": "/changing"}
+        application["deployments"][0] |= {"ray_actor_options": SMALL, "user_config": offer}
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        command = [str(Path(sys.executable).parent / "serve"), "deploy", "-a", ray_cluster, str(file)]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+
+    def answers(model: str) -> bool:
+        try:
+            return post(f"{address}/changing", prompt="x", model=model)[0] == 200
+        except ValueError:  # not there yet: the proxy's own 404
+            return False
+
+    def wait_for(model: str) -> None:
+        deadline = time.monotonic() + 60
+        while not answers(model):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    deploy_file({"models": [{"name": "one", "source": "emoji-student"}]})
+    wait_for("one")
+    before = replica_pids("changing")
+    deploy_file({"models": [{"name": "two", "source": "emoji-student"}], "batching": {"max_batch_size": 2}})
+    wait_for("two")
+    status, body = post(f"{address}/changing", prompt="x", n=4, model="two")
+    assert status == 200
+    assert [image["batch_size"] for image in body["data"]] == [2, 2, 2, 2]
+    assert post(f"{address}/changing", prompt="x", model="one")[0] == 404
+    assert replica_pids("changing") == before
+    with ThreadPoolExecutor() as pool:
+        long = pool.submit(post, f"{address}/changing", prompt="x", n=8, model="two", sampler="teacher")
+        time.sleep(1)
+        assert not long.done()
+        serve.delete("changing")
+        assert long.result()[0] == 200
+
+
+def test_an_idle_service_may_have_no_replica_and_a_request_starts_one(address: str) -> None:
+    from ray import serve
+
+    from serve.app import assemble
     from serve.settings import Settings
+
+    scaling = {"min_replicas": 0, "max_replicas": 1}
+    application = assemble(Settings(), autoscaling_config=scaling, ray_actor_options=SMALL)
+    serve.run(application, name="idle", route_prefix="/idle")
+    with pytest.raises(urllib.error.HTTPError) as unready:
+        urllib.request.urlopen(f"{address}/idle/healthz")
+    assert unready.value.code == 503
+    assert post(f"{address}/idle", prompt=PROMPT)[0] == 200
+    with urllib.request.urlopen(f"{address}/idle/healthz") as response:
+        assert json.load(response) == {"status": "ok", "replicas": 1}
+    serve.delete("idle")
+
+
+def test_the_configuration_file_holds_known_settings_only() -> None:
+    from serve.settings import Offer, Settings
 
     config = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
     [application] = config["applications"]
     Settings.model_validate(application["args"])
+    Offer.model_validate(application["deployments"][0]["user_config"])
     assert config["http_options"]["host"] == "127.0.0.1"
 
 

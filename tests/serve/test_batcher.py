@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from fewstep.engine import DynamicBatcher, Overloaded
+from fewstep.engine.batcher import DynamicBatcher, Overloaded
 
 
 class Recorder:

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.engine import Engine, ImageTask, ModelSource, ModelStore, Overloaded, UnknownModel
+from fewstep.engine.batcher import Overloaded
+from fewstep.engine.engine import Engine, ImageTask
+from fewstep.engine.models import ModelStore, UnknownModel
+from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
 
 PROMPTS = [
@@ -166,3 +169,28 @@ def test_a_version_says_which_weights(model, tmp_path: Path) -> None:
     with (tmp_path / "fewstep.json").open("a") as card:
         card.write("\n")
     assert locate_version(str(tmp_path))[1] != model.version
+
+
+def test_a_model_may_lie_in_object_storage(model, s3_bucket: str) -> None:
+    from fewstep.data.storage import Storage
+    from fewstep.export.pipeline import student_folder
+
+    storage = Storage.at(f"{s3_bucket}/student")
+    for file in student_folder("emoji-student").iterdir():
+        storage.write(file.name, file.read_bytes())
+
+    async def scenario():
+        store = ModelStore({"remote": ModelSource(name="remote", source=f"{s3_bucket}/student")})
+        return await store.get("remote")
+
+    remote = asyncio.run(scenario())
+    assert remote.version == model.version
+    assert torch.equal(
+        draw(remote, [ImageTask("x", 0)])[0].latent, draw(model, [ImageTask("x", 0)])[0].latent
+    )
+
+
+def test_a_storage_folder_without_a_model_is_refused(s3_bucket: str) -> None:
+    store = ModelStore({"remote": ModelSource(name="remote", source=f"{s3_bucket}/nothing")})
+    with pytest.raises(UserError, match="no model lies at"):
+        asyncio.run(store.get("remote"))

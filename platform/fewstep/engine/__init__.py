@@ -1,20 +1,5 @@
-"""Generation as a service needs it, without HTTP: models by name, and batches of whatever may share one."""
+"""Generation as a service needs it, without HTTP and without Ray.
 
-from fewstep.engine.batcher import DynamicBatcher, Overloaded
-from fewstep.engine.engine import BatchReport, Engine, GeneratedImage, ImageTask, Preview, Stages
-from fewstep.engine.models import LoadedModel, ModelSource, ModelStore, UnknownModel
-
-__all__ = [
-    "BatchReport",
-    "DynamicBatcher",
-    "Engine",
-    "GeneratedImage",
-    "ImageTask",
-    "LoadedModel",
-    "ModelSource",
-    "ModelStore",
-    "Overloaded",
-    "Preview",
-    "Stages",
-    "UnknownModel",
-]
+`models.ModelStore` holds models by name, `engine.Engine` makes images in batches of whatever may share one
+(`batcher.DynamicBatcher`), `source.ModelSource` says where a model lies.
+"""

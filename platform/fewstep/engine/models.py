@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
+from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
 from fewstep.export.pipeline import DEFAULT_TRACKING, FewStepPipeline, student_folder
 
@@ -29,24 +29,6 @@ FAILED_AGAIN_S = 60.0
 
 class UnknownModel(Exception):
     """No model of that name is configured."""
-
-
-class ModelSource(BaseModel):
-    """One model that is offered."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    name: str
-    """What requests call it."""
-    source: str
-    """A bundled name, an exported folder, `s3://bucket/folder`, or MLflow's `models:/name@alias`, `models:/name/3`."""
-    teacher: str | None = None
-    """Where its teacher lies here, if not where the student's card says: a folder, a hub id or `s3://`."""
-
-    @property
-    def follows_alias(self) -> bool:
-        """Whether its version may change while it is served."""
-        return self.source.startswith("models:/") and "@" in self.source
 
 
 class Stopwatch:
