@@ -88,10 +88,12 @@ def main() -> None:
             with deployment(settings, port=options.port, replicas=options.replicas) as address:
                 results[limit] = measure(address, limit)
     sizes = sorted({max(1, round(most.mean_batch)) for _, most, _ in results.values()})
-    bare = [
-        bare_engine(options.model, size, options.seconds, steps=options.steps, threads=options.threads)
+    same_kind = {"steps": options.steps, "threads": options.threads}
+    bare = {
+        (size, in_flight): bare_engine(options.model, size, options.seconds, in_flight=in_flight, **same_kind)
         for size in sizes
-    ]
+        for in_flight in (1, 2)
+    }
     rows = [row for alone, most, loads in results.values() for row in (alone, most, *loads)]
     rows += bare.values()
 
