@@ -76,7 +76,7 @@ def main() -> None:
     if options.address:
         results[None] = measure(options.address, None)
     else:
-        connect_ray()
+        connect_ray(show_logs=False)
         for limit in map(int, options.batch_limits.split(",")):
             settings = {
                 "offer": {

@@ -36,7 +36,7 @@ def main() -> None:
     from serve.soak import MODEL, soak
     from serve.versions import register_variants
 
-    connect_ray()
+    connect_ray(show_logs=False)
     with tempfile.TemporaryDirectory(prefix="fewstep-soak-") as scratch:
         folder = Path(scratch)
         uri = f"sqlite:///{folder / 'mlflow.db'}"

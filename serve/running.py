@@ -37,7 +37,7 @@ def deploy(
         UserError: it did not become ready.
     """
     application = assemble(Settings.model_validate(settings), **generator_options)
-    serve.run(application, name=name, route_prefix=prefix)
+    serve.run(application, name=name, route_prefix=prefix, logging_config={"enable_access_log": False})
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline:
         try:
