@@ -1,5 +1,6 @@
 # make distill   from nothing to a distilled, measured, registered 4-step model
 # make test      everything that is promised, checked
+# make serve     the bundled student behind HTTP: page, API, OpenAI's client (serve/config.yaml)
 # make ui        the MLflow pages of what was run        make stop   end the local Ray node
 # make help      all of them
 
@@ -10,6 +11,7 @@ CPUS   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Two logical CPUs more than there are: the data pipeline works beside a trainer that holds the real ones.
 SLOTS  := $(shell echo $$(( $(CPUS) + 2 )))
 ARGS   ?=
+CONFIG ?= serve/config.yaml
 SUBMIT  = ray job submit --runtime-env-json '{"env_vars": {"FEWSTEP_HOME": "$(CURDIR)"}}' --
 
 export PATH := $(BIN):$(PATH)
@@ -20,7 +22,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 # one lies in ~/.ray, and its `ray job submit` then does not send it unless RAY_AUTH_MODE says so.
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: help setup node distill teacher test lint ui stop clean
+.PHONY: help setup node distill teacher serve test lint ui stop clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,6 +47,10 @@ distill: node
 
 teacher: node
 	$(SUBMIT) $(CURDIR)/jobs/train_teacher.py --recipe emoji_teacher $(ARGS)
+
+serve: node
+	@serve deploy $(CONFIG)
+	@python -m serve.wait $(CONFIG)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

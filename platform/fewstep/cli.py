@@ -41,22 +41,25 @@ def enter_home() -> None:
         os.chdir(home)
 
 
-def connect_ray() -> None:
+def connect_ray(*, show_logs: bool = True) -> None:
     """Join the running Ray cluster, or start a local one for this job.
 
     Two logical CPUs more than there are: the data pipeline needs slots beside workers that hold all CPUs.
+
+    Args:
+        show_logs: repeat what workers print.
     """
     import ray
 
     if ray.is_initialized():
         return
     try:
-        ray.init(address="auto", log_to_driver=True)
+        ray.init(address="auto", log_to_driver=show_logs)
     except ConnectionError:
         # On loopback alone, and so without the token that Ray would otherwise leave in ~/.ray: `ray start` would
         # find it there, demand it, and `ray job submit` would not send it.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=(os.cpu_count() or 1) + 2, _node_ip_address="127.0.0.1", log_to_driver=True)
+        ray.init(num_cpus=(os.cpu_count() or 1) + 2, _node_ip_address="127.0.0.1", log_to_driver=show_logs)
 
 
 def recipe_parser(description: str, kind: type[BaseModel], examples: str) -> argparse.ArgumentParser:

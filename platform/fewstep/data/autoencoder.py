@@ -23,6 +23,9 @@ class Autoencoder(Protocol):
     def latent_shape(self, height: int, width: int) -> Shape:
         """(C, h, w) of an image of that many pixels."""
 
+    def image_size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels (H, W) of a latent of (h, w) cells."""
+
     def encode(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 → (B, C, h, w) float32 on the CPU."""
 
@@ -37,6 +40,9 @@ class PixelAutoencoder:
 
     def latent_shape(self, height: int, width: int) -> Shape:
         return (3, height, width)
+
+    def image_size(self, height: int, width: int) -> tuple[int, int]:
+        return (height, width)
 
     def encode(self, images: Tensor) -> Tensor:
         return _signed(images)
@@ -62,6 +68,9 @@ class KLAutoencoder:
                 f"both sides must be multiples of {self._factor}."
             )
         return (self._model.config.latent_channels, height // self._factor, width // self._factor)
+
+    def image_size(self, height: int, width: int) -> tuple[int, int]:
+        return (height * self._factor, width * self._factor)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

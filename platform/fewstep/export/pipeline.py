@@ -13,8 +13,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, gene
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.network import GuidedTeacher, PolicyNetwork
 from fewstep.models.teacher import BUNDLED, TeacherReference, check_reference, load_teacher, locate
+
+if TYPE_CHECKING:
+    from fewstep.data.autoencoder import Autoencoder
+    from fewstep.data.text import TextEncoder
 
 CARD = "fewstep.json"
 DEFAULT_TRACKING = "sqlite:///mlflow.db"
@@ -103,15 +108,26 @@ class FewStepPipeline:
     """Generates images from prompts in a few network evaluations; its teacher is at hand to compare with."""
 
     def __init__(self, network: PolicyNetwork, card: StudentCard, device: torch.device | str = "cpu") -> None:
-        from fewstep.data.autoencoder import load_autoencoder
-        from fewstep.data.text import TextEncoder
-
         self.card, self.device = card, torch.device(device)
         self.network = network.to(self.device).eval().requires_grad_(False)
-        self.text_encoder = TextEncoder.load(card.text_encoder)
-        self.autoencoder = load_autoencoder(card.autoencoder)
-        null = TextConditioning.collate(self.text_encoder.encode([""])).to(self.device)
-        self.teacher = GuidedTeacher(self.network, null, card.guidance)
+
+    # Encoder, autoencoder and teacher load when they are first used: a server may run them elsewhere, or never.
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        from fewstep.data.text import TextEncoder
+
+        return TextEncoder.load(self.card.text_encoder)
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        from fewstep.data.autoencoder import load_autoencoder
+
+        return load_autoencoder(self.card.autoencoder)
+
+    @cached_property
+    def teacher(self) -> GuidedTeacher:
+        return GuidedTeacher(self.network, self.encode([""]), self.card.guidance)
 
     @classmethod
     def from_pretrained(
@@ -172,7 +188,7 @@ class FewStepPipeline:
         steps = num_inference_steps or self.card.nfe
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"num_inference_steps must be 1 to {MAX_STEPS}, got {steps}.")
-        shape = self._shape(height, width)
+        shape = self.latent_shape(height, width)
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(
@@ -231,7 +247,12 @@ class FewStepPipeline:
             shift=TimeShift(self.card.shift),
         )
 
-    def _shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of a latent of that many cells; as trained by default.
+
+        Raises:
+            UserError: the network's patches do not tile it.
+        """
         channels, trained_height, trained_width = self.card.latent_shape
         shape = (channels, height or trained_height, width or trained_width)
         patch = self.network.family.patch(self.network.transformer)

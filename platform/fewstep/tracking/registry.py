@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MODEL_SCRIPT = Path(__file__).with_name("pyfunc_model.py")
 ARTIFACT = "student"
 REGISTRY_SECONDS = 60
+LOOK_UP_SECONDS = 5
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))")
 _RUN_FILES = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<path>.+)")
 
@@ -123,6 +124,23 @@ def resolve(model: str, uri: str, into: Path | None = None) -> tuple[Path, Model
         f"model address {model!r} is of no known form: "
         "use models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/PATH or a local folder"
     )
+
+
+def look_up(model: str, uri: str) -> ModelVersionInfo:
+    """Which version "models:/NAME@ALIAS" or "models:/NAME/3" means now; nothing is downloaded.
+
+    Raises:
+        UserError: no such model, alias or version, or no registry in reach.
+    """
+    match = _REGISTERED.fullmatch(model)
+    if match is None:
+        raise UserError(
+            f"{model!r} names no registered model: use models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    uri = absolute_uri(uri)
+    with mlflow_settings(LOOK_UP_SECONDS):
+        version = _find_version(connect(uri), uri, match["name"], match["alias"], match["version"])
+    return ModelVersionInfo(version.name, int(version.version), version.run_id or None)
 
 
 def _store_model(client: MlflowClient, folder: Path, name: str, run_id: str, script: Path) -> tuple[str, str]:

@@ -1,0 +1,1 @@
+"""The Ray Serve application: `serve deploy serve/config.yaml`, or `make serve`."""

@@ -1,0 +1,83 @@
+"""What Prometheus sees, at the metrics port of each Ray node (names there begin with `ray_`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from fewstep.engine.engine import BatchReport, GeneratedImage
+
+MILLISECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000, 60000]
+SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+class EngineMetrics:
+    """Of a generator replica."""
+
+    def __init__(self) -> None:
+        def milliseconds(name: str, text: str) -> Histogram:
+            return Histogram(
+                f"fewstep_{name}_ms", text, boundaries=MILLISECONDS, tag_keys=("model", "version")
+            )
+
+        by_model = ("model", "version")
+        self._images = Counter("fewstep_images_total", "Images drawn.", tag_keys=by_model)
+        self._batch_size = Histogram(
+            "fewstep_batch_size", "Images of a batch.", boundaries=SIZES, tag_keys=by_model
+        )
+        self._queue = milliseconds("queue", "Time an image waited for its batch.")
+        self._encode = milliseconds("encode", "Time until an image's prompt was encoded.")
+        self._network = milliseconds("network", "Time of a batch in the network.")
+        self._policy = milliseconds("policy", "Time of a batch in policies and their rollouts.")
+        self._decode = milliseconds("decode", "Time until an image's latent was decoded.")
+        self._rate = Gauge(
+            "fewstep_images_per_second", "Images per second of the last batch.", tag_keys=by_model
+        )
+        self._pending = Gauge("fewstep_pending_images", "Images that wait for a batch.")
+
+    def batch(self, report: BatchReport) -> None:
+        tags = {"model": report.model.name, "version": report.model.version}
+        self._images.inc(report.size, tags)
+        self._batch_size.observe(report.size, tags)
+        self._network.observe(report.network_s * 1000, tags)
+        self._policy.observe(report.policy_s * 1000, tags)
+        self._rate.set(report.size / max(report.network_s + report.policy_s, 1e-9), tags)
+
+    def image(self, image: GeneratedImage) -> None:
+        tags = {"model": image.batch.model.name, "version": image.batch.model.version}
+        self._encode.observe(image.encode_s * 1000, tags)
+        self._queue.observe(image.queue_s * 1000, tags)
+        self._decode.observe(image.decode_s * 1000, tags)
+
+    def pending(self, images: int) -> None:
+        self._pending.set(images)
+
+
+class RequestMetrics:
+    """Of an ingress replica."""
+
+    def __init__(self) -> None:
+        self._requests = Counter(
+            "fewstep_requests_total", "Image requests answered.", tag_keys=("model", "status")
+        )
+        self._errors = Counter(
+            "fewstep_errors_total", "Image requests refused or failed.", tag_keys=("code",)
+        )
+        self._latency = Histogram(
+            "fewstep_request_ms",
+            "Time from request to response.",
+            boundaries=MILLISECONDS,
+            tag_keys=("status",),
+        )
+        self._retries = Counter("fewstep_retries_total", "Orders sent again because their replica died.")
+
+    def answered(self, model: str, status: int, seconds: float, code: str | None) -> None:
+        self._requests.inc(1, {"model": model, "status": str(status)})
+        self._latency.observe(seconds * 1000, {"status": str(status)})
+        if code is not None:
+            self._errors.inc(1, {"code": code})
+
+    def retried(self) -> None:
+        self._retries.inc()

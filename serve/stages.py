@@ -1,0 +1,98 @@
+"""Encoder and decoder as deployments of their own, for models whose stages should scale apart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from fewstep.engine.models import LoadedModel
+
+
+@serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})
+class Encoder:
+    """Text encoders by name, loaded when first asked for."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._loaded: dict[str, Any] = {}
+        self._one_at_a_time = asyncio.Lock()
+
+    async def encode(self, name: str, prompts: list[str]) -> list[np.ndarray] | str:
+        """Token states (L, D) of each prompt, or the sentence that refuses one."""
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._encode, name, prompts)
+
+    def _encode(self, name: str, prompts: list[str]) -> list[np.ndarray] | str:
+        from fewstep.data.text import TextEncoder
+        from fewstep.errors import UserError
+
+        if name not in self._loaded:
+            self._loaded[name] = TextEncoder.load(name, device=_device())
+        try:
+            return [states.numpy() for states in self._loaded[name].encode(prompts)]
+        except UserError as error:
+            return str(error)
+
+
+@serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})
+class Decoder:
+    """Autoencoders by name, loaded when first asked for."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._loaded: dict[str, Any] = {}
+        self._one_at_a_time = asyncio.Lock()
+
+    async def decode(self, name: str, latents: np.ndarray) -> np.ndarray:
+        """(B, C, H, W) float32 → (B, H', W', 3) uint8."""
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._decode, name, latents)
+
+    def _decode(self, name: str, latents: np.ndarray) -> np.ndarray:
+        import torch
+
+        from fewstep.data.autoencoder import load_autoencoder
+
+        if name not in self._loaded:
+            self._loaded[name] = load_autoencoder(name, device=_device())
+        return self._loaded[name].decode(torch.tensor(latents)).numpy()
+
+
+class RemoteStages:
+    """The engine's stages in those deployments."""
+
+    def __init__(self, encoder: DeploymentHandle, decoder: DeploymentHandle) -> None:
+        self._encoder, self._decoder = encoder, decoder
+
+    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[Tensor]:
+        import torch
+
+        from fewstep.errors import UserError
+
+        different = list(dict.fromkeys(prompts))
+        answer = await self._encoder.encode.remote(model.pipeline.card.text_encoder, different)
+        if isinstance(answer, str):
+            raise UserError(answer)
+        states = dict(zip(different, map(torch.tensor, answer), strict=True))
+        return [states[prompt] for prompt in prompts]
+
+    async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
+        return await self._decoder.decode.remote(model.pipeline.card.autoencoder, latents.numpy())
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

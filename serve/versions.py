@@ -1,0 +1,39 @@
+"""Variants of a student under several registered versions: for the soak test and tests of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.export.pipeline import student_folder
+
+
+def write_variant(folder: Path, factor: float, base: str = "emoji-student") -> Path:
+    """A copy of a student whose head's weights are scaled: it draws visibly different images."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in student_folder(base).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+            continue
+        with safe_open(file, framework="pt") as weights:
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 — not a dict
+            metadata = weights.metadata()
+        tensors = {n: t * factor if n.startswith("proj_out_means") else t for n, t in tensors.items()}
+        save_file(tensors, folder / file.name, metadata=metadata)
+    return folder
+
+
+def register_variants(name: str, tracking_uri: str, folder: Path, factors: tuple[float, ...]) -> list[Path]:
+    """Register one version per factor, in order, without an alias; returns their folders."""
+    from fewstep.tracking.address import connect
+    from fewstep.tracking.registry import register
+
+    client = connect(tracking_uri)
+    experiment = client.create_experiment(f"{name}-variants", artifact_location=str(folder / "artifacts"))
+    run = client.create_run(experiment).info.run_id
+    folders = [write_variant(folder / f"variant-{factor:g}", factor) for factor in factors]
+    for variant in folders:
+        register(variant, name, tracking_uri, run, alias=None)
+    return folders

@@ -1,0 +1,151 @@
+"""The page in a real browser: prompt, click, images; beside the teacher; without a mouse; on a phone."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from serve.running import deploy
+
+CHROMIUM, DRIVER = shutil.which("chromium"), Path("/usr/bin/chromedriver")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or not DRIVER.exists(), reason="needs Debian's chromium and chromium-driver"
+)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars"
+)
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster: str):
+    from ray import serve
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    deploy(f"http://127.0.0.1:{port}", {}, ray_actor_options={"num_cpus": 0.5})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture
+def browser(address: str, tmp_path: Path):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    driver.set_window_size(1200, 1000)
+    driver.get(address)
+    wait(driver, lambda: driver.find_elements("css selector", "#model option"))
+    yield driver
+    log = driver.get_log("browser")
+    errors = [entry for entry in log if entry["level"] == "SEVERE" and entry["source"] != "network"]
+    driver.quit()
+    assert not errors
+
+
+def wait(driver, condition, seconds: float = 30):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(driver, seconds, poll_frequency=0.1).until(lambda _: condition())
+
+
+def status(driver) -> str:
+    return driver.find_element("id", "status").text
+
+
+def drawn(driver) -> list:
+    """Finished images: decoded by the browser, with their final description."""
+    images = driver.find_elements("css selector", "figure img")
+    return [
+        image for image in images if image.get_property("naturalWidth") == 16 and image.get_attribute("alt")
+    ]
+
+
+def test_a_click_draws_images_with_their_time_and_version(browser, tmp_path: Path) -> None:
+    prompt = browser.find_element("id", "prompt")
+    prompt.clear()
+    prompt.send_keys("owl, noto style")
+    browser.find_element("id", "seed").send_keys("7")
+    browser.find_element("id", "teacher").click()
+    browser.find_element("id", "draw").click()
+    wait(browser, lambda: status(browser).startswith("Done"))
+    assert len(drawn(browser)) == 8
+    facts = [element.text for element in browser.find_elements("css selector", ".facts")]
+    assert all("ms" in text and "emoji-student" in text for text in facts)
+    heads = [element.text for element in browser.find_elements("css selector", "h4")]
+    assert heads == ["student, 4 evaluations", "teacher, 64 steps"]
+    assert browser.save_screenshot(str(tmp_path / "page.png"))
+
+
+def test_the_page_works_without_a_mouse_and_keeps_the_visit_s_history(browser) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    for text in ("red heart, fluent style", "green apple, noto style"):
+        prompt = browser.switch_to.active_element
+        assert prompt.get_attribute("id") == "prompt"
+        prompt.clear()
+        prompt.send_keys(text, Keys.ENTER)
+        wait(browser, lambda: status(browser).startswith("Drawing") or status(browser).startswith("Done"))
+        wait(browser, lambda: status(browser).startswith("Done"))
+    entries = [element.text for element in browser.find_elements("css selector", ".entry h3")]
+    assert entries == ["green apple, noto style", "red heart, fluent style"]
+
+
+def test_previews_show_while_images_form(browser) -> None:
+    seen = browser.execute_async_script(
+        """
+        const done = arguments[0]; const sources = new Set();
+        new MutationObserver((changes) => changes.forEach((c) => sources.add(c.target.src)))
+          .observe(document.getElementById("history"), { subtree: true, attributeFilter: ["src"] });
+        document.getElementById("count").value = "1";
+        document.getElementById("form").requestSubmit();
+        const poll = setInterval(() => {
+          if (!document.getElementById("status").textContent.startsWith("Done")) return;
+          clearInterval(poll);
+          done(sources.size);
+        }, 50);
+        """
+    )
+    assert seen >= 4
+
+
+def test_a_refusal_is_shown_to_the_reader(browser) -> None:
+    prompt = browser.find_element("id", "prompt")
+    prompt.clear()
+    prompt.send_keys("very " * 90 + "long")
+    browser.find_element("id", "draw").click()
+    error = browser.find_element("id", "error")
+    wait(browser, lambda: "too long" in error.text)
+    assert not browser.find_elements("css selector", ".entry")
+
+
+def test_it_fits_a_phone(browser) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 375, "height": 740, "deviceScaleFactor": 2, "mobile": True},
+    )
+    browser.find_element("id", "draw").click()
+    wait(browser, lambda: status(browser).startswith("Done"))
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
+    assert browser.find_element("id", "draw").rect["height"] >= 40
+
+
+def test_every_control_has_a_name(browser) -> None:
+    unnamed = browser.execute_script(
+        """
+        return [...document.querySelectorAll("input, select, textarea, button")]
+          .filter((e) => !(e.labels?.length || e.ariaLabel || e.textContent.trim())).map((e) => e.id);
+        """
+    )
+    assert unnamed == []

@@ -1,0 +1,196 @@
+"""The engine with the bundled student: exact independence of the batch, previews, cancellation, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.engine.batcher import Overloaded
+from fewstep.engine.engine import Engine, ImageTask
+from fewstep.engine.models import ModelStore, UnknownModel
+from fewstep.engine.source import ModelSource
+from fewstep.errors import UserError
+
+PROMPTS = [
+    "red heart, noto style",
+    "owl, fluent style",
+    "a very long caption of a flag with stripes, twemoji style",
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a replica's
+    store = ModelStore({"s": ModelSource(name="s", source="emoji-student")})
+    yield asyncio.run(store.get("s"))
+    torch.set_num_threads(threads)
+
+
+def draw(model, tasks, **options):
+    async def scenario():
+        engine = Engine(max_wait_s=0.01)
+        try:
+            return await engine.generate(model, tasks, **options)
+        finally:
+            await engine.close()
+
+    return asyncio.run(scenario())
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch(model) -> None:
+    tasks = [ImageTask(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    together = draw(model, tasks)
+    assert {image.batch.size for image in together} == {len(tasks)}
+    for task, in_batch in zip(tasks, together, strict=True):
+        [alone] = draw(model, [task])
+        assert (alone.latent - in_batch.latent).abs().max() < 1e-4
+        assert np.abs(alone.pixels.astype(int) - in_batch.pixels).max() <= 1
+
+
+def test_the_same_request_alone_twice_is_identical_to_the_bit(model) -> None:
+    [first], [second] = (
+        draw(model, [ImageTask("owl, noto style", 7)]),
+        draw(model, [ImageTask("owl, noto style", 7)]),
+    )
+    assert torch.equal(first.latent, second.latent)
+
+
+def test_it_draws_what_the_pipeline_draws(model) -> None:
+    images = draw(model, [ImageTask(PROMPTS[0], 5)], steps=3, temperature=0.5)
+    [latent] = model.pipeline(
+        PROMPTS[0], seed=5, num_inference_steps=3, temperature=0.5, output_type="latent"
+    ).images
+    assert torch.equal(images[0].latent, latent)
+
+
+def test_the_teacher_draws_by_its_own_sampler(model) -> None:
+    [image] = draw(model, [ImageTask(PROMPTS[0], 5)], steps=8, sampler="teacher")
+    noise = torch.randn(model.pipeline.card.latent_shape, generator=torch.Generator().manual_seed(5))[None]
+    expected = model.pipeline.sample_teacher(noise, model.pipeline.encode([PROMPTS[0]]), 8)
+    assert torch.equal(image.latent, expected[0])
+
+
+def test_previews_come_after_each_evaluation_and_change_nothing(model) -> None:
+    seen = []
+    plain = draw(model, [ImageTask(PROMPTS[1], 3), ImageTask(PROMPTS[0], 4)])
+    [shown, _] = draw(model, [ImageTask(PROMPTS[1], 3, seen.append), ImageTask(PROMPTS[0], 4)])
+    assert [preview.step for preview in seen] == [1, 2, 3, 4]
+    assert torch.equal(shown.latent, plain[0].latent)
+    assert np.abs(seen[-1].pixels.astype(int) - shown.pixels).max() <= 1
+
+
+def test_the_parts_of_a_batch_s_time_are_known(model) -> None:
+    [image] = draw(model, [ImageTask("something new, noto style", 0)])
+    assert image.batch.network_s > image.batch.policy_s > 0
+    assert min(image.encode_s, image.queue_s, image.decode_s) > 0
+
+
+def test_a_batch_that_everyone_left_stops_at_the_next_evaluation(model) -> None:
+    async def scenario() -> float:
+        engine = Engine(max_wait_s=0)
+        long = asyncio.create_task(engine.generate(model, [ImageTask("x", 0)], steps=1000, sampler="teacher"))
+        await asyncio.sleep(0.5)
+        long.cancel()
+        begin = time.perf_counter()
+        await engine.generate(model, [ImageTask("x", 0)])
+        await engine.close()
+        return time.perf_counter() - begin
+
+    assert asyncio.run(scenario()) < 3
+
+
+def test_a_prompt_that_is_too_long_leaves_the_others_alone(model) -> None:
+    async def scenario():
+        engine = Engine()
+        long = engine.generate(model, [ImageTask("long " * 100, 0)])
+        outcomes = await asyncio.gather(
+            long, engine.generate(model, [ImageTask("x", 0)]), return_exceptions=True
+        )
+        await engine.close()
+        return outcomes
+
+    refused, [image] = asyncio.run(scenario())
+    assert isinstance(refused, UserError)
+    assert image.batch.size == 1
+
+
+def test_images_beyond_the_queue_are_refused_before_any_work(model) -> None:
+    async def scenario() -> None:
+        engine = Engine(max_pending=3)
+        with pytest.raises(Overloaded):
+            await engine.generate(model, [ImageTask("x", seed) for seed in range(4)])
+        assert engine.pending == 0
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_size_that_no_patch_tiles_is_refused(model) -> None:
+    with pytest.raises(UserError, match="multiples of the patch size"):
+        draw(model, [ImageTask("x", 0)], size=(16, 15))
+
+
+def test_other_sizes_can_be_drawn(model) -> None:
+    [image] = draw(model, [ImageTask("x", 0)], size=(8, 24))
+    assert image.pixels.shape == (8, 24, 3)
+
+
+def test_the_least_recently_used_model_leaves_a_full_memory(model) -> None:
+    async def scenario() -> None:
+        names = ("a", "b", "c")
+        store = ModelStore(
+            {name: ModelSource(name=name, source="emoji-student") for name in names},
+            memory_bytes=2 * model.nbytes,
+        )
+        for name in names:
+            await store.get(name)
+        assert [loaded.name for loaded in store.loaded] == ["b", "c"]
+        with pytest.raises(UnknownModel):
+            await store.get("d")
+
+    asyncio.run(scenario())
+
+
+def test_a_version_says_which_weights(model, tmp_path: Path) -> None:
+    from fewstep.engine.models import locate_version
+    from fewstep.export.pipeline import student_folder
+
+    assert model.version == locate_version("emoji-student")[1]
+    for file in student_folder("emoji-student").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert locate_version(str(tmp_path))[1] == model.version
+    with (tmp_path / "fewstep.json").open("a") as card:
+        card.write("\n")
+    assert locate_version(str(tmp_path))[1] != model.version
+
+
+def test_a_model_may_lie_in_object_storage(model, s3_bucket: str) -> None:
+    from fewstep.data.storage import Storage
+    from fewstep.export.pipeline import student_folder
+
+    storage = Storage.at(f"{s3_bucket}/student")
+    for file in student_folder("emoji-student").iterdir():
+        storage.write(file.name, file.read_bytes())
+
+    async def scenario():
+        store = ModelStore({"remote": ModelSource(name="remote", source=f"{s3_bucket}/student")})
+        return await store.get("remote")
+
+    remote = asyncio.run(scenario())
+    assert remote.version == model.version
+    assert torch.equal(
+        draw(remote, [ImageTask("x", 0)])[0].latent, draw(model, [ImageTask("x", 0)])[0].latent
+    )
+
+
+def test_a_storage_folder_without_a_model_is_refused(s3_bucket: str) -> None:
+    store = ModelStore({"remote": ModelSource(name="remote", source=f"{s3_bucket}/nothing")})
+    with pytest.raises(UserError, match="no model lies at"):
+        asyncio.run(store.get("remote"))

@@ -1,0 +1,49 @@
+"""Settings and what imports them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fewstep.errors import UserError
+from serve.settings import Access, Offer, Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_ingress_does_without_torch() -> None:
+    check = "import sys, serve.app; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="max_image"):
+        Settings.model_validate({"limits": {"max_image": 3}})
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    model = {"name": "a", "source": "emoji-student"}
+    with pytest.raises(ValidationError, match="the name 'a' is given twice"):
+        Offer.model_validate({"models": [model, model]})
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEWSTEP_API_KEYS", raising=False)
+    assert Access().api_keys() == ()
+    monkeypatch.setenv("FEWSTEP_API_KEYS", "one, two,")
+    assert Access().api_keys() == ("one", "two")
+    file = tmp_path / "keys"
+    file.write_text("# of the team\n three \n\n")
+    assert Access(api_keys_file=str(file)).api_keys() == ("three",)
+
+
+def test_a_keys_file_that_gives_no_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't be read"):
+        Access(api_keys_file=str(tmp_path / "nothing")).api_keys()
+    (tmp_path / "empty").write_text("# none yet\n")
+    with pytest.raises(UserError, match="holds no key"):
+        Access(api_keys_file=str(tmp_path / "empty")).api_keys()
