@@ -183,9 +183,7 @@ def test_a_walk_enters_every_segment_where_the_students_own_rollout_ends() -> No
 
 def test_a_walk_weighs_each_segment_by_its_size() -> None:
     settings = replace(SETTINGS, nfe=4, loss_scale=30.0)
-    results = list(
-        imitation_walk(certain, lambda x, s: to_target(x, s) + 0.5, data(), seeded(), settings)
-    )
+    results = list(imitation_walk(certain, lambda x, s: to_target(x, s) + 0.5, data(), seeded(), settings))
     sizes = -settings.segments.boundaries.diff()
     for result, size in zip(results, sizes, strict=True):
         torch.testing.assert_close(result.per_sample, torch.full((6,), 30 * 0.25), atol=2e-2, rtol=0)

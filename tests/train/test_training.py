@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep.data.encode import Settings, prepare
+from fewstep.data.sources import Size, prompts
 from fewstep.errors import UserError
 from fewstep.tracking.address import connect
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
@@ -161,13 +163,15 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
 
 
 def test_prompts_alone_suffice_for_data_free_training(tiny_data, tiny_teacher, home) -> None:
-    prompts = home / "prompts.txt"
-    prompts.write_text("\n".join(f"small thing {index}" for index in range(24)))
-    prepare(prompt_lists([prompts]), home / "prompts", Settings(sizes=(Size(8, 8),)), encoders=1)
+    listed = home / "prompts.txt"
+    listed.write_text("\n".join(f"small thing {index}" for index in range(24)))
+    prepare(prompts([str(listed)], held_out=0.1), str(home / "prompts"), Settings(sizes=(Size(8, 8),)))
     overrides = [f"data.path={home / 'prompts'}", "data.batch_size=4", "imitation.nfe=2"]
     with pytest.raises(UserError, match=r"prompts alone.*set imitation.data_free=true"):
         fit(recipe(tiny_data, tiny_teacher, *overrides))
-    trained = fit(recipe(tiny_data, tiny_teacher, *overrides, "imitation.data_free=true", "optimizer.rate=1e-2"))
+    trained = fit(
+        recipe(tiny_data, tiny_teacher, *overrides, "imitation.data_free=true", "optimizer.rate=1e-2")
+    )
     values = losses(home, trained.mlflow_run)
     assert min(values[STEPS]) < 0.8 * max(values[1])
 

@@ -100,7 +100,9 @@ def imitation_walk(
         per_sample = segment_errors(policy, teacher, x, raw_src, segment_size, generator, settings)
         per_sample = settings.loss_scale * per_sample
         with torch.no_grad():
-            x, _ = rollout(policy.detach(), x, raw_src, lower.expand(batch), settings.shift, settings.substeps)
+            x, _ = rollout(
+                policy.detach(), x, raw_src, lower.expand(batch), settings.shift, settings.substeps
+            )
         yield LossResult(float(upper - lower) * per_sample.mean(), per_sample.detach(), raw_src)
 
 

@@ -28,4 +28,7 @@ class FoldedLoRALinear(Linear):
         dropout = self.lora_dropout[adapter]
         if dropout.training and not isinstance(dropout, nn.Identity):
             return False  # dropout is on the adapter's own input
-        return 3 * self.r[adapter] * (self.in_features + self.out_features) > self.in_features * self.out_features
+        return (
+            3 * self.r[adapter] * (self.in_features + self.out_features)
+            > self.in_features * self.out_features
+        )

@@ -75,7 +75,11 @@ class _Float32Attention(TorchFunctionMode):
     """Attention in float32 inside autocast: torch's CPU kernel has a bfloat16 backward seven times as slow."""
 
     def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:

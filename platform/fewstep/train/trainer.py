@@ -196,8 +196,8 @@ def _check_fit(
 def _check_precision(settings: TrainSection) -> None:
     if settings.precision == "bfloat16" and not settings.gpu and not cpu_has_bfloat16():
         raise UserError(
-            "train.precision: this CPU has no bfloat16 arithmetic, and would be 50 to 100 times slower than in float32: "
-            "set train.precision=float32, or train.gpu=true."
+            "train.precision: this CPU has no bfloat16 arithmetic, and would be 50 to 100 times slower than in "
+            "float32: set train.precision=float32, or train.gpu=true."
         )
 
 
