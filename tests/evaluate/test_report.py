@@ -233,3 +233,13 @@ def test_real_features_rank_blurred_images_as_the_eye_does():
     assert 0 < student.paired_distance < euler.paired_distance
     assert student.kid_teacher < euler.kid_teacher
     assert student.diversity > euler.diversity
+
+
+def test_prompts_alone_are_measured_without_real_images(drawn):
+    images, others = drawn
+    bare = build_report(images, **{**others, "real": None}, passes=PASSES, extractor=MeanColours())
+    assert {of_row.kid_real for of_row in bare.rows} == {None}
+    assert all(math.isfinite(value) for value in bare.metrics().values())
+    assert json.loads(bare.to_json())["rows"][0]["kid_real"] is None
+    assert "kid_real" not in {verdict.name for verdict in bare.verdicts("full")}
+    assert "  –  " in bare.table()

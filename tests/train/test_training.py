@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -76,15 +78,11 @@ def kill_worker_after(home: Path, step: int) -> threading.Thread:
 
 
 def _train_worker_process() -> int:
-    """The process of the training worker, found by the title that Ray gives it."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if title.startswith(b"ray::") and b"TrainWorker" in title:
-                return int(entry.name)
+    """The training worker's process, by the title that Ray gives it; of this session's node, and no other."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith("ray::") and "TrainWorker" in process.cmdline()[0]:
+                return process.pid
     raise AssertionError("no training worker is running")
 
 
@@ -169,11 +167,11 @@ def test_prompts_alone_suffice_for_data_free_training(tiny_data, tiny_teacher, h
     overrides = [f"data.path={home / 'prompts'}", "data.batch_size=4", "imitation.nfe=2"]
     with pytest.raises(UserError, match=r"prompts alone.*set imitation.data_free=true"):
         fit(recipe(tiny_data, tiny_teacher, *overrides))
-    trained = fit(
-        recipe(tiny_data, tiny_teacher, *overrides, "imitation.data_free=true", "optimizer.rate=1e-2")
-    )
-    values = losses(home, trained.mlflow_run)
-    assert min(values[STEPS]) < 0.8 * max(values[1])
+    trained = fit(recipe(tiny_data, tiny_teacher, *overrides, "imitation.data_free=true"))
+    assert len(losses(home, trained.mlflow_run)) == STEPS
+    segments = {name for name in trained.metrics if name.startswith("train/loss_t")}
+    assert segments == {"train/loss_t4of4", "train/loss_t2of4"}, "walks enter at raw times 1 and 1/3"
+    assert all(tensor.any() for name, tensor in exported(trained, home).items() if "lora_B" in name)
 
 
 def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home) -> None:

@@ -100,9 +100,10 @@ def evaluate(
         *(Method(name, steps) for name, steps in ladder.items()),
     ]
     images = draw_images(student, batch, methods, gpu=gpu)
-    real = np.asarray(load_autoencoder(card.autoencoder).decode(batch.latent))
+    decode = load_autoencoder(card.autoencoder).decode
+    real = None if batch.latent is None else np.asarray(decode(batch.latent))
     steps = {reference: settings.reference_steps, **ladder}
-    print(f"measuring {len(images) + 1} sets of {len(batch)} images", flush=True)
+    print(f"measuring {len(images) + (real is not None)} sets of {len(batch)} images", flush=True)
     report = build_report(
         {name: images[name] for name in (*ladder, row)},
         reference=images[reference],

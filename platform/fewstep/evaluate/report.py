@@ -44,9 +44,9 @@ class Row:
     """KID (10⁻³) against an independent set of teacher samples, of other noise."""
     kid_teacher_ci: tuple[float, float]
     """95 % confidence interval of `kid_teacher`."""
-    kid_real: float
-    """KID (10⁻³) against the captions' real images."""
-    kid_real_ci: tuple[float, float]
+    kid_real: float | None
+    """KID (10⁻³) against the captions' real images; None where the dataset holds prompts alone."""
+    kid_real_ci: tuple[float, float] | None
     """95 % confidence interval of `kid_real`."""
     paired_distance: float
     """Mean feature distance to the reference from the same noise."""
@@ -136,8 +136,7 @@ class Report:
                 ),
             ]
         euler_16, (low, high) = self.row("euler_16").kid_teacher, student.kid_teacher_ci
-        most = REAL_KID_ALLOWED * teacher.kid_real
-        return [
+        promises = [
             captions,
             Verdict(
                 "kid_teacher",
@@ -148,14 +147,12 @@ class Report:
             ),
             below_euler("paired_distance", "paired distance", 8),
             below_euler("pixel_rmse", "pixel error", 4),
-            Verdict(
-                "kid_real",
-                f"KID to real at most {REAL_KID_ALLOWED} times the teacher's",
-                student.kid_real,
-                most,
-                student.kid_real <= most,
-            ),
         ]
+        if student.kid_real is not None and teacher.kid_real is not None:
+            most = REAL_KID_ALLOWED * teacher.kid_real
+            words = f"KID to real at most {REAL_KID_ALLOWED} times the teacher's"
+            promises.append(Verdict("kid_real", words, student.kid_real, most, student.kid_real <= most))
+        return promises
 
     def table(self) -> str:
         """The rows as plain text, with a legend."""
@@ -166,7 +163,7 @@ class Report:
                 f"{row.passes}",
                 _signed(row.kid_teacher),
                 f"[{_signed(row.kid_teacher_ci[0])}, {_signed(row.kid_teacher_ci[1])}]",
-                _signed(row.kid_real),
+                "–" if row.kid_real is None else _signed(row.kid_real),
                 f"{row.paired_distance:.2f}",
                 f"{row.pixel_rmse:.4f}",
                 f"{row.diversity:.2f}",
@@ -195,6 +192,8 @@ class Report:
         flat: dict[str, float] = {f"{prefix}/captions": float(self.captions)}
         for row in self.rows:
             for name, value in asdict(row).items():
+                if value is None:
+                    continue
                 if name.endswith("_ci"):
                     low, high = value
                     flat |= {f"{prefix}/{row.name}/{name}_low": low, f"{prefix}/{row.name}/{name}_high": high}
@@ -222,7 +221,7 @@ def build_report(
     *,
     reference: np.ndarray,
     independent: np.ndarray,
-    real: np.ndarray,
+    real: np.ndarray | None,
     passes: Mapping[str, int],
     extractor: FeatureExtractor,
     teacher: str = TEACHER,
@@ -235,7 +234,7 @@ def build_report(
         reference: the teacher's images, many guided steps.
         independent: the teacher's images by the same sampler from other noise. What KID to the teacher
             compares with: the reference itself would reward copying its noise.
-        real: the captions' real images.
+        real: the captions' real images; None where there are none.
         passes: network passes per image, for every row and for `teacher`.
         extractor: of the features.
         teacher: row name of `reference`.
@@ -245,20 +244,22 @@ def build_report(
         UserError: sets differ in shape or have fewer than three images, or a number of passes is missing.
     """
     rows = {teacher: reference, **images}
-    _check({**rows, "independent": independent, "real": real}, passes, rows)
+    others = {"independent": independent} | ({} if real is None else {"real": real})
+    _check({**rows, **others}, passes, rows)
     features = {name: extractor.features(pixels) for name, pixels in rows.items()}
-    independent_features, real_features = extractor.features(independent), extractor.features(real)
+    independent_features = extractor.features(independent)
+    real_features = None if real is None else extractor.features(real)
 
     def measure(name: str) -> Row:
         to_teacher = kid_interval(features[name], independent_features)
-        to_real = kid_interval(features[name], real_features)
+        to_real = None if real_features is None else kid_interval(features[name], real_features)
         return Row(
             name=name,
             passes=passes[name],
             kid_teacher=to_teacher.value,
             kid_teacher_ci=to_teacher[1:],
-            kid_real=to_real.value,
-            kid_real_ci=to_real[1:],
+            kid_real=to_real and to_real.value,
+            kid_real_ci=to_real and to_real[1:],
             paired_distance=paired_distance(features[name], features[teacher]),
             pixel_rmse=pixel_rmse(rows[name], reference),
             diversity=diversity(features[name]),
@@ -285,9 +286,9 @@ def _check(sets: Mapping[str, np.ndarray], passes: Mapping[str, int], rows: Mapp
             f"the image sets to compare have different shapes {shapes}: draw every method for the same "
             "captions, and bring the real images to the same size."
         )
-    if len(sets["real"]) < 3:
+    if (captions := len(sets["independent"])) < 3:
         raise UserError(
-            f"an evaluation needs at least 3 captions for its confidence intervals, got {len(sets['real'])}: "
+            f"an evaluation needs at least 3 captions for its confidence intervals, got {captions}: "
             "raise the number of captions."
         )
     if missing := [name for name in rows if name not in passes]:
