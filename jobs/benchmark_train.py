@@ -178,7 +178,8 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
         average.update(taken)
 
     def whole(batch: Batch) -> None:
-        objective.loss(batch, generator).loss.backward()
+        for result in objective.losses(batch, generator):
+            result.loss.backward()
 
     def network(batch: Batch) -> None:
         x = gaussian_noise(batch.latent.shape, generator)
