@@ -1,0 +1,50 @@
+"""Folding adapters into narrow layers changes the work, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from fewstep.models.lora import FoldedLoRALinear
+
+
+def adapted(width: int, rank: int, dropout: float = 0.0) -> FoldedLoRALinear:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width))
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=["0"])
+    config._register_custom_module({nn.Linear: FoldedLoRALinear})
+    inject_adapter_in_model(config, model)
+    nn.init.normal_(model[0].lora_B["default"].weight)
+    return model[0]
+
+
+def result_and_gradients(layer: nn.Module, forward, x: Tensor) -> list[Tensor]:
+    layer.zero_grad()
+    y = forward(x)
+    y.square().mean().backward()
+    return [y.detach(), *(p.grad.clone() for p in layer.parameters() if p.requires_grad)]
+
+
+def test_a_folded_layer_is_pefts_own_with_its_gradients() -> None:
+    layer, x = adapted(width=24, rank=8), torch.randn(5, 7, 24)
+    folded = result_and_gradients(layer, layer, x)
+    beside = result_and_gradients(layer, lambda x: Linear.forward(layer, x), x)
+    assert len(folded) == 3
+    for ours, theirs in zip(folded, beside, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_switched_off_adapter_is_the_base_to_the_bit() -> None:
+    layer, x = adapted(width=24, rank=8), torch.randn(3, 24)
+    layer._disable_adapters = True
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "dropout", "folds"), [(24, 8, 0.0, True), (24, 2, 0.0, False), (24, 8, 0.5, False)]
+)
+def test_narrow_layers_without_dropout_are_folded(width: int, rank: int, dropout: float, folds: bool) -> None:
+    assert adapted(width, rank, dropout)._folds() is folds
