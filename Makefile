@@ -46,7 +46,7 @@ distill: node
 	$(SUBMIT) $(CURDIR)/jobs/distill_qwen.py $(ARGS)
 
 teacher: node
-	$(SUBMIT) $(CURDIR)/jobs/train_teacher.py --recipe emoji_teacher $(ARGS)
+	$(SUBMIT) $(CURDIR)/jobs/train_teacher.py $(ARGS)
 
 serve: node
 	@serve deploy $(CONFIG)

@@ -25,6 +25,7 @@ def main() -> None:
         "on two CPU cores.",
         DistillRecipe,
         EXAMPLES,
+        recipe="emoji_qwen_4nfe",
     )
     options = parser.parse_args()
     recipe = load_recipe(DistillRecipe, options.recipe, options.set, RECIPES)

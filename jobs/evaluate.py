@@ -34,14 +34,16 @@ def main() -> None:
     from fewstep.evaluate.job import evaluate
     from fewstep.evaluate.report import verdict_table
     from fewstep.export.pipeline import student_folder
-    from fewstep.train.recipe import DataSection, EvaluationSection
+    from fewstep.train.recipe import DistillRecipe, load_recipe
     from fewstep.train.trainer import open_data
 
+    overrides = {"data.path": options.data, "evaluation.captions": options.captions,
+                 "evaluation.promise": options.promise}  # fmt: skip
+    recipe = load_recipe(DistillRecipe, None, [f"{key}={value}" for key, value in overrides.items()], Path())
     connect_ray()
-    settings = EvaluationSection(captions=options.captions, promise=options.promise)
-    data = open_data(DataSection(path=options.data)).root
+    data = open_data(recipe.data).root
     student = student_folder(options.model, options.tracking_uri)
-    report = evaluate(student, data, settings, options.out, gpu=options.gpu)
+    report = evaluate(student, data, recipe.evaluation, options.out, gpu=options.gpu)
     print(f"\n{report.table()}\n\n{verdict_table(report.verdicts(options.promise))}\n")
     print(f"picture  {(options.out / 'comparison.png').absolute()}")
 

@@ -7,8 +7,8 @@ from fewstep.cli import connect_ray, recipe_parser, run_job
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 EXAMPLES = """\
-  ray job submit jobs/train_teacher.py -- --recipe emoji_teacher
-  python jobs/train_teacher.py --recipe emoji_teacher --set network.start=emoji --set train.steps=2000"""
+  ray job submit jobs/train_teacher.py
+  python jobs/train_teacher.py --set network.start=emoji --set train.steps=2000"""
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
         "dropped now and then so that classifier-free guidance works. Writes a diffusers folder with a card.",
         TeacherRecipe,
         EXAMPLES,
+        recipe="emoji_teacher",
     )
     options = parser.parse_args()
     recipe = load_recipe(TeacherRecipe, options.recipe, options.set, RECIPES)

@@ -62,23 +62,30 @@ def connect_ray(*, show_logs: bool = True) -> None:
         ray.init(num_cpus=(os.cpu_count() or 1) + 2, _node_ip_address="127.0.0.1", log_to_driver=show_logs)
 
 
-def recipe_parser(description: str, kind: type[BaseModel], examples: str) -> argparse.ArgumentParser:
+def recipe_parser(
+    description: str, kind: type[BaseModel], examples: str, recipe: str
+) -> argparse.ArgumentParser:
     """A parser for jobs that take a recipe; its help page documents every field.
 
     Args:
         description: what the job does, one paragraph.
         kind: the recipe's type.
         examples: command lines, shown below the options.
+        recipe: name of the recipe that is run when none is given.
     """
     from fewstep.train.recipe import document
 
     fields = "\n".join(f"  {key} = {default}\n      {text}" for key, default, text in document(kind))
     parser = argparse.ArgumentParser(
         description=description,
-        epilog=f"examples:\n{examples}\n\nrecipe fields, with their defaults (--set key=value):\n{fields}",
+        epilog=f"examples:\n{examples}\n\n"
+        f"recipe fields (--set key=value), with the values they have where a recipe is silent:\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of jobs/recipes, or a YAML file")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", default=recipe,
+        help="a recipe of jobs/recipes, or a YAML file; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one field; may be repeated"
     )

@@ -31,6 +31,20 @@ def test_overrides_win_and_are_typed() -> None:
     assert (recipe.optimizer.rate, recipe.train.steps, recipe.student.policy.components) == (5e-4, 7, 4)
 
 
+def test_a_recipe_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("name: short\ntrain: {steps: 7, seed: 3}\nimitation: {nfe: 2}\n")
+    (tmp_path / "long.yaml").write_text("base: short\nname: long\ntrain: {steps: 70}\n")
+    recipe = load_recipe(DistillRecipe, "long", ["train.seed=4"], tmp_path)
+    assert (recipe.name, recipe.train.steps, recipe.train.seed, recipe.imitation.nfe) == ("long", 70, 4, 2)
+
+
+def test_a_recipe_based_on_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("base: two\n")
+    (tmp_path / "two.yaml").write_text("base: one\n")
+    with pytest.raises(UserError, match=r"based on itself.*one → two → one"):
+        load_recipe(DistillRecipe, "one", [], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

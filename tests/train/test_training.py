@@ -139,12 +139,20 @@ def test_a_killed_worker_continues_the_same_run_with_the_very_same_losses(
         assert torch.equal(tensor, weights[name])
 
 
-def test_two_workers_shard_the_weights_and_average_their_gradients(tiny_data, tiny_teacher, home) -> None:
-    trained = fit(recipe(tiny_data, tiny_teacher, "train.workers=2", "train.accumulate=2", "train.steps=4"))
-    values = [value for step in losses(home, trained.mlflow_run).values() for value in step]
-    assert len(values) == 4
-    assert all(math.isfinite(value) for value in values)
-    assert all(tensor.isfinite().all() for tensor in exported(trained, home).values())
+def test_two_workers_train_the_same_model_sharded_or_as_replicas(tiny_data, tiny_teacher, home) -> None:
+    results = []
+    for parallel in ("fsdp", "ddp"):
+        trained = fit(
+            recipe(tiny_data, tiny_teacher, "train.workers=2", "train.accumulate=2", "train.steps=4",
+                   "imitation.data_free=true", f"train.parallel={parallel}")
+        )  # fmt: skip
+        values = [value for step in losses(home, trained.mlflow_run).values() for value in step]
+        assert len(values) == 4
+        results.append((values, exported(trained, home)))
+    (sharded_losses, sharded), (replica_losses, replicas) = results
+    assert replica_losses == pytest.approx(sharded_losses, rel=1e-4)
+    for name, tensor in sharded.items():
+        torch.testing.assert_close(replicas[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(

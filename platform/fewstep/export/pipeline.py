@@ -55,6 +55,8 @@ class StudentCard:
     temperature: float | Literal["auto"]
     guidance: float
     """Guidance scale of the teacher that it imitates."""
+    teacher_shift: float | None = None
+    """Time shift of the teacher's own sampler; None where it is the student's."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe it was trained with."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -244,7 +246,7 @@ class FewStepPipeline:
             lambda x, sigma: self.teacher.velocity(x, sigma, conditioning),
             noise.to(self.device),
             steps=steps,
-            shift=TimeShift(self.card.shift),
+            shift=TimeShift(self.card.teacher_shift or self.card.shift),
         )
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:

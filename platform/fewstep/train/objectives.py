@@ -22,7 +22,7 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.network import GuidedTeacher, PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import load_teacher
+from fewstep.models.teacher import load_teacher, read_card
 from fewstep.policies import Policy
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
@@ -122,7 +122,7 @@ class Distillation:
         from fewstep.data.schema import DatasetInfo
         from fewstep.export.pipeline import StudentCard, save_student
 
-        recipe, imitation = self.recipe, self.recipe.imitation
+        recipe, imitation, teacher = self.recipe, self.recipe.imitation, read_card(self.recipe.teacher.path)
         info = DatasetInfo.open(recipe.data.path)
         card = StudentCard(
             teacher=self.reference,
@@ -135,6 +135,7 @@ class Distillation:
             substeps=imitation.substeps,
             temperature=imitation.temperature,
             guidance=recipe.teacher.guidance,
+            teacher_shift=recipe.teacher.shift or (teacher.shift if teacher else None),
             recipe=recipe.model_dump(mode="json"),
         )
         save_student(self.model, card, folder, weights)

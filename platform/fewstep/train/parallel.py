@@ -1,4 +1,4 @@
-"""FSDP2: weights sharded over the workers, gathered block by block; and the precision they compute in."""
+"""How workers share a model: FSDP2 or whole replicas (DDP); and the precision they compute in."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.overrides import TorchFunctionMode
 
 from fewstep.train.objectives import Objective
@@ -21,9 +23,10 @@ from fewstep.train.recipe import TrainSection
 def shard(objective: Objective, settings: TrainSection, world_size: int) -> None:
     """Shard the objective's model in place, one FSDP group per transformer block and one for the rest.
 
-    With bfloat16, blocks compute in it (on CPUs, their matrix products do); weights stay, and gradients are
-    reduced, in float32. A lone CPU worker keeps its model as it is: it has nothing to share, and FSDP's hooks
-    are 13 % of a small model's step.
+    With `parallel: ddp` every worker keeps the whole model, and `average_gradients` is all they share. With
+    bfloat16, blocks compute in it (on CPUs, their matrix products do); weights stay, and gradients are reduced, in
+    float32. A lone CPU worker keeps its model as it is: it has nothing to share, and FSDP's hooks are 13 % of a
+    small model's step.
     """
     if settings.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
@@ -32,13 +35,28 @@ def shard(objective: Objective, settings: TrainSection, world_size: int) -> None
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     elif settings.precision == "bfloat16":
         objective.transformer.forward = _bfloat16_products(objective.transformer.forward)
-    if world_size == 1 and not settings.gpu:
+    if settings.parallel == "ddp" or (world_size == 1 and not settings.gpu):
         return
     mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
     # One worker has nothing to gather: it keeps the weights whole between uses.
     reshard = world_size > 1
     for module in (*objective.family.blocks(objective.transformer), objective.model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], settings: TrainSection, world_size: int) -> None:
+    """DDP's share of a step: replace each worker's gradients by their mean over all; FSDP has done so already.
+
+    Once per step, in one message. `DistributedDataParallel` would send them in every backward, and a data-free
+    step has one per segment.
+    """
+    if settings.parallel == "fsdp" or world_size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat / world_size, gradients)
 
 
 def drop_gathered(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """Recipes: one typed, validated tree per run.
 
-A recipe is a YAML file in `jobs/recipes/` (or anywhere); `--set section.key=value` overrides single
-fields. Unknown and ill-typed keys are refused with the nearest known name. The resolved recipe is logged
-to MLflow and stored in every checkpoint.
+A recipe is a YAML file in `jobs/recipes/` (or anywhere); with `base: name` it says only what differs from
+another, and `--set section.key=value` overrides single fields. Unknown and ill-typed keys are refused with
+the nearest known name. The resolved recipe is logged to MLflow and stored in every checkpoint.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class TeacherSection(Section):
     """Range of σ in which guidance acts."""
     orthogonal: float = Field(0.0, ge=0, le=1)
     """Share of the guidance direction's part parallel to x0 that is removed."""
+    shift: float | None = Field(None, gt=0)
+    """Time shift of its own sampler, with which the student is compared; null takes that of its card, or the
+    student's."""
 
 
 class StudentSection(Section):
@@ -60,7 +63,7 @@ class ImitationSection(Section):
     final_step_scale: float = Field(0.5, gt=0, le=1)
     """Size of the last segment relative to the others."""
     shift: float = Field(2.0, gt=0)
-    """Time shift."""
+    """Time shift of the student's segments; need not be the teacher's."""
     intermediate_states: int = Field(2, ge=1)
     """States per segment at which the teacher is asked."""
     window: int = Field(3, ge=0)
@@ -136,7 +139,10 @@ class TrainSection(Section):
     seed: int = 0
     """One seed, one result."""
     workers: int = Field(1, ge=1)
-    """Ray Train workers; each holds one shard of the weights."""
+    """Ray Train workers; each takes its share of every batch."""
+    parallel: Literal["fsdp", "ddp"] = "fsdp"
+    """How workers share the model: fsdp, each holds a shard of the weights, gathered block by block; ddp, each holds
+    all of them and gradients are averaged once per step, which is faster where the model is small."""
     gpu: bool = False
     """Whether each worker gets a GPU."""
     threads: int = Field(2, ge=1)
@@ -248,7 +254,7 @@ def load_recipe(kind: type[Recipe], source: str | None, overrides: Sequence[str]
     Raises:
         UserError: no such recipe, or a key that is unknown or ill-typed.
     """
-    tree = _read(source, folder) if source else {}
+    tree = _read(source, folder, (source,)) if source else {}
     for override in overrides:
         _set(tree, override)
     try:
@@ -267,7 +273,7 @@ def document(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
             yield f"{prefix}{name}", str(default), field.description or ""
 
 
-def _read(source: str, folder: Path) -> dict[str, Any]:
+def _read(source: str, folder: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     file = Path(source) if Path(source).suffix in {".yaml", ".yml"} else folder / f"{source}.yaml"
     if not file.exists():
         known = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -275,9 +281,24 @@ def _read(source: str, folder: Path) -> dict[str, Any]:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
         raise UserError(f"--recipe: there is no recipe {source!r} ({file}); {hint}")
     try:
-        return yaml.safe_load(file.read_text()) or {}
+        tree = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"--recipe: {file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if base := tree.pop("base", None):
+        if base in seen:
+            raise UserError(f"--recipe: {file} is based on itself ({' → '.join((*seen, base))}).")
+        return _merged(_read(base, folder, (*seen, base)), tree)
+    return tree
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` on top, section by section; lists and values are replaced whole."""
+    both_sections = {
+        key: _merged(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | changes | both_sections
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

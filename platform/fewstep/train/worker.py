@@ -21,7 +21,7 @@ from fewstep.distill import PowerEMA
 from fewstep.models.conditioning import TextConditioning
 from fewstep.train import checkpoint as ckpt
 from fewstep.train.objectives import Objective, build_objective
-from fewstep.train.parallel import drop_gathered, full, shard
+from fewstep.train.parallel import average_gradients, drop_gathered, full, shard
 from fewstep.train.progress import Meter, progress_line
 from fewstep.train.recipe import DistillRecipe, OptimizerSection, TeacherRecipe
 
@@ -130,6 +130,7 @@ def train_worker(job: WorkerJob) -> str | None:
                 (result.loss / settings.accumulate).backward()
                 meter.add(result)
             batches += 1
+        average_gradients(parameters.values(), settings, world_size)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
