@@ -135,12 +135,12 @@ def ray_run(recipe: DistillRecipe, steps: int, folder: Path, number: int) -> dic
 
 def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str, float]:
     """`bare_run` in a process of its own, with a worker's environment."""
-    from fewstep.train.trainer import _worker_environment
+    from fewstep.train.trainer import worker_environment
 
     file = result.with_suffix(".yaml")
     file.write_text(json.dumps(recipe.model_dump(mode="json")))  # JSON is YAML
     command = [sys.executable, __file__, "--recipe", str(file), "--steps", str(steps), "--bare", str(result)]
-    subprocess.run(command, env=os.environ | _worker_environment(recipe.train), check=True)
+    subprocess.run(command, env=os.environ | worker_environment(recipe.train), check=True)
     return json.loads(result.read_text())
 
 

@@ -96,7 +96,7 @@ def draw_images(
     dataset = ray.data.from_items(work, override_num_blocks=len(work)).map(
         _Sampler,
         fn_constructor_args=(ray.put(files), ray.put(batch), seed, "cuda" if gpu else "cpu"),
-        concurrency=min(_places(gpu), len(work)),
+        compute=ray.data.ActorPoolStrategy(size=min(_places(gpu), len(work))),
         **({"num_gpus": 1} if gpu else {"num_cpus": 1}),
     )
     dataset.context.enable_progress_bars = False

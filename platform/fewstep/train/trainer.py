@@ -139,7 +139,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
             storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-            worker_runtime_env={"env_vars": _worker_environment(settings)},
+            worker_runtime_env={"env_vars": worker_environment(settings)},
         ),
     )
     try:
@@ -218,7 +218,7 @@ def _check_cluster(settings: TrainSection) -> None:
             )
 
 
-def _worker_environment(settings: TrainSection) -> dict[str, str]:
+def worker_environment(settings: TrainSection) -> dict[str, str]:
     """What must stand in a worker's environment before its process starts.
 
     Threads that wait spin only shortly: beside any other process on the same cores (Ray's own, the data
