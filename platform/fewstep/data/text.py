@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.data.labels import LabelEncoder, class_names, is_labels
 from fewstep.errors import UserError
 
 MINILM = "minilm"
@@ -56,12 +57,16 @@ class TextEncoder:
     @classmethod
     def load(
         cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
-    ) -> TextEncoder:
+    ) -> TextEncoder | LabelEncoder:
         """Load "minilm", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
+
+        Names that begin with "labels:" give a `LabelEncoder`, to which the other arguments mean nothing.
 
         Raises:
             UserError: the package is missing or was changed, or nothing loads under that name.
         """
+        if is_labels(name):
+            return LabelEncoder(name)
         from transformers import AutoModel, AutoTokenizer, logging
 
         logging.disable_progress_bar()
@@ -73,6 +78,15 @@ class TextEncoder:
     def token_counts(self, captions: Sequence[str]) -> list[int]:
         """Length of each caption in tokens, marks included; any length."""
         return [len(ids) for ids in self._tokenize(captions)]
+
+    def refusals(self, captions: Sequence[str]) -> list[tuple[str, str] | None]:
+        """Per caption: None if it can be encoded, otherwise the kind of trouble, and what exactly."""
+        return [
+            ("caption too long", f"{count} tokens, at most {self.max_tokens}")
+            if count > self.max_tokens
+            else None
+            for count in self.token_counts(captions)
+        ]
 
     def check(self, captions: Sequence[str]) -> None:
         """Refuse captions that are too long, before any work is done for them.
@@ -129,6 +143,9 @@ def token_dim(name: str) -> int:
     Raises:
         UserError: as `TextEncoder.load`.
     """
+    if is_labels(name):
+        class_names(name)
+        return LabelEncoder.dim
     from transformers import AutoConfig
 
     with _loading(name) as where:
