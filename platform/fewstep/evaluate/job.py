@@ -57,11 +57,12 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
         f"open MLflow mlflow ui --backend-store-uri {tracker.uri}   (or: make ui), then visit port 5000",
         flush=True,
     )
+    caption = read_split(recipe.data.path, "held_out", 1).captions[0]
     version = register(trained.folder, settings.model, tracker.uri, tracker.run_id, settings.alias, metrics)
     model = f"models:/{settings.model}@{settings.alias}"
     print(
         f"registered  models:/{version.name}/{version.version}, now {model}\n"
-        f'generate    jobs/generate.py --model {model} --prompt "red heart, noto style" --steps 4 --seed 0',
+        f'generate    jobs/generate.py --model {model} --prompt "{caption}" --seed 0',
         flush=True,
     )
 

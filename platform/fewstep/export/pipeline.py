@@ -30,6 +30,7 @@ from fewstep.models.teacher import BUNDLED, TeacherReference, check_reference, l
 
 if TYPE_CHECKING:
     from fewstep.data.autoencoder import Autoencoder
+    from fewstep.data.labels import LabelEncoder
     from fewstep.data.text import TextEncoder
 
 CARD = "fewstep.json"
@@ -57,6 +58,8 @@ class StudentCard:
     """Guidance scale of the teacher that it imitates."""
     teacher_shift: float | None = None
     """Time shift of the teacher's own sampler; None where it is the student's."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Range of σ in which the teacher's guidance acts."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe it was trained with."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -102,6 +105,7 @@ def read_student_card(folder: Path) -> StudentCard:
             **fields,
             "teacher": TeacherReference(**fields["teacher"]),
             "latent_shape": tuple(fields["latent_shape"]),
+            "guidance_interval": tuple(fields.get("guidance_interval", (0.0, 1.0))),
         }
     )
 
@@ -116,7 +120,7 @@ class FewStepPipeline:
     # Encoder, autoencoder and teacher load when they are first used: a server may run them elsewhere, or never.
 
     @cached_property
-    def text_encoder(self) -> TextEncoder:
+    def text_encoder(self) -> TextEncoder | LabelEncoder:
         from fewstep.data.text import TextEncoder
 
         return TextEncoder.load(self.card.text_encoder)
@@ -129,7 +133,8 @@ class FewStepPipeline:
 
     @cached_property
     def teacher(self) -> GuidedTeacher:
-        return GuidedTeacher(self.network, self.encode([""]), self.card.guidance)
+        card = self.card
+        return GuidedTeacher(self.network, self.encode([""]), card.guidance, card.guidance_interval)
 
     @classmethod
     def from_pretrained(

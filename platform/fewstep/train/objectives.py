@@ -136,6 +136,7 @@ class Distillation:
             temperature=imitation.temperature,
             guidance=recipe.teacher.guidance,
             teacher_shift=recipe.teacher.shift or (teacher.shift if teacher else None),
+            guidance_interval=recipe.teacher.guidance_interval,
             recipe=recipe.model_dump(mode="json"),
         )
         save_student(self.model, card, folder, weights)

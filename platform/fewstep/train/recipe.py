@@ -22,6 +22,9 @@ from fewstep.models.network import LoRASettings
 EMOJI_DATA = "data/emoji16"
 """Where the bundled emoji set is prepared."""
 
+FASHION_DATA = "data/fashion28"
+"""Where Fashion-MNIST is prepared."""
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, docstrings under fields are their documentation."""
@@ -107,7 +110,8 @@ class NetworkSection(Section):
 
 class DataSection(Section):
     path: str = EMOJI_DATA
-    """Folder or s3:// address of prepared shards (jobs/prepare_data.py); the default is prepared when missing."""
+    """Folder or s3:// address of prepared shards (jobs/prepare_data.py); data/emoji16 and data/fashion28 are prepared
+    when missing."""
     batch_size: int = Field(48, ge=1)
     """Samples per optimizer step, over all workers and accumulation steps."""
 
