@@ -22,7 +22,6 @@ import pyarrow as pa
 
 from fewstep.data.autoencoder import GREY, PIXEL, load_autoencoder
 from fewstep.data.execution import configured, user_errors
-from fewstep.data.labels import LabelEncoder
 from fewstep.data.schema import (
     SCHEMA,
     SCHEMA_VERSION,
@@ -179,7 +178,7 @@ class EncodeText:
         self.settings = settings
 
     @functools.cached_property
-    def encoder(self) -> TextEncoder | LabelEncoder:
+    def encoder(self) -> TextEncoder:
         # Loaded on first use: an error in an actor's constructor reaches the user as a dead actor only.
         return TextEncoder.load(
             self.settings.text_encoder, max_tokens=self.settings.max_tokens, device=_device()

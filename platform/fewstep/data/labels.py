@@ -12,10 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep.data.text import LABELS, TextEncoder
 from fewstep.errors import UserError
-
-PREFIX = "labels:"
-"""What names of label encoders begin with: `labels:fashion-mnist`, `labels:cat,dog` or, nameless, `labels:1000`."""
 
 MOST_CLASSES = 2048
 """The null class follows the last one, and float16 counts to 2,048 without a gap."""
@@ -31,16 +29,18 @@ CLASS_SETS = {"fashion-mnist": FASHION_MNIST}
 
 def is_labels(name: str) -> bool:
     """Whether an encoder's name is that of a label encoder."""
-    return name.startswith(PREFIX)
+    return name.startswith(LABELS)
 
 
 def class_names(name: str) -> tuple[str, ...]:
     """The classes that a label encoder's name stands for, in the order of their indices.
 
+    `labels:fashion-mnist` is a known set, `labels:cat,dog` lists them, `labels:1000` only counts them.
+
     Raises:
         UserError: it names no known set, or too few, too many or equal classes.
     """
-    what = name.removeprefix(PREFIX)
+    what = name.removeprefix(LABELS)
     if what in CLASS_SETS:
         return CLASS_SETS[what]
     classes = tuple(part.strip() for part in what.split(","))
@@ -49,8 +49,8 @@ def class_names(name: str) -> tuple[str, ...]:
     elif len(classes) == 1:
         near = difflib.get_close_matches(what, CLASS_SETS, 1, cutoff=0)[0]
         raise UserError(
-            f"the text encoder {name[:80]!r} names no known set of classes: the nearest is {PREFIX + near!r}; or list "
-            f"the classes ({PREFIX}cat,dog), or give their number ({PREFIX}1000)."
+            f"the text encoder {name[:80]!r} names no known set of classes: the nearest is {LABELS + near!r}; or list "
+            f"the classes ({LABELS}cat,dog), or give their number ({LABELS}1000)."
         )
     if not 1 <= len(classes) <= MOST_CLASSES:
         raise UserError(
@@ -63,29 +63,24 @@ def class_names(name: str) -> tuple[str, ...]:
     return classes
 
 
-class LabelEncoder:
-    """Classes by name, letter case aside, or by number; used in the place of a `TextEncoder`.
+class LabelEncoder(TextEncoder):
+    """Classes by name, letter case aside, or by number.
 
     The empty caption "" is the null class of guidance, whose index is the number of classes.
 
     Attributes:
-        name: what `TextEncoder.load` was given; a dataset's manifest keeps it.
-        dim: D = 1, the width of the token states.
-        max_tokens: longest caption in tokens: each is one.
         classes: their names, in the order of their indices.
     """
 
-    dim = 1
-    max_tokens = 1
-
     def __init__(self, name: str) -> None:
-        self.name, self.classes = name, class_names(name)
+        self.name, self.dim, self.max_tokens = name, 1, 1
+        self.classes = class_names(name)
         numbers = {str(index): index for index in range(len(self.classes))}
         names = {label.casefold(): index for index, label in enumerate(self.classes)}
         self._index = {**numbers, **names, "": len(self.classes)}
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
-        """One token each."""
+        """One token each, class or not."""
         return [1] * len(captions)
 
     def refusals(self, captions: Sequence[str]) -> list[tuple[str, str] | None]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data.labels import LabelEncoder, class_names, is_labels
 from fewstep.errors import UserError
 
 MINILM = "minilm"
@@ -27,6 +26,9 @@ MINILM = "minilm"
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of the package's model.safetensors: it is a third party's upload."""
+
+LABELS = "labels:"
+"""What names begin with that stand for classes instead of text (see `labels.py`)."""
 
 MAX_TOKENS = 64
 """Default limit on a caption's length, in tokens with the encoder's start and end marks."""
@@ -57,15 +59,15 @@ class TextEncoder:
     @classmethod
     def load(
         cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
-    ) -> TextEncoder | LabelEncoder:
-        """Load "minilm", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
-
-        Names that begin with "labels:" give a `LabelEncoder`, to which the other arguments mean nothing.
+    ) -> TextEncoder:
+        """Load "minilm", "labels:…", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
 
         Raises:
             UserError: the package is missing or was changed, or nothing loads under that name.
         """
-        if is_labels(name):
+        if name.startswith(LABELS):
+            from fewstep.data.labels import LabelEncoder
+
             return LabelEncoder(name)
         from transformers import AutoModel, AutoTokenizer, logging
 
@@ -143,9 +145,8 @@ def token_dim(name: str) -> int:
     Raises:
         UserError: as `TextEncoder.load`.
     """
-    if is_labels(name):
-        class_names(name)
-        return LabelEncoder.dim
+    if name.startswith(LABELS):
+        return TextEncoder.load(name).dim
     from transformers import AutoConfig
 
     with _loading(name) as where:

@@ -30,7 +30,6 @@ from fewstep.models.teacher import BUNDLED, TeacherReference, check_reference, l
 
 if TYPE_CHECKING:
     from fewstep.data.autoencoder import Autoencoder
-    from fewstep.data.labels import LabelEncoder
     from fewstep.data.text import TextEncoder
 
 CARD = "fewstep.json"
@@ -120,7 +119,7 @@ class FewStepPipeline:
     # Encoder, autoencoder and teacher load when they are first used: a server may run them elsewhere, or never.
 
     @cached_property
-    def text_encoder(self) -> TextEncoder | LabelEncoder:
+    def text_encoder(self) -> TextEncoder:
         from fewstep.data.text import TextEncoder
 
         return TextEncoder.load(self.card.text_encoder)
