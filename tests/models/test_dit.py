@@ -166,17 +166,20 @@ def test_adapters_survive_a_round_trip_and_leave_the_teacher_alone(
     assert torch.equal(first, second)
 
 
-def test_sharded_blocks_compute_the_same_student_and_gradients(lone_process_group) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_sharded_blocks_compute_the_same_student_and_gradients(lone_process_group, full: bool) -> None:
     """The embedder serves all blocks: none of their FSDP groups may hold it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     results = []
     for sharded in (False, True):
-        network = PolicyNetwork(random_dit(), FAMILY, DXSettings(points=2), LoRASettings(rank=2))
+        lora = None if full else LoRASettings(rank=2)
+        network = PolicyNetwork(random_dit(), FAMILY, DXSettings(points=2), lora, full=full)
         if sharded:
             mesh = init_device_mesh("cpu", (1,))
-            for module in (*FAMILY.blocks(network.transformer), network):
+            blocks = [b for transformer in network.transformers() for b in FAMILY.blocks(transformer)]
+            for module in (*blocks, network):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
         labels, t = classes("0", "1", "4"), torch.tensor([1.0, 0.6, 0.3])
         u = network.velocity(X, t, labels)

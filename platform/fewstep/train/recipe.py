@@ -52,7 +52,18 @@ class StudentSection(Section):
     policy: PolicySettings = GMFlowSettings()
     """Policy head."""
     lora: LoRASettings | None = LoRASettings()
-    """Adapters on the shared base; null trains the head alone."""
+    """Adapters on the shared base; null for none."""
+    full: bool = False
+    """Train all weights beside a frozen copy of the teacher (the paper's ImageNet students), with lora null; otherwise
+    head and adapters alone."""
+
+    @model_validator(mode="after")
+    def _adapters_or_all(self) -> StudentSection:
+        if self.full and self.lora is not None:
+            raise ValueError(
+                "student.full trains all weights and leaves none to adapt: set student.lora=null"
+            )
+        return self
 
 
 class ImitationSection(Section):
