@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ EXAMPLES = """\
 sources
   emoji            the captioned emoji set. 16 pixels: from the file that ships with fewstep; any other size:
                    rebuilt from three npm packages of pinned hash (needs npm and about 150 MB once)
+  fashion-mnist    70,000 grey 28x28 pictures in 10 classes, from the Debian package dataset-fashion-mnist, or
+                   from a folder of the set's idx files (PATH); classes as conditioning, one channel
   folder DIR       images with a table of captions: metadata.jsonl, .csv or .parquet in DIR (or --captions),
                    with the columns file (or file_name, image) and caption (or text, prompt)
   prompts FILE...  captions alone, for distillation without data: text (one a line), or JSONL, CSV or Parquet
@@ -20,6 +23,9 @@ sources
 
 examples
   jobs/prepare_data.py --out data/emoji16
+  jobs/prepare_data.py --source fashion-mnist --out data/fashion28
+  jobs/prepare_data.py --source folder imagenet/ --out data/imagenet256 --size 256 --shard-rows 4096 \\
+      --autoencoder stabilityai/sd-vae-ft-ema --text-encoder labels:1000 --encoders 8 --gpus 1
   jobs/prepare_data.py --source folder photos/ --out s3://bucket/photos --size 512x512 --size 640x384 \\
       --autoencoder models/qwen-image:vae --text-encoder models/encoder --encoders 4 --gpus 1
   jobs/prepare_data.py --source prompts prompts.txt --out data/prompts --size 16 --held-out 0.05
@@ -44,20 +50,24 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(*names, help=help + default, **options)
 
     add("paths", nargs="*", metavar="PATH", help="the source's folder or files, local or s3://")
-    add("--source", choices=("emoji", "folder", "prompts"), default="emoji", help="see below")
+    add(
+        "--source", choices=("emoji", "fashion-mnist", "folder", "prompts"), default="emoji", help="see below"
+    )
     add("--out", metavar="ROOT", help="where the dataset goes: a local folder or s3://bucket/prefix")
     add("--captions", metavar="TABLE", help="folder: the table of captions, if it is not in the folder")
     add("--size", action="append", metavar="WxH", help="pixels, 512 or 640x384 (width x height); repeat it "
-        "for several buckets, each image goes to the nearest aspect ratio; default: 16")  # fmt: skip
-    add("--text-encoder", default="minilm", metavar="NAME", help="minilm, or a folder or hub id of a "
-        "transformers encoder")  # fmt: skip
-    add("--autoencoder", default="pixel", metavar="NAME", help="pixel (latents are pixels), or a folder or "
-        "hub id of a diffusers AutoencoderKL (folder:vae for a pipeline's part)")  # fmt: skip
-    add("--max-tokens", type=int, default=64, metavar="N", help="longer captions are rejected")
+        "for several buckets, each goes to the nearest aspect ratio; default: 16 (fashion-mnist: 28)")  # fmt: skip
+    add("--text-encoder", metavar="NAME", help="minilm, a folder or hub id of a transformers encoder; or classes "
+        "instead of text: labels:fashion-mnist, labels:cat,dog, labels:1000 (class numbers); default: minilm "
+        "(fashion-mnist: its labels)")  # fmt: skip
+    add("--autoencoder", metavar="NAME", help="pixel (latents are pixels), grey (one channel), or a folder or hub id "
+        "of a diffusers AutoencoderKL (folder:vae for a pipeline's part); default: pixel "
+        "(fashion-mnist: grey)")  # fmt: skip
+    add("--max-tokens", type=int, metavar="N", help="longer captions are rejected; default: 64")
     add("--held-out", type=float, default=0.02, metavar="F", help="fraction of own data kept out of training "
-        "by a hash of the file name or prompt (the emoji set has its own split)")  # fmt: skip
-    add("--shard-rows", type=int, default=256, metavar="N", help="most rows a shard holds; a split needs at "
-        "least as many shards as there are training workers")  # fmt: skip
+        "by a hash of the file name or prompt (the emoji set and fashion-mnist have their own split)")  # fmt: skip
+    add("--shard-rows", type=int, metavar="N", help="most rows a shard holds; a split needs at least as many shards "
+        "as there are training workers; default: 256 (fashion-mnist: 1024)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the shuffle of rows over shards")
     add("--encoders", type=int, default=1, metavar="N", help="actors of each encoder")
     add("--gpus", type=float, default=0.0, metavar="F", help="GPUs of each actor")
@@ -66,10 +76,10 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.bundle == bool(options.out):
         parser.error("say where the dataset goes with --out (a local folder or s3://bucket/prefix)")
-    if bool(options.paths) != (options.source != "emoji"):
-        parser.error(f"--source {options.source} takes {'no PATH' if options.paths else 'a PATH'}")
-    if options.source == "folder" and len(options.paths) != 1:
-        parser.error("--source folder takes one PATH")
+    least, most = {"emoji": (0, 0), "fashion-mnist": (0, 1), "folder": (1, 1)}.get(options.source, (1, None))
+    if len(options.paths) < least or (most is not None and len(options.paths) > most):
+        takes = "no PATH" if most == 0 else "one PATH" if most == 1 else "a PATH"
+        parser.error(f"--source {options.source} takes {takes}")
     return options
 
 
@@ -77,22 +87,29 @@ def main() -> None:
     options = arguments()
 
     from fewstep.data import sources
-    from fewstep.data.encode import Settings, prepare
+    from fewstep.data.encode import EMOJI, FASHION, prepare
+    from fewstep.data.fashion import fashion_mnist
 
     if options.bundle:
         count = sources.write_bundle(options.cache or sources.default_cache())
         print(f"{sources.EMOJI_BUNDLE}: {count} images")
         return
-    settings = Settings(
-        sizes=tuple(sources.Size.parse(size) for size in options.size or ("16",)),
-        text_encoder=options.text_encoder,
-        autoencoder=options.autoencoder,
-        max_tokens=options.max_tokens,
-        shard_rows=options.shard_rows,
-        seed=options.seed,
+    given = {
+        "sizes": options.size and tuple(sources.Size.parse(size) for size in options.size),
+        "text_encoder": options.text_encoder,
+        "autoencoder": options.autoencoder,
+        "max_tokens": options.max_tokens,
+        "shard_rows": options.shard_rows,
+        "seed": options.seed,
+    }
+    settings = replace(
+        FASHION if options.source == "fashion-mnist" else EMOJI,
+        **{name: value for name, value in given.items() if value is not None},
     )
     if options.source == "emoji":
         source = sources.emoji_set(settings.sizes, options.cache)
+    elif options.source == "fashion-mnist":
+        source = fashion_mnist(*options.paths)
     elif options.source == "folder":
         source = sources.image_folder(options.paths[0], captions=options.captions, held_out=options.held_out)
     else:

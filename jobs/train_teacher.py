@@ -6,8 +6,11 @@ from pathlib import Path
 from fewstep.cli import connect_ray, recipe_parser, run_job
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
+DISTILLERS = {"dit": "distill_dit", "flux": "distill_flux"}
+"""Jobs by family; distill_qwen takes all others."""
 EXAMPLES = """\
   ray job submit jobs/train_teacher.py
+  ray job submit --working-dir . -- python jobs/train_teacher.py --recipe fashion_teacher
   python jobs/train_teacher.py --set network.start=emoji --set train.steps=2000"""
 
 
@@ -16,8 +19,9 @@ def main() -> None:
     from fewstep.train.trainer import fit
 
     parser = recipe_parser(
-        "Train a small flow-matching teacher (a QwenImageTransformer2DModel) on a prepared dataset, with captions "
-        "dropped now and then so that classifier-free guidance works. Writes a diffusers folder with a card.",
+        "Train a small flow-matching teacher on a prepared dataset, with captions (or classes) dropped now and then so "
+        "that classifier-free guidance works. Writes a diffusers folder with a card. Without options it is the emoji "
+        "teacher, a QwenImageTransformer2DModel.",
         TeacherRecipe,
         EXAMPLES,
         recipe="emoji_teacher",
@@ -27,7 +31,8 @@ def main() -> None:
     connect_ray()
     trained = fit(recipe, options.resume)
     print(f"\nteacher     {trained.folder}\nMLflow run  {trained.mlflow_run}", flush=True)
-    print(f"distil it   jobs/distill_qwen.py --set teacher.path={trained.folder}")
+    job = DISTILLERS.get(recipe.network.family, "distill_qwen")
+    print(f"distil it   jobs/{job}.py --set teacher.path={trained.folder}")
 
 
 if __name__ == "__main__":

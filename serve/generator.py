@@ -103,6 +103,7 @@ class Generator:
     async def _draw(
         self, order: Order, show: Callable[[PreviewImage], None] | None = None
     ) -> Delivery | Refusal:
+        from fewstep.data.labels import is_labels
         from fewstep.engine.batcher import Overloaded
         from fewstep.engine.engine import ImageTask
         from fewstep.engine.models import UnknownModel
@@ -120,7 +121,8 @@ class Generator:
                 503, f"the model {order.model!r} can't be loaded now: {error}", "model_unavailable", "model"
             )
         steps = order.steps or model.pipeline.card.nfe
-        if order.class_label is not None:
+        by_class, labelled = is_labels(model.pipeline.card.text_encoder), order.class_label is not None
+        if labelled and not by_class:
             return Refusal(
                 400,
                 f"the model {model.name!r} draws from text: leave class_label out.",
@@ -131,15 +133,17 @@ class Generator:
             model.latent_shape(order.size)
         except UserError as error:
             return Refusal(400, str(error), "invalid_value", "size")
+        prompt = str(order.class_label) if labelled else order.prompt
         tasks = [
-            ImageTask(order.prompt, order.seed + index, self._preview(order, index, steps, show))
+            ImageTask(prompt, order.seed + index, self._preview(order, index, steps, show))
             for index in range(order.n)
         ]
         how = {"steps": steps, "temperature": order.temperature, "sampler": order.sampler}
         try:
             images = await self._engine.generate(model, tasks, size=order.size, **how)
         except UserError as error:
-            return Refusal(400, str(error), "prompt_too_long", "prompt")
+            code = "invalid_value" if by_class else "prompt_too_long"
+            return Refusal(400, str(error), code, "class_label" if labelled else "prompt")
         except Overloaded as error:
             return Refusal(429, f"{error.pending} images already wait here: try again later.", "overloaded")
         return await asyncio.to_thread(self._deliver, order, model, steps, images)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 OutputFormat = Literal["png", "webp", "jpeg"]
 MAX_SEED = 2**53 - 1
@@ -18,7 +18,7 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     prompt: Annotated[str, StringConstraints(min_length=1)]
-    """What to draw."""
+    """What to draw; may be left out where `class_label` says it."""
     model: str | None = None
     """One of `GET /v1/models`; the first of them by default."""
     n: Annotated[int, Field(ge=1)] | None = 1
@@ -54,10 +54,19 @@ class ImageRequest(BaseModel):
     """Network evaluations; as the model was trained by default."""
     temperature: Annotated[float, Field(ge=0.01, le=1, strict=False)] | Literal["auto"] | None = None
     """Mixture temperature of the policy; as the model was trained by default."""
-    class_label: Annotated[int, Field(ge=0)] | None = None
-    """Class, for class-conditional models."""
+    class_label: (
+        Annotated[int, Field(ge=0)] | Annotated[str, StringConstraints(min_length=1, max_length=200)] | None
+    ) = None
+    """Number or name of a class, instead of the prompt, for class-conditional models."""
     sampler: Literal["student", "teacher"] = "student"
     """The few-step student, or its teacher's own guided sampler (where the deployment has it on)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_is_prompt_enough(cls, body: Any) -> Any:
+        if isinstance(body, dict) and "prompt" not in body and body.get("class_label") is not None:
+            return {**body, "prompt": "a class"}
+        return body
 
 
 class Timings(BaseModel):
@@ -154,7 +163,7 @@ class Order:
     sampler: Literal["student", "teacher"]
     output_format: OutputFormat
     output_compression: int
-    class_label: int | None = None
+    class_label: int | str | None = None
     partial_images: int | None = None
 
 

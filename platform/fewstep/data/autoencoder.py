@@ -14,6 +14,9 @@ from fewstep.errors import UserError
 PIXEL = "pixel"
 """Name of the autoencoder that takes pixels as latents."""
 
+GREY = "grey"
+"""Name of the one that takes their brightness, a single channel."""
+
 
 class Autoencoder(Protocol):
     """What the data path needs of an autoencoder."""
@@ -34,21 +37,23 @@ class Autoencoder(Protocol):
 
 
 class PixelAutoencoder:
-    """Pixels as latents: x = pixel / 127.5 − 1, C = 3."""
+    """Pixels as latents: x = pixel / 127.5 − 1, C = 3; or their channels' mean, C = 1, for grey images."""
 
-    name = PIXEL
+    def __init__(self, name: str = PIXEL) -> None:
+        self.name, self._channels = name, 1 if name == GREY else 3
 
     def latent_shape(self, height: int, width: int) -> Shape:
-        return (3, height, width)
+        return (self._channels, height, width)
 
     def image_size(self, height: int, width: int) -> tuple[int, int]:
         return (height, width)
 
     def encode(self, images: Tensor) -> Tensor:
-        return _signed(images)
+        signed = _signed(images)
+        return signed.mean(1, keepdim=True) if self._channels == 1 else signed
 
     def decode(self, latents: Tensor) -> Tensor:
-        return _pixels(latents)
+        return _pixels(latents.expand(-1, 3, -1, -1))
 
 
 class KLAutoencoder:
@@ -85,13 +90,13 @@ class KLAutoencoder:
 
 
 def load_autoencoder(name: str = PIXEL, *, device: torch.device | str = "cpu") -> Autoencoder:
-    """Load "pixel", or an AutoencoderKL from a local folder or a hub id (`folder:vae` for a pipeline's part).
+    """Load "pixel", "grey", or an AutoencoderKL from a local folder or a hub id (`folder:vae` for a pipeline's part).
 
     Raises:
         UserError: nothing loads under that name.
     """
-    if name == PIXEL:
-        return PixelAutoencoder()
+    if name in (PIXEL, GREY):
+        return PixelAutoencoder(name)
     from diffusers import AutoencoderKL
 
     location, _, subfolder = name.partition(":")
@@ -105,7 +110,7 @@ def load_autoencoder(name: str = PIXEL, *, device: torch.device | str = "cpu") -
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the autoencoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): give {PIXEL!r}, "
+            f"the autoencoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): give {PIXEL!r}, {GREY!r}, "
             "a folder of a diffusers AutoencoderKL (`folder:vae` for a pipeline's), or a hub id."
         ) from error
     return KLAutoencoder(name, model.eval().requires_grad_(False).to(device))

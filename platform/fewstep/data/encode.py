@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fewstep.data.autoencoder import PIXEL, load_autoencoder
+from fewstep.data.autoencoder import GREY, PIXEL, load_autoencoder
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.schema import (
     SCHEMA,
@@ -67,6 +67,15 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(replace(self, sizes=())) | {"sizes": [str(size) for size in self.sizes]}
+
+
+EMOJI = Settings(sizes=(Size(16, 16),))
+"""How the bundled emoji set is prepared, and anything else whose preparation says nothing more."""
+
+FASHION = Settings(
+    sizes=(Size(28, 28),), text_encoder="labels:fashion-mnist", autoencoder=GREY, shard_rows=1024
+)
+"""How Fashion-MNIST is prepared: its own pixels, one channel, classes as conditioning."""
 
 
 @dataclass(frozen=True)
@@ -177,15 +186,13 @@ class EncodeText:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         rows = _unpack(item["rows"])
-        counts = np.array(self.encoder.token_counts(rows["caption"].to_pylist()))
-        fits = counts <= self.settings.max_tokens
-        limit = self.settings.max_tokens
+        refusals = self.encoder.refusals(rows["caption"].to_pylist())
         rejected = [
-            Rejection(key, "caption too long", f"{count} tokens, at most {limit}").as_dict()
-            for key, count, good in zip(rows["key"].to_pylist(), counts, fits, strict=True)
-            if not good
+            Rejection(key, *refusal).as_dict()
+            for key, refusal in zip(rows["key"].to_pylist(), refusals, strict=True)
+            if refusal is not None
         ]
-        rows = rows.filter(pa.array(fits))
+        rows = rows.filter(pa.array([refusal is None for refusal in refusals], pa.bool_()))
         states = [s.numpy().astype(np.float16) for s in self.encoder.encode(rows["caption"].to_pylist())]
         tokens = pa.array([s.tobytes() for s in states], pa.large_binary())
         return {**item, "rows": _pack(rows.append_column("tokens", tokens)), "rejected": json.dumps(rejected)}

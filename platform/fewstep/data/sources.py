@@ -1,4 +1,4 @@
-"""Where examples come from: the emoji set, a folder of images with captions, or prompts alone.
+"""Where examples come from: the emoji set, a folder of images with captions, or prompts alone (see also `fashion`).
 
 Every source gives the same thing, a `Source`: an index of raw rows (image references, not pixels, except for
 the small emoji set) and the rows that were rejected while reading it.

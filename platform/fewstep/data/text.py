@@ -27,6 +27,9 @@ MINILM = "minilm"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of the package's model.safetensors: it is a third party's upload."""
 
+LABELS = "labels:"
+"""What names begin with that stand for classes instead of text (see `labels.py`)."""
+
 MAX_TOKENS = 64
 """Default limit on a caption's length, in tokens with the encoder's start and end marks."""
 
@@ -57,11 +60,15 @@ class TextEncoder:
     def load(
         cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """Load "minilm", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
+        """Load "minilm", "labels:…", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
 
         Raises:
             UserError: the package is missing or was changed, or nothing loads under that name.
         """
+        if name.startswith(LABELS):
+            from fewstep.data.labels import LabelEncoder
+
+            return LabelEncoder(name)
         from transformers import AutoModel, AutoTokenizer, logging
 
         logging.disable_progress_bar()
@@ -73,6 +80,15 @@ class TextEncoder:
     def token_counts(self, captions: Sequence[str]) -> list[int]:
         """Length of each caption in tokens, marks included; any length."""
         return [len(ids) for ids in self._tokenize(captions)]
+
+    def refusals(self, captions: Sequence[str]) -> list[tuple[str, str] | None]:
+        """Per caption: None if it can be encoded, otherwise the kind of trouble, and what exactly."""
+        return [
+            ("caption too long", f"{count} tokens, at most {self.max_tokens}")
+            if count > self.max_tokens
+            else None
+            for count in self.token_counts(captions)
+        ]
 
     def check(self, captions: Sequence[str]) -> None:
         """Refuse captions that are too long, before any work is done for them.
@@ -129,6 +145,8 @@ def token_dim(name: str) -> int:
     Raises:
         UserError: as `TextEncoder.load`.
     """
+    if name.startswith(LABELS):
+        return TextEncoder.load(name).dim
     from transformers import AutoConfig
 
     with _loading(name) as where:

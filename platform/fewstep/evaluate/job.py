@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
 from fewstep.data.autoencoder import load_autoencoder
+from fewstep.data.schema import DatasetInfo, read_shard
 from fewstep.data.stream import Batch, read_split
 from fewstep.evaluate.features import FeatureExtractor
 from fewstep.evaluate.grid import GridRow, comparison_grid
@@ -61,9 +63,16 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
     model = f"models:/{settings.model}@{settings.alias}"
     print(
         f"registered  models:/{version.name}/{version.version}, now {model}\n"
-        f'generate    jobs/generate.py --model {model} --prompt "red heart, noto style" --steps 4 --seed 0',
+        f"generate    jobs/generate.py --model {model} --prompt {quote(_held_out_caption(recipe))} --seed 0",
         flush=True,
     )
+
+
+def _held_out_caption(recipe: DistillRecipe) -> str:
+    """Some caption that the model knows how to draw."""
+    info = DatasetInfo.open(recipe.data.path)
+    shard = next(iter(info.buckets("held_out").values()))[0]
+    return read_shard(info.storage, shard.path)["caption"][0].as_py()
 
 
 def evaluate(

@@ -4,7 +4,8 @@
     diffusion_pytorch_model.safetensors       head and LoRA weights; metadata `policy_config` is JSON
 
 Names inside are the base's module names, `….lora_A.weight` / `….lora_B.weight` (alpha = rank), and the
-head's (`norm_out`, `proj_out_means`, …).
+head's (`norm_out`, `proj_out_means`, …). A student of whom all weights were trained has them all, under the base's
+names.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
 HEAD = "transformer.norm_out.head."
 """Where `PolicyNetwork` keeps its head."""
+
+OUTPUT = ("norm_out.", "proj_out.")
+"""What begins so is the base's own output, or the student's head in its place."""
 
 
 def adapter_state(network: PolicyNetwork, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -79,7 +83,8 @@ def load_adapter(transformer: nn.Module, family: Family, folder: Path) -> Policy
     """
     config, policy, state = read_adapter(folder)
     settings = _policy_settings(config, policy)
-    network = PolicyNetwork(transformer, family, settings, _lora_settings(state))
+    full = any(name in state for name, _ in transformer.named_parameters() if not name.startswith(OUTPUT))
+    network = PolicyNetwork(transformer, family, settings, _lora_settings(state), full=full)
     own = {_published(name): parameter for name, parameter in network.trainable().items()}
     misfits = [f"{name} (not in the base)" for name in state if name not in own]
     misfits += [f"{name} (missing)" for name in own if name not in state]

@@ -57,6 +57,8 @@ class StudentCard:
     """Guidance scale of the teacher that it imitates."""
     teacher_shift: float | None = None
     """Time shift of the teacher's own sampler; None where it is the student's."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Range of σ in which the teacher's guidance acts."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe it was trained with."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -102,6 +104,7 @@ def read_student_card(folder: Path) -> StudentCard:
             **fields,
             "teacher": TeacherReference(**fields["teacher"]),
             "latent_shape": tuple(fields["latent_shape"]),
+            "guidance_interval": tuple(fields.get("guidance_interval", (0.0, 1.0))),
         }
     )
 
@@ -129,7 +132,8 @@ class FewStepPipeline:
 
     @cached_property
     def teacher(self) -> GuidedTeacher:
-        return GuidedTeacher(self.network, self.encode([""]), self.card.guidance)
+        card = self.card
+        return GuidedTeacher(self.network, self.encode([""]), card.guidance, card.guidance_interval)
 
     @classmethod
     def from_pretrained(

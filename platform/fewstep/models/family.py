@@ -1,11 +1,12 @@
 """A *family*: what fewstep must know of one kind of teacher network.
 
 One file per family; adding a teacher of one's own means writing one (see `qwen_image.py`) and calling
-`registry.register`.
+`registry.register`. Families derive from `Family` for the answers that most of them share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class Family(Protocol):
         """A new network with random weights, from the keyword arguments of its class."""
         ...
 
+    def published(self, transformer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict under the names that `load` reads from a folder; most networks' own."""
+        return dict(weights)
+
     def latent_channels(self, transformer: nn.Module) -> int:
         """Latent channels C."""
         ...
@@ -31,6 +36,10 @@ class Family(Protocol):
     def condition_width(self, transformer: nn.Module) -> int:
         """Width D of the token states (B, L, D) that it is conditioned on."""
         ...
+
+    def classes(self, transformer: nn.Module) -> int | None:
+        """Number of classes of a class-conditional network; None where it is conditioned on text."""
+        return None
 
     def patch(self, transformer: nn.Module) -> int:
         """Side p of a patch; latent height and width must be multiples of it."""

@@ -1,11 +1,13 @@
 """One transformer, two roles: the frozen teacher, and the student that grows on it.
 
 With LoRA the student shares every base weight with its teacher. Adapters and policy head off: the
-teacher. On: the student. So a 20B teacher, its student and the student's EMA cost one base in memory.
+teacher. On: the student. So a 20B teacher, its student and the student's EMA cost one base in memory. A student
+of whom all weights are trained has a frozen copy of them beside it for its teacher.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,8 +68,9 @@ class PolicyNetwork(nn.Module):
         transformer: the teacher; modified in place (its weights stay as they are, and frozen).
         family: how to call it.
         policy: which policy head.
-        lora: adapters, or None to train the head alone.
+        lora: adapters, or None for none.
         seed: of the initialisation of head and adapters.
+        full: train all weights, and keep a copy of them as the teacher; otherwise adapters and head alone.
     """
 
     def __init__(
@@ -77,17 +80,23 @@ class PolicyNetwork(nn.Module):
         policy: PolicySettings,
         lora: LoRASettings | None,
         seed: int = 0,
+        full: bool = False,
     ) -> None:
         super().__init__()
         self.family, self.policy_settings, self.lora_settings = family, policy, lora
         self.channels = family.latent_channels(transformer)
         transformer.requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(transformer) if full else None
         norm_out, proj_out = transformer.norm_out, transformer.proj_out
         head = build_head(norm_out, proj_out, self.channels, policy).requires_grad_(True)
         if lora is not None:
             _add_adapters(transformer, family, lora, seed)
-        transformer.norm_out = _SwitchedNorm(norm_out, head)
-        transformer.proj_out = _SwitchedProjection(proj_out)
+        transformer.norm_out = _SwitchedNorm(nn.Identity() if full else norm_out, head)
+        transformer.proj_out = _SwitchedProjection(nn.Identity() if full else proj_out)
+        if full:
+            transformer.requires_grad_(True)
+            for name in family.unused_parameters(transformer):
+                transformer.get_parameter(name).requires_grad_(False)
         self.transformer = transformer
         if not proj_out.weight.is_meta:
             head.grow(proj_out, torch.Generator().manual_seed(seed))
@@ -98,8 +107,12 @@ class PolicyNetwork(nn.Module):
         """The student's policy head."""
         return self.transformer.norm_out.head
 
+    def transformers(self) -> list[nn.Module]:
+        """The student's, and the teacher's where it is another."""
+        return [self.transformer] if self.teacher is None else [self.transformer, self.teacher]
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The student's own parameters by module name: adapters and head."""
+        """The student's own parameters by module name: head, and adapters or all others."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def train(self, mode: bool = True) -> PolicyNetwork:
@@ -121,6 +134,8 @@ class PolicyNetwork(nn.Module):
         """
         if student:
             return self.family.denoise(self.transformer, x, t, conditioning)
+        if self.teacher is not None:
+            return self.family.denoise(self.teacher, x, t, conditioning)
         with self._teacher_role():
             return self.family.denoise(self.transformer, x, t, conditioning)
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Family
 
 PATCH = 2
 """Qwen-Image always packs 2×2 latent cells into a token."""
@@ -26,7 +27,7 @@ def unpack(tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 4, 1, 5, 2, 6).reshape(batch, -1, channels, height, width)
 
 
-class QwenImage:
+class QwenImage(Family):
     """Family of diffusers' `QwenImageTransformer2DModel`."""
 
     name = "qwen_image"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from fewstep.errors import UserError
+from fewstep.models.dit import DiT
 from fewstep.models.family import Family
 from fewstep.models.qwen_image import QwenImage
 
@@ -29,4 +30,5 @@ def get_family(name: str) -> Family:
     return _FAMILIES[name]
 
 
+register(DiT())
 register(QwenImage())

@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.models.family import Family
 from fewstep.models.registry import get_family
 
-BUNDLED = {"emoji": "emoji_teacher", "emoji-student": "emoji_student"}
+BUNDLED = {"emoji": "emoji_teacher", "emoji-student": "emoji_student", "fashion": "fashion_teacher"}
 """Names of models that ship with fewstep → their folders among the assets."""
 
 CARD = "teacher.json"
@@ -106,12 +106,13 @@ def save_teacher(
         transformer: whose configuration is written.
         card: its settings.
         folder: made if it does not exist.
-        weights: the whole state dict; rounded to float16.
+        weights: the whole state dict under the network's own names; rounded to float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     transformer.register_to_config(_name_or_path="")  # where it once was loaded from is nobody's business
     transformer.save_config(folder)
-    halves = {name: tensor.half().contiguous() for name, tensor in weights.items()}
+    published = get_family(card.family).published(transformer, weights)
+    halves = {name: tensor.half().contiguous() for name, tensor in published.items()}
     save_file(halves, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 

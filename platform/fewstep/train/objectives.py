@@ -31,7 +31,7 @@ class Objective(Protocol):
     """A model to shard and train, its loss, and how it samples."""
 
     model: nn.Module
-    """What FSDP shards and gathers; all calls go through its `forward`."""
+    """What FSDP shards and gathers; all calls go through its `forward`. It names its `transformers()`."""
     family: Family
     transformer: nn.Module
 
@@ -67,8 +67,9 @@ class Distillation:
     def __init__(self, recipe: DistillRecipe, null: TextConditioning, device: torch.device) -> None:
         transformer, self.family, self.reference = load_teacher(recipe.teacher.path, recipe.teacher.family)
         self.recipe, imitation = recipe, recipe.imitation
+        student = recipe.student
         self.model = PolicyNetwork(
-            transformer, self.family, recipe.student.policy, recipe.student.lora, recipe.train.seed
+            transformer, self.family, student.policy, student.lora, recipe.train.seed, student.full
         ).to(device)
         self.transformer = self.model.transformer
         self.teacher = GuidedTeacher(
@@ -136,6 +137,7 @@ class Distillation:
             temperature=imitation.temperature,
             guidance=recipe.teacher.guidance,
             teacher_shift=recipe.teacher.shift or (teacher.shift if teacher else None),
+            guidance_interval=recipe.teacher.guidance_interval,
             recipe=recipe.model_dump(mode="json"),
         )
         save_student(self.model, card, folder, weights)
@@ -204,6 +206,9 @@ class _VelocityNetwork(nn.Module):
         super().__init__()
         self.transformer, self.family = transformer, family
         self.channels = family.latent_channels(transformer)
+
+    def transformers(self) -> list[nn.Module]:
+        return [self.transformer]
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         tokens = self.family.denoise(self.transformer, x, t, conditioning)

@@ -34,13 +34,15 @@ def shard(objective: Objective, settings: TrainSection, world_size: int) -> None
     if settings.precision == "bfloat16" and settings.gpu:
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     elif settings.precision == "bfloat16":
-        objective.transformer.forward = _bfloat16_products(objective.transformer.forward)
+        for transformer in objective.model.transformers():
+            transformer.forward = _bfloat16_products(transformer.forward)
     if settings.parallel == "ddp" or (world_size == 1 and not settings.gpu):
         return
     mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
     # One worker has nothing to gather: it keeps the weights whole between uses.
     reshard = world_size > 1
-    for module in (*objective.family.blocks(objective.transformer), objective.model):
+    blocks = [b for network in objective.model.transformers() for b in objective.family.blocks(network)]
+    for module in (*blocks, objective.model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
 
 

@@ -22,6 +22,9 @@ from fewstep.models.network import LoRASettings
 EMOJI_DATA = "data/emoji16"
 """Where the bundled emoji set is prepared."""
 
+FASHION_DATA = "data/fashion28"
+"""Where Fashion-MNIST is prepared."""
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, docstrings under fields are their documentation."""
@@ -49,7 +52,18 @@ class StudentSection(Section):
     policy: PolicySettings = GMFlowSettings()
     """Policy head."""
     lora: LoRASettings | None = LoRASettings()
-    """Adapters on the shared base; null trains the head alone."""
+    """Adapters on the shared base; null for none."""
+    full: bool = False
+    """Train all weights beside a frozen copy of the teacher (the paper's ImageNet students), with lora null; otherwise
+    head and adapters alone."""
+
+    @model_validator(mode="after")
+    def _adapters_or_all(self) -> StudentSection:
+        if self.full and self.lora is not None:
+            raise ValueError(
+                "student.full trains all weights and leaves none to adapt: set student.lora=null"
+            )
+        return self
 
 
 class ImitationSection(Section):
@@ -107,7 +121,8 @@ class NetworkSection(Section):
 
 class DataSection(Section):
     path: str = EMOJI_DATA
-    """Folder or s3:// address of prepared shards (jobs/prepare_data.py); the default is prepared when missing."""
+    """Folder or s3:// address of prepared shards (jobs/prepare_data.py); data/emoji16 and data/fashion28 are prepared
+    when missing."""
     batch_size: int = Field(48, ge=1)
     """Samples per optimizer step, over all workers and accumulation steps."""
 

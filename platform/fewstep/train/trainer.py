@@ -10,12 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from fewstep.data.labels import class_names
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
+from fewstep.models.family import Family
+from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
 from fewstep.train.parallel import cpu_has_bfloat16
-from fewstep.train.recipe import EMOJI_DATA, DataSection, DistillRecipe, TeacherRecipe, TrainSection
+from fewstep.train.recipe import (
+    EMOJI_DATA,
+    FASHION_DATA,
+    DataSection,
+    DistillRecipe,
+    TeacherRecipe,
+    TrainSection,
+)
 from fewstep.train.worker import EXPORT, WorkerJob, train_worker
 
 PREVIEW_CAPTIONS = 32
@@ -48,28 +61,41 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
     _check_precision(recipe.train)
     if isinstance(recipe, DistillRecipe):
         transformer, family, _ = load_teacher(recipe.teacher.path, recipe.teacher.family)
-        _check_fit(info, shape, family.latent_channels(transformer), family.condition_width(transformer),
-                   family.patch(transformer), recipe.teacher.path)  # fmt: skip
+        _check_fit(info, shape, transformer, family, recipe.teacher.path)
         info.buckets("held_out")
+    else:
+        network = recipe.network
+        if network.start is None:
+            family = get_family(network.family)
+            with torch.device("meta"):
+                transformer = family.build(network.config)
+        else:
+            transformer, family, _ = load_teacher(network.start, network.family)
+        _check_fit(info, shape, transformer, family, network.start or network.family)
     check_reachable(recipe.tracking.uri)
     _check_cluster(recipe.train)
     return info
 
 
 def open_data(section: DataSection) -> DatasetInfo:
-    """The dataset of a recipe; at its default path the bundled emoji set is prepared first, once.
+    """The dataset of a recipe; at the shipped recipes' own paths it is prepared first, once.
 
     At any other path nothing is: a mistyped one must be refused, not trained on something else.
     """
-    from fewstep.data.encode import Settings, prepare
+    from fewstep.data.encode import EMOJI, FASHION, prepare
+    from fewstep.data.fashion import fashion_mnist
     from fewstep.data.schema import MANIFEST
-    from fewstep.data.sources import Size, emoji_set
+    from fewstep.data.sources import emoji_set
     from fewstep.data.storage import Storage
 
-    if section.path == EMOJI_DATA and Storage.at(section.path).read(MANIFEST) is None:
-        print(f"preparing the bundled emoji set in {section.path} (once)", flush=True)
-        settings = Settings(sizes=(Size(16, 16),))
-        prepare(emoji_set(), section.path, settings, encoders=2, report=lambda line: print(line, flush=True))
+    shipped = {
+        EMOJI_DATA: ("the bundled emoji set", emoji_set, EMOJI),
+        FASHION_DATA: ("Fashion-MNIST", fashion_mnist, FASHION),
+    }
+    if section.path in shipped and Storage.at(section.path).read(MANIFEST) is None:
+        what, source, settings = shipped[section.path]
+        print(f"preparing {what} in {section.path} (once)", flush=True)
+        prepare(source(), section.path, settings, encoders=2, report=lambda line: print(line, flush=True))
     return DatasetInfo.open(section.path)
 
 
@@ -173,8 +199,10 @@ def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> tup
 
 
 def _check_fit(
-    info: DatasetInfo, shape: tuple[int, int, int], channels: int, width: int, patch: int, teacher: str
+    info: DatasetInfo, shape: tuple[int, int, int], transformer: nn.Module, family: Family, teacher: str
 ) -> None:
+    channels, width = family.latent_channels(transformer), family.condition_width(transformer)
+    patch, classes = family.patch(transformer), family.classes(transformer)
     if shape[0] != channels:
         raise UserError(
             f"data.path: {info.root} holds latents of {shape[0]} channels (autoencoder {info.encoding.autoencoder!r}), "
@@ -185,6 +213,11 @@ def _check_fit(
             f"data.path: {info.root} holds token states of width {info.encoding.token_dim} "
             f"({info.encoding.text_encoder!r}), the teacher {teacher!r} takes {width}: prepare the data with the "
             "teacher's own text encoder."
+        )
+    if classes is not None and classes != (known := len(class_names(info.encoding.text_encoder))):
+        raise UserError(
+            f"data.path: {info.root} has {known} classes ({info.encoding.text_encoder!r}), the teacher {teacher!r} "
+            f"knows {classes}: prepare the data with the teacher's own classes."
         )
     if any(side % patch for side in shape[1:]):
         raise UserError(

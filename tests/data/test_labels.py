@@ -1,0 +1,98 @@
+"""Classes as conditioning: exact through shards, and refused by name where they are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fewstep.data.encode import EncodeText, Settings
+from fewstep.data.labels import FASHION_MNIST, MOST_CLASSES
+from fewstep.data.schema import DatasetInfo, Encoding, Shard, encode_table
+from fewstep.data.sources import Size
+from fewstep.data.storage import Storage
+from fewstep.data.stream import read_split
+from fewstep.data.text import TextEncoder, token_dim
+from fewstep.errors import UserError
+
+
+def index(encoder: str, caption: str) -> float:
+    [states] = TextEncoder.load(encoder).encode([caption])
+    assert states.shape == (1, token_dim(encoder))
+    return states.item()
+
+
+def test_a_class_is_its_index_by_name_or_number_and_nothing_is_the_null_class() -> None:
+    for number, name in enumerate(FASHION_MNIST):
+        assert index("labels:fashion-mnist", name) == number
+        assert index("labels:fashion-mnist", name.upper()) == number
+        assert index("labels:fashion-mnist", str(number)) == number
+    assert index("labels:fashion-mnist", "") == 10
+    assert index("labels:cat, dog", "dog") == 1
+    assert index("labels:1000", "999") == 999
+    assert index("labels:1000", "") == 1000
+
+
+def test_every_label_survives_a_shard(tmp_path: Path) -> None:
+    name, shape = f"labels:{MOST_CLASSES}", (1, 2, 2)
+    captions = [*map(str, range(MOST_CLASSES)), ""]
+    encoder = TextEncoder.load(name)
+    tokens = [states.numpy().astype(np.float16) for states in encoder.encode(captions)]
+    rows = pa.table({"key": [f"{i:05d}" for i in range(len(captions))], "caption": captions})
+    encoding = Encoding(name, token_dim(name), "grey")
+    table = encode_table(rows, tokens, np.zeros((len(captions), *shape), np.float32), shape, "train")
+    (tmp_path / "train/1x2x2").mkdir(parents=True)
+    path = "train/1x2x2/part-00000.parquet"
+    pq.write_table(table.replace_schema_metadata(encoding.metadata()), tmp_path / path)
+    DatasetInfo(
+        Storage.at(tmp_path), encoding, "test", True, (Shard(path, "train", shape, len(captions)),)
+    ).save()
+    labels = read_split(tmp_path, "train").conditioning.states[:, 0, 0]
+    assert labels.tolist() == list(range(MOST_CLASSES + 1))
+
+
+def test_what_is_no_class_is_refused_with_the_nearest() -> None:
+    encoder = TextEncoder.load("labels:fashion-mnist")
+    encoder.check(["sneaker", ""])
+    for refuse in (encoder.check, encoder.encode):
+        with pytest.raises(
+            UserError, match=r"no class 'sneakers': the nearest is 'sneaker'.*0 to 9"
+        ) as caught:
+            refuse(["bag", "sneakers"])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no class '10'"):
+        encoder.encode(["10"])
+
+
+def test_a_row_of_no_class_is_skipped_and_listed() -> None:
+    from fewstep.data.encode import ShardPlan, _unpack
+    from fewstep.data.sources import INDEX
+
+    rows = pa.table(
+        [["a", "b", "c"], ["dog", "cow", ""], ["train"] * 3, [None] * 3, [None] * 3], schema=INDEX
+    )
+    settings = Settings(sizes=(Size(4, 4),), text_encoder="labels:cat,dog")
+    item = EncodeText(settings)(ShardPlan("p", "train", Size(4, 4), (3, 4, 4), rows).as_item())
+    assert _unpack(item["rows"])["key"].to_pylist() == ["a", "c"]
+    assert '"where": "b", "reason": "unknown class"' in item["rejected"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("labels:fashion", "nearest is 'labels:fashion-mnist'"),
+        ("labels:", "names no known set"),
+        ("labels:0", "no classes"),
+        ("labels:2049", "too many classes: give 1 to 2048"),
+        ("labels:cat,dog,Cat", "empty or repeated"),
+        ("labels:cat,", "empty or repeated"),
+    ],
+)
+def test_label_sets_that_cannot_be_are_refused(name: str, message: str) -> None:
+    for use in (TextEncoder.load, token_dim):
+        with pytest.raises(UserError, match=message) as caught:
+            use(name)
+        assert "\n" not in str(caught.value)

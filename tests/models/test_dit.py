@@ -1,0 +1,230 @@
+"""The DiT family: diffusers' own numbers in continuous time, a null class for guidance, and students on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+
+from fewstep.data.text import TextEncoder
+from fewstep.export.adapter import adapter_state, load_adapter, save_adapter
+from fewstep.flow import NO_SHIFT
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.dit import DiT
+from fewstep.models.heads import DXSettings, GMFlowSettings
+from fewstep.models.network import GuidedTeacher, LoRASettings, PolicyNetwork
+from fewstep.models.registry import get_family
+from fewstep.models.teacher import TeacherCard, load_teacher, save_teacher
+from fewstep.policies import rollout
+
+FAMILY = DiT()
+TINY = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 3, "num_layers": 2,
+    "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 5,
+}  # fmt: skip
+X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([1.0, 0.3337, 0.0])
+
+
+def random_dit() -> nn.Module:
+    """Small, and not a new one's zero velocity."""
+    torch.manual_seed(0)
+    transformer = FAMILY.build(TINY)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return transformer.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_dit() -> nn.Module:
+    return random_dit()
+
+
+@pytest.fixture
+def lone_process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def classes(*labels: str) -> TextConditioning:
+    return TextConditioning.collate(TextEncoder.load("labels:5").encode(labels))
+
+
+def velocity(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
+    tokens = FAMILY.denoise(transformer, x, t, conditioning)
+    return FAMILY.unpack(tokens, FAMILY.latent_channels(transformer), *x.shape[-2:])[:, 0]
+
+
+def test_the_family_is_registered() -> None:
+    assert isinstance(get_family("dit"), DiT)
+
+
+def test_a_diffusers_folder_with_learned_variances_gives_its_own_first_channels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stock = DiTTransformer2DModel(**TINY | {"out_channels": 6}).eval()
+    for block in stock.transformer_blocks:  # as in published weights: one embedder, copied to every block
+        block.norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
+    stock.save_pretrained(tmp_path)
+    transformer, family, _ = load_teacher(str(tmp_path), "dit")
+    assert family.latent_channels(transformer) == 3
+    with torch.no_grad():
+        expected = stock(X, T * 1000, torch.tensor([0, 4, 5]), return_dict=False)[0][:, :3]
+        ours = velocity(transformer.eval(), X, T, classes("0", "4", ""))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_saved_teacher_opens_in_diffusers_itself(tiny_dit: nn.Module, tmp_path: Path) -> None:
+    tiny_dit.load_state_dict({name: tensor.half().float() for name, tensor in tiny_dit.state_dict().items()})
+    card = TeacherCard("dit", "labels:5", "pixel", (3, 8, 8), shift=1.0, guidance=2.0)
+    save_teacher(tiny_dit, card, tmp_path, dict(tiny_dit.named_parameters()))
+    stock = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32).eval()
+    again, _, _ = load_teacher(str(tmp_path), "dit")
+    with torch.no_grad():
+        expected = stock(X, T * 1000, torch.tensor([1, 2, 5]), return_dict=False)[0]
+        for transformer in (tiny_dit, again.eval()):
+            ours = velocity(transformer, X, T, classes("1", "2", ""))
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dit_xl_2_has_675_million_parameters() -> None:
+    with torch.device("meta"):
+        transformer = FAMILY.build(
+            {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
+             "num_layers": 28, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000}
+        )  # fmt: skip
+    assert round(sum(p.numel() for p in transformer.parameters()) / 1e6) == 675
+
+
+def test_a_new_network_is_the_zero_velocity_and_learns_at_once() -> None:
+    transformer = FAMILY.build(TINY).requires_grad_(True)
+    u = velocity(transformer, X, T, classes("0", "1", "2"))
+    assert not u.any()
+    (u - X).square().mean().backward()
+    assert transformer.proj_out.weight.grad.any()
+
+
+def test_guidance_departs_from_the_null_class_inside_its_interval(tiny_dit: nn.Module) -> None:
+    network = PolicyNetwork(tiny_dit, FAMILY, DXSettings(points=2), lora=None)
+    labels, null = classes("3", "3", "3"), classes("")
+    t = torch.tensor([1.0, 0.5, 0.2])
+    guided = GuidedTeacher(network, null, 3.0, (0.0, 0.7)).velocity(X, t, labels)
+    of_class = network.velocity(X, t, labels)
+    of_none = network.velocity(X, t, classes("", "", ""))
+    assert (of_class - of_none).abs().max() > 1e-3, "the null class is a class of its own"
+    torch.testing.assert_close(guided[1:], (3 * of_class - 2 * of_none)[1:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(guided[:1], of_class[:1], atol=1e-5, rtol=0)
+
+
+def test_a_new_student_moves_like_one_teacher_euler_step(tiny_dit: nn.Module) -> None:
+    network = PolicyNetwork(tiny_dit, FAMILY, DXSettings(points=4), LoRASettings(rank=2))
+    labels, ones, zeros = classes("0", "1", "4"), torch.ones(3), torch.zeros(3)
+    with torch.no_grad():
+        policy = network.policy(X, ones, labels)
+        moved, sigma = rollout(policy, X, ones, zeros, shift=NO_SHIFT, substeps=16)
+    assert not sigma.any()
+    torch.testing.assert_close(moved, X - network.velocity(X, ones, labels), atol=1e-4, rtol=0)
+
+
+def test_a_new_mixture_stands_around_the_teachers_velocity(tiny_dit: nn.Module) -> None:
+    network = PolicyNetwork(
+        tiny_dit, FAMILY, GMFlowSettings(components=64, logstd_width=8), LoRASettings(rank=2)
+    )
+    labels, t = classes("0", "1", "4"), torch.tensor([1.0, 0.7, 0.4])
+    with torch.no_grad():
+        ours = network.policy(X, t, labels).velocity(X, t)
+    error = (ours - network.velocity(X, t, labels)).abs().max()
+    assert 0 < error < 4 * 0.05 / 8, "64 draws of standard deviation 0.05, one per component and channel"
+
+
+def test_adapters_survive_a_round_trip_and_leave_the_teacher_alone(
+    tmp_path: Path, tiny_dit: nn.Module
+) -> None:
+    labels = classes("0", "", "4")
+    with torch.no_grad():
+        before = velocity(tiny_dit, X, T, labels)
+    network = PolicyNetwork(
+        tiny_dit, FAMILY, GMFlowSettings(components=3, logstd_width=8), LoRASettings(rank=2)
+    )
+    with torch.no_grad():
+        for parameter in network.trainable().values():
+            parameter.normal_(std=0.1)
+    torch.testing.assert_close(network.velocity(X, T, labels), before, atol=1e-6, rtol=0)
+    save_adapter(network, tmp_path)
+    again = load_adapter(random_dit(), FAMILY, tmp_path)
+    ours, theirs = adapter_state(network), adapter_state(again)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with torch.no_grad():
+        first, second = (n.eval()(X, T, labels, student=True) for n in (network, again))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sharded_blocks_compute_the_same_student_and_gradients(lone_process_group, full: bool) -> None:
+    """The embedder serves all blocks: none of their FSDP groups may hold it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    results = []
+    for sharded in (False, True):
+        lora = None if full else LoRASettings(rank=2)
+        network = PolicyNetwork(random_dit(), FAMILY, DXSettings(points=2), lora, full=full)
+        if sharded:
+            mesh = init_device_mesh("cpu", (1,))
+            blocks = [b for transformer in network.transformers() for b in FAMILY.blocks(transformer)]
+            for module in (*blocks, network):
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        labels, t = classes("0", "1", "4"), torch.tensor([1.0, 0.6, 0.3])
+        u = network.velocity(X, t, labels)
+        network.policy(X, t, labels).velocity(X, t).square().mean().backward()
+        gradients = [p.grad.full_tensor() if sharded else p.grad for p in network.trainable().values()]
+        results.append([u, *gradients])
+    for whole, shards in zip(*results, strict=True):
+        torch.testing.assert_close(shards, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_all_parameters_reach_the_output(tiny_dit: nn.Module) -> None:
+    tiny_dit.requires_grad_(True)
+    velocity(tiny_dit, X, T, classes("0", "1", "")).square().sum().backward()
+    without = {name for name, p in tiny_dit.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == set(FAMILY.unused_parameters(tiny_dit))
+
+
+def test_the_network_drops_no_classes_of_its_own_accord(tiny_dit: nn.Module) -> None:
+    tiny_dit.train()
+    x, labels = X[:1].expand(64, -1, -1, -1), classes(*["2"] * 64)
+    with torch.no_grad():
+        u = velocity(tiny_dit, x, torch.full((64,), 0.5), labels)
+    torch.testing.assert_close(u, u[:1].expand_as(u), atol=1e-5, rtol=0)
+
+
+def test_recomputed_blocks_give_the_same_gradients(tiny_dit: nn.Module) -> None:
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            tiny_dit.enable_gradient_checkpointing()
+        tiny_dit.requires_grad_(True).zero_grad()
+        velocity(tiny_dit, X, T, classes("0", "1", "2")).square().sum().backward()
+        gradients.append([p.grad.clone() for p in tiny_dit.parameters()])
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, kept, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 16), (4, 4)])
+def test_other_sizes_than_the_trained_one_work(tiny_dit: nn.Module, size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert velocity(tiny_dit, x, torch.tensor([0.2, 0.9]), classes("0", "1")).shape == x.shape
+
+
+def test_patches_come_back_to_their_places() -> None:
+    x = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12)
+    cells = x.view(2, 3, 2, 4, 3, 4).permute(0, 2, 4, 1, 3, 5)
+    assert torch.equal(FAMILY.unpack(cells.reshape(2, 6, -1), 3, 8, 12)[:, 0], x)
