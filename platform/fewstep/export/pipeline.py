@@ -57,6 +57,8 @@ class StudentCard:
     """Guidance scale of the teacher that it imitates."""
     teacher_shift: float | None = None
     """Time shift of the teacher's own sampler; None where it is the student's."""
+    embedded_guidance: float | None = None
+    """Guidance scale that teacher and student take as an input, where they are guidance-distilled."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe it was trained with."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -153,7 +155,9 @@ class FewStepPipeline:
         """
         folder = student_folder(str(path), tracking_uri)
         card = read_student_card(folder)
-        transformer, family, reference = load_teacher(teacher or card.teacher.path, card.teacher.family)
+        transformer, family, reference = load_teacher(
+            teacher or card.teacher.path, card.teacher.family, card.embedded_guidance
+        )
         check_reference(reference, asdict(card.teacher))
         return cls(load_adapter(transformer, family, folder), card, device)
 

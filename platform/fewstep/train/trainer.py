@@ -47,7 +47,8 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
     shape = _check_data(info, recipe)
     _check_precision(recipe.train)
     if isinstance(recipe, DistillRecipe):
-        transformer, family, _ = load_teacher(recipe.teacher.path, recipe.teacher.family)
+        teacher = recipe.teacher
+        transformer, family, _ = load_teacher(teacher.path, teacher.family, teacher.embedded_guidance)
         _check_fit(info, shape, family.latent_channels(transformer), family.condition_width(transformer),
                    family.patch(transformer), recipe.teacher.path)  # fmt: skip
         info.buckets("held_out")
