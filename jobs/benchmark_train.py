@@ -178,7 +178,7 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
         average.update(taken)
 
     def whole(batch: Batch) -> None:
-        for result in objective.losses(batch, generator):
+        for result in objective.losses(batch, generator, step=1):
             result.loss.backward()
 
     def network(batch: Batch) -> None:

@@ -126,7 +126,7 @@ def train_worker(job: WorkerJob) -> str | None:
         for _ in range(settings.accumulate):
             seed_step(generator, settings.seed, rank, batches)
             batch = to_device(next(source), device)
-            for result in objective.losses(batch, generator):
+            for result in objective.losses(batch, generator, step):
                 (result.loss / settings.accumulate).backward()
                 meter.add(result)
             batches += 1
