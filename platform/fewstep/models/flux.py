@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.packing import PATCH, pack, unpack
+from fewstep.models.pretrained import from_pretrained
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Flux:
     def load(self, path: str) -> nn.Module:
         from diffusers import FluxTransformer2DModel
 
-        return FluxTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
+        return from_pretrained(FluxTransformer2DModel, path)
 
     def build(self, config: dict[str, Any]) -> nn.Module:
         from diffusers import FluxTransformer2DModel

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.flux import embedded, grid, joint_mask
 from fewstep.models.packing import PATCH, pack, unpack
+from fewstep.models.pretrained import from_pretrained
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Flux2:
     def load(self, path: str) -> nn.Module:
         from diffusers import Flux2Transformer2DModel
 
-        return Flux2Transformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
+        return from_pretrained(Flux2Transformer2DModel, path)
 
     def build(self, config: dict[str, Any]) -> nn.Module:
         from diffusers import Flux2Transformer2DModel

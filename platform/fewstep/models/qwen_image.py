@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.packing import PATCH, pack, unpack
+from fewstep.models.pretrained import from_pretrained
 
 
 class QwenImage:
@@ -16,10 +17,9 @@ class QwenImage:
     name = "qwen_image"
 
     def load(self, path: str) -> nn.Module:
-        import torch
         from diffusers import QwenImageTransformer2DModel
 
-        return QwenImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
+        return from_pretrained(QwenImageTransformer2DModel, path)
 
     def build(self, config: dict[str, Any]) -> nn.Module:
         from diffusers import QwenImageTransformer2DModel

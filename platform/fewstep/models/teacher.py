@@ -77,7 +77,7 @@ def load_teacher(
     """Load a frozen teacher in float32 and say exactly which one it is.
 
     Args:
-        path: a bundled name, a diffusers folder, or a hub id.
+        path: a bundled name, a diffusers folder, or a hub id (`owner/name:transformer` for a pipeline's part).
         family: name of its family.
         embedded_guidance: the guidance scale that a guidance-distilled network is told; None for others.
 
