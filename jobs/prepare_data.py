@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     add("--size", action="append", metavar="WxH", help="pixels, 512 or 640x384 (width x height); repeat it "
         "for several buckets, each image goes to the nearest aspect ratio; default: 16")  # fmt: skip
     add("--text-encoder", default="minilm", metavar="NAME", help="minilm, or a folder or hub id of a "
-        "transformers encoder")  # fmt: skip
+        "transformers encoder, or flux:PIPELINE for both encoders of a FLUX.1 pipeline")  # fmt: skip
     add("--autoencoder", default="pixel", metavar="NAME", help="pixel (latents are pixels), or a folder or "
         "hub id of a diffusers AutoencoderKL (folder:vae for a pipeline's part)")  # fmt: skip
     add("--max-tokens", type=int, default=64, metavar="N", help="longer captions are rejected")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from fewstep.data.schema import Encoding
 from fewstep.data.stream import Batch
+from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.teacher import load_teacher
 from fewstep.train.objectives import Distillation
 from fewstep.train.recipe import DistillRecipe, load_recipe
+from fewstep.train.trainer import _check_pooled
 
 SHAPE = (3, 8, 8)
 
@@ -76,3 +81,12 @@ def test_the_network_is_told_the_scale_of_the_recipe(tiny_flux_teacher) -> None:
         for scale in (1.0, 3.5)
     ]
     assert not torch.allclose(*velocities, atol=1e-6)
+
+
+def test_data_without_the_whole_caption_s_vector_that_the_teacher_takes_is_refused(tiny_flux_teacher) -> None:
+    transformer, _, _ = load_teacher(str(tiny_flux_teacher), "flux", 3.5)
+    info = SimpleNamespace(root="data", encoding=Encoding("minilm", 384, "pixel"))
+    _check_pooled(info, transformer, "tiny")  # the mean token state serves
+    info.encoding = Encoding("minilm", 384, "pixel", pooled_dim=768)
+    with pytest.raises(UserError, match=r"vectors of width 768 .* takes 384"):
+        _check_pooled(info, transformer, "tiny")

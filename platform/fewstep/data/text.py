@@ -20,12 +20,16 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.models.conditioning import TextConditioning
 
 MINILM = "minilm"
 """The text encoder that comes as a package: all-MiniLM-L6-v2, 22.7M parameters, D = 384, Apache-2.0."""
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of the package's model.safetensors: it is a third party's upload."""
+
+FLUX = "flux:"
+"""Before the folder or hub id of a FLUX.1 pipeline: its two text encoders together (see `flux_text.py`)."""
 
 MAX_TOKENS = 64
 """Default limit on a caption's length, in tokens with the encoder's start and end marks."""
@@ -45,8 +49,11 @@ class TextEncoder:
     Attributes:
         name: what `load` was given; a dataset's manifest keeps it.
         dim: D, the width of the token states.
+        pooled_dim: P, the width of its vectors of whole captions; None if it has none.
         max_tokens: longest caption accepted.
     """
+
+    pooled_dim: int | None = None
 
     def __init__(self, name: str, tokenizer: Any, model: torch.nn.Module, max_tokens: int) -> None:
         self.name, self.max_tokens = name, max_tokens
@@ -57,7 +64,7 @@ class TextEncoder:
     def load(
         cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """Load "minilm", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
+        """Load "minilm", "flux:…", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
 
         Raises:
             UserError: the package is missing or was changed, or nothing loads under that name.
@@ -65,7 +72,11 @@ class TextEncoder:
         from transformers import AutoModel, AutoTokenizer, logging
 
         logging.disable_progress_bar()
-        with _loading(name) as where:
+        if name.startswith(FLUX):
+            from fewstep.data.flux_text import load_flux_encoders
+
+            return load_flux_encoders(name, device)
+        with loading(name) as where:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModel.from_pretrained(**where, dtype=torch.float32)
         return cls(name, tokenizer, model.eval().requires_grad_(False).to(device), max_tokens)
@@ -111,6 +122,14 @@ class TextEncoder:
                     states[index] = state
         return states
 
+    def pooled(self, captions: Sequence[str]) -> list[Tensor] | None:
+        """One vector (P,) float32 for each caption; None if the encoder has none."""
+        return None
+
+    def conditioning(self, captions: Sequence[str]) -> TextConditioning:
+        """The captions as a batch, as `encode` and `pooled` have them."""
+        return TextConditioning.collate(self.encode(captions), self.pooled(captions))
+
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
 
@@ -129,23 +148,37 @@ def token_dim(name: str) -> int:
     Raises:
         UserError: as `TextEncoder.load`.
     """
+    return _width(name, "text_encoder_2")
+
+
+def pooled_dim(name: str) -> int | None:
+    """P of a text encoder; raises as `token_dim`."""
+    return _width(name, "text_encoder") if name.startswith(FLUX) else None
+
+
+def _width(name: str, part: str) -> int:
+    """Width of an encoder; of that part of it, where it is a FLUX pipeline's."""
     from transformers import AutoConfig
 
-    with _loading(name) as where:
-        return AutoConfig.from_pretrained(**where).hidden_size
+    with loading(name) as where:
+        return AutoConfig.from_pretrained(
+            **where, subfolder=part if name.startswith(FLUX) else ""
+        ).hidden_size
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[dict[str, Any]]:
+def loading(name: str) -> Iterator[dict[str, Any]]:
     """Where transformers finds an encoder, as arguments of `from_pretrained`; its errors as one sentence."""
-    folder = _minilm_folder() if name == MINILM else Path(name).expanduser()
+    place = name.removeprefix(FLUX)
+    folder = _minilm_folder() if name == MINILM else Path(place).expanduser()
     local = folder.is_dir()
     try:
-        yield {"pretrained_model_name_or_path": str(folder) if local else name, "local_files_only": local}
+        yield {"pretrained_model_name_or_path": str(folder) if local else place, "local_files_only": local}
     except (OSError, ValueError) as error:
         raise UserError(
             f"the text encoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): "
-            f"give {MINILM!r}, a folder that transformers' AutoModel opens, or a hub id reachable from here."
+            f"give {MINILM!r}, a folder that transformers' AutoModel opens, a hub id reachable from here, or "
+            f"{FLUX}PIPELINE for the two encoders of a FLUX.1 pipeline."
         ) from error
 
 

@@ -211,8 +211,8 @@ class FewStepPipeline:
         return FewStepOutput(list(pixels) if output_type == "np" else _to_pil(pixels))
 
     def encode(self, prompts: Sequence[str]) -> TextConditioning:
-        """Captions → token states, exactly as the training shards hold them."""
-        return TextConditioning.collate(self.text_encoder.encode(list(prompts))).to(self.device)
+        """Captions → token states (and pooled vectors), exactly as the training shards hold them."""
+        return self.text_encoder.conditioning(list(prompts)).to(self.device)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
@@ -51,6 +53,7 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
         transformer, family, _ = load_teacher(teacher.path, teacher.family, teacher.embedded_guidance)
         _check_fit(info, shape, family.latent_channels(transformer), family.condition_width(transformer),
                    family.patch(transformer), recipe.teacher.path)  # fmt: skip
+        _check_pooled(info, transformer, recipe.teacher.path)
         info.buckets("held_out")
     check_reachable(recipe.tracking.uri)
     _check_cluster(recipe.train)
@@ -114,7 +117,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
 
     job = WorkerJob(
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
-        null=TextEncoder.load(info.encoding.text_encoder).encode([""])[0],
+        null=TextEncoder.load(info.encoding.text_encoder).conditioning([""]),
         preview=_preview(info),
         tracking={
             "uri": tracker.uri,
@@ -194,6 +197,18 @@ def _check_fit(
         )
 
 
+def _check_pooled(info: DatasetInfo, transformer: nn.Module, teacher: str) -> None:
+    """FLUX.1's class takes a vector of the whole caption: the encoder's own, or else the mean token state."""
+    wanted = getattr(getattr(transformer, "config", None), "pooled_projection_dim", None)
+    width = info.encoding.pooled_dim or info.encoding.token_dim
+    if wanted not in (None, width):
+        raise UserError(
+            f"data.path: {info.root} holds whole captions as vectors of width {width} "
+            f"({info.encoding.text_encoder!r}), the teacher {teacher!r} takes {wanted}: prepare the data with the "
+            "teacher's own text encoders (--text-encoder flux:PIPELINE)."
+        )
+
+
 def _check_precision(settings: TrainSection) -> None:
     if settings.precision == "bfloat16" and not settings.gpu and not cpu_has_bfloat16():
         raise UserError(
@@ -242,9 +257,8 @@ def _preview(info: DatasetInfo) -> dict[str, Any]:
     split = "held_out" if "held_out" in info.splits else "train"
     shape = next(iter(info.buckets(split)))
     batch = read_split(info.root, split, PREVIEW_CAPTIONS, shape=shape)
-    states = [s[m] for s, m in zip(batch.conditioning.states, batch.conditioning.mask, strict=True)]
     return {
-        "states": states,
+        "conditioning": batch.conditioning,
         "shape": shape,
         "autoencoder": info.encoding.autoencoder,
     }
