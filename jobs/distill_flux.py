@@ -14,7 +14,7 @@ evaluations, on 8 GPUs of 80 GB and a dataset that jobs/prepare_data.py has prep
 EXAMPLES = """\
   ray job submit --working-dir . -- python jobs/distill_flux.py
   ray job submit --working-dir . -- python jobs/distill_flux.py --recipe flux_8nfe
-  ray job submit --working-dir . -- python jobs/distill_flux.py --set teacher.path=models/my-flux/transformer
+  ray job submit --working-dir . -- python jobs/distill_flux.py --set teacher.path=models/my-flux
   python jobs/distill_flux.py --resume flux_4nfe-20260101-120000"""
 
 

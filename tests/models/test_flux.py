@@ -183,6 +183,15 @@ def test_a_text_without_a_pooled_vector_is_summarised_by_its_tokens() -> None:
     assert not torch.allclose(derived, other, atol=1e-4)
 
 
+def test_a_pipeline_s_folder_is_its_transformer_s(tmp_path: Path) -> None:
+    (tmp_path / "transformer").symlink_to(BASE)
+    (transformer, _, reference), (direct, _, known) = (
+        load_teacher(str(path), "flux", GUIDANCE) for path in (tmp_path, BASE)
+    )
+    assert reference.sha256 == known.sha256
+    assert torch.equal(transformer.proj_out.weight, direct.proj_out.weight)
+
+
 def test_a_guidance_scale_is_refused_where_it_is_missing_or_has_no_place() -> None:
     with pytest.raises(UserError, match=r"is guidance-distilled .* name one"):
         load_teacher(str(BASE), "flux")
@@ -195,4 +204,5 @@ def test_pooled_vectors_follow_their_texts() -> None:
     null = TextConditioning.collate(texts(2), [torch.tensor([0.0])])
     assert first.where(torch.tensor([False, True]), null).pooled.tolist() == [[0.0], [2.0]]
     assert first.cat(null.expand(2)).pooled.tolist() == [[1.0], [2.0], [0.0], [0.0]]
+    assert TextConditioning.join([first[1:], null]).pooled.tolist() == [[2.0], [0.0]]
     assert first.repeat(2)[1:3].pooled.tolist() == [[2.0], [1.0]]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.data.encoder import CaptionEncoder
 from fewstep.errors import UserError
-from fewstep.models.conditioning import TextConditioning
 
 MINILM = "minilm"
 """The text encoder that comes as a package: all-MiniLM-L6-v2, 22.7M parameters, D = 384, Apache-2.0."""
@@ -41,7 +41,7 @@ LEAST_TOKENS = 64
 """Tokens of a group, repeated where it has fewer."""
 
 
-class TextEncoder:
+class TextEncoder(CaptionEncoder):
     """A frozen transformer and its tokenizer.
 
     The empty caption "" encodes to the tokenizer's start and end marks: the null condition of guidance.
@@ -49,11 +49,8 @@ class TextEncoder:
     Attributes:
         name: what `load` was given; a dataset's manifest keeps it.
         dim: D, the width of the token states.
-        pooled_dim: P, the width of its vectors of whole captions; None if it has none.
         max_tokens: longest caption accepted.
     """
-
-    pooled_dim: int | None = None
 
     def __init__(self, name: str, tokenizer: Any, model: torch.nn.Module, max_tokens: int) -> None:
         self.name, self.max_tokens = name, max_tokens
@@ -121,14 +118,6 @@ class TextEncoder:
                 for index, state in zip(group, encoded, strict=True):
                     states[index] = state
         return states
-
-    def pooled(self, captions: Sequence[str]) -> list[Tensor] | None:
-        """One vector (P,) float32 for each caption; None if the encoder has none."""
-        return None
-
-    def conditioning(self, captions: Sequence[str]) -> TextConditioning:
-        """The captions as a batch, as `encode` and `pooled` have them."""
-        return TextConditioning.collate(self.encode(captions), self.pooled(captions))
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(captions), verbose=False)["input_ids"] if captions else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ class TextConditioning:
         padded = pad_sequence([s.float() for s in states], batch_first=True)
         mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
         return cls(padded, mask, None if pooled is None else torch.stack(list(pooled)).float())
+
+    @classmethod
+    def join(cls, parts: Sequence[TextConditioning]) -> TextConditioning:
+        """Several batches as one, padded to the longest text among them."""
+        return functools.reduce(cls.cat, parts)
 
     def __len__(self) -> int:
         return len(self.states)

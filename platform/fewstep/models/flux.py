@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Family
 from fewstep.models.packing import PATCH, pack, unpack
 from fewstep.models.pretrained import from_pretrained
 
 
 @dataclass(frozen=True)
-class Flux:
+class Flux(Family):
     """Family of diffusers' `FluxTransformer2DModel`.
 
     Args:

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Family
 from fewstep.models.flux import embedded, grid, joint_mask
 from fewstep.models.packing import PATCH, pack, unpack
 from fewstep.models.pretrained import from_pretrained
 
 
 @dataclass(frozen=True)
-class Flux2:
+class Flux2(Family):
     """Family of diffusers' `Flux2Transformer2DModel`.
 
     FLUX.2's own pipeline packs 2×2 cells of its 32-channel latents before the network; latents here are those of the

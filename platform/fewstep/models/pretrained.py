@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,12 @@ def from_pretrained(kind: type[Any], path: str) -> nn.Module:
 
     Args:
         kind: its class.
-        path: a folder, a hub id, or `owner/name:folder` for one part of a pipeline on the hub.
+        path: folder or hub id of the network itself, or of a pipeline, whose `transformer` it then is.
     """
-    location, _, subfolder = (path, "", "") if Path(path).is_dir() else path.partition(":")
-    return kind.from_pretrained(location, subfolder=subfolder or None, torch_dtype=torch.float32)
+    try:
+        return kind.from_pretrained(path, torch_dtype=torch.float32)
+    except OSError as error:
+        try:
+            return kind.from_pretrained(path, subfolder="transformer", torch_dtype=torch.float32)
+        except OSError:
+            raise error from None

@@ -77,7 +77,7 @@ def load_teacher(
     """Load a frozen teacher in float32 and say exactly which one it is.
 
     Args:
-        path: a bundled name, a diffusers folder, or a hub id (`owner/name:transformer` for a pipeline's part).
+        path: a bundled name, a diffusers folder, or a hub id; of the network itself, or of its pipeline.
         family: name of its family.
         embedded_guidance: the guidance scale that a guidance-distilled network is told; None for others.
 
@@ -155,7 +155,8 @@ def _told(family: Family, transformer: nn.Module, scale: float | None, path: str
 
 
 def _weights_hash(location: str) -> str | None:
-    files = sorted(Path(location).glob("*.safetensors"))
+    folder = Path(location)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("transformer/*.safetensors"))
     if not files:
         return None
     digest = hashlib.sha256()

@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 class TeacherSection(Section):
     path: str = "emoji"
-    """A bundled name, a diffusers folder, or a hub id (owner/name:transformer for a pipeline's part)."""
+    """A bundled name, a diffusers folder, or a hub id; of the network itself, or of its pipeline."""
     family: str = "qwen_image"
     """Which family of networks it belongs to."""
     guidance: float = Field(3.0, ge=1)
