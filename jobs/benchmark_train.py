@@ -156,8 +156,8 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     torch.set_num_threads(recipe.train.threads)
     torch.set_flush_denormal(True)
     info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size
-    null = TextEncoder.load(info.encoding.text_encoder).encode([""])[0]
-    objective = Distillation(recipe, TextConditioning.collate([null]), torch.device("cpu"))
+    null = TextEncoder.load(info.encoding.text_encoder).conditioning([""])
+    objective = Distillation(recipe, null, torch.device("cpu"))
     parameters, settings = objective.parameters(), objective.settings
     optimizer = build_optimizer(parameters, recipe.optimizer)
     average, generator = PowerEMA(parameters, recipe.optimizer.ema_gamma), torch.Generator()
@@ -178,7 +178,7 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
         average.update(taken)
 
     def whole(batch: Batch) -> None:
-        for result in objective.losses(batch, generator):
+        for result in objective.losses(batch, generator, step=1):
             result.loss.backward()
 
     def network(batch: Batch) -> None:

@@ -3,9 +3,12 @@
 
 from pathlib import Path
 
-from fewstep.cli import connect_ray, recipe_parser, run_job
+from fewstep.cli import distill, run_job
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
+DESCRIPTION = """\
+Distil a frozen text-to-image teacher into a student that draws in a few network evaluations (π-Flow), on the connected
+Ray cluster. Tracks to MLflow; ends with a comparison against the teacher, a picture and a registered model. Without
+options it distils the bundled emoji teacher to 4 evaluations, in some 20 minutes on two CPU cores."""
 EXAMPLES = """\
   ray job submit jobs/distill_qwen.py
   ray job submit --working-dir . -- python jobs/distill_qwen.py --recipe emoji_qwen_4nfe_full
@@ -14,24 +17,7 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    from fewstep.evaluate.job import evaluate_and_register
-    from fewstep.train.recipe import DistillRecipe, load_recipe
-    from fewstep.train.trainer import fit
-
-    parser = recipe_parser(
-        "Distil a frozen text-to-image teacher into a student that draws in a few network evaluations (π-Flow), on "
-        "the connected Ray cluster. Tracks to MLflow; ends with a comparison against the teacher, a picture and a "
-        "registered model. Without options it distils the bundled emoji teacher to 4 evaluations, in some 20 minutes "
-        "on two CPU cores.",
-        DistillRecipe,
-        EXAMPLES,
-        recipe="emoji_qwen_4nfe",
-    )
-    options = parser.parse_args()
-    recipe = load_recipe(DistillRecipe, options.recipe, options.set, RECIPES)
-    connect_ray()
-    trained = fit(recipe, options.resume)
-    evaluate_and_register(recipe, trained)
+    distill(DESCRIPTION, EXAMPLES, Path(__file__).resolve().parent / "recipes", recipe="emoji_qwen_4nfe")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.engine.models import LoadedModel
+    from fewstep.models.conditioning import TextConditioning
 
 
 @serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})
@@ -27,19 +28,19 @@ class Encoder:
         self._loaded: dict[str, Any] = {}
         self._one_at_a_time = asyncio.Lock()
 
-    async def encode(self, name: str, prompts: list[str]) -> list[np.ndarray] | str:
-        """Token states (L, D) of each prompt, or the sentence that refuses one."""
+    async def encode(self, name: str, prompts: list[str]) -> list[TextConditioning] | str:
+        """Each prompt encoded (B = 1), or the sentence that refuses one."""
         async with self._one_at_a_time:
             return await asyncio.to_thread(self._encode, name, prompts)
 
-    def _encode(self, name: str, prompts: list[str]) -> list[np.ndarray] | str:
+    def _encode(self, name: str, prompts: list[str]) -> list[TextConditioning] | str:
         from fewstep.data.text import TextEncoder
         from fewstep.errors import UserError
 
         if name not in self._loaded:
             self._loaded[name] = TextEncoder.load(name, device=_device())
         try:
-            return [states.numpy() for states in self._loaded[name].encode(prompts)]
+            return self._loaded[name].each(prompts)
         except UserError as error:
             return str(error)
 
@@ -76,17 +77,15 @@ class RemoteStages:
     def __init__(self, encoder: DeploymentHandle, decoder: DeploymentHandle) -> None:
         self._encoder, self._decoder = encoder, decoder
 
-    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[Tensor]:
-        import torch
-
+    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[TextConditioning]:
         from fewstep.errors import UserError
 
         different = list(dict.fromkeys(prompts))
         answer = await self._encoder.encode.remote(model.pipeline.card.text_encoder, different)
         if isinstance(answer, str):
             raise UserError(answer)
-        states = dict(zip(different, map(torch.tensor, answer), strict=True))
-        return [states[prompt] for prompt in prompts]
+        texts = dict(zip(different, answer, strict=True))
+        return [texts[prompt] for prompt in prompts]
 
     async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
         return await self._decoder.decode.remote(model.pipeline.card.autoencoder, latents.numpy())

@@ -91,3 +91,25 @@ def recipe_parser(
     )
     parser.add_argument("--resume", metavar="RUN", help="name of an interrupted run to continue")
     return parser
+
+
+def distill(description: str, examples: str, recipes: Path, recipe: str) -> None:
+    """The whole of a distillation job, from its command line to the registered model.
+
+    Args:
+        description: what the job does, for its help page.
+        examples: command lines, shown below the options.
+        recipes: folder of the recipes that `--recipe` names.
+        recipe: the one that is run when none is named.
+
+    Raises:
+        UserError: what the recipe asks for can't work; see `fit`.
+    """
+    from fewstep.evaluate.job import evaluate_and_register
+    from fewstep.train.recipe import DistillRecipe, load_recipe
+    from fewstep.train.trainer import fit
+
+    options = recipe_parser(description, DistillRecipe, examples, recipe).parse_args()
+    chosen = load_recipe(DistillRecipe, options.recipe, options.set, recipes)
+    connect_ray()
+    evaluate_and_register(chosen, fit(chosen, options.resume))

@@ -5,9 +5,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from fewstep.data.schema import DatasetInfo, read_shard
+from fewstep.data.schema import DatasetInfo, Encoding, encode_table, read_shard
 from fewstep.data.storage import Storage
 from fewstep.data.stream import Batch, read_split
 from fewstep.errors import UserError
@@ -34,6 +36,31 @@ def test_rows_come_back_as_they_were_written(make_dataset):
     assert not batch.conditioning.states[0, 2:].any()
 
 
+def test_vectors_of_whole_captions_come_back_with_their_rows(tmp_path):
+    storage, encoding = Storage.at(tmp_path), Encoding("none", 4, "pixel", pooled_dim=2)
+    rows = pa.table({"key": ["a", "b"], "caption": ["first", "second"]})
+    tokens = [np.ones((length, 4), np.float16) for length in (2, 3)]
+    pooled = np.array([[1, 2], [3, 4]], np.float32)
+    table = encode_table(rows, tokens, None, SHAPE, "train", pooled)
+    pq.write_table(table.replace_schema_metadata(encoding.metadata()), tmp_path / "part.parquet")
+    batch = Batch.of(read_shard(storage, "part.parquet"), 4)
+    assert batch.latent is None
+    assert batch.conditioning.pooled.tolist() == pooled.tolist()
+
+
+def test_shards_from_before_there_were_such_vectors_are_read(make_dataset):
+    info = DatasetInfo.open(make_dataset({SHAPE: [5]}).root)
+    shard = Path(info.root, info.shards[0].path)
+    pq.write_table(pq.read_table(shard).drop_columns("pooled"), shard)
+    manifest = json.loads(Path(info.root, "dataset.json").read_text())
+    edit_manifest(info, encoding={k: v for k, v in manifest["encoding"].items() if k != "pooled_dim"})
+    old = DatasetInfo.open(info.root)
+    assert old.encoding.pooled_dim is None
+    batch = Batch.of(read_shard(old.storage, old.shards[0].path), old.encoding.token_dim)
+    assert batch.conditioning.pooled is None
+    assert batch.latent.shape == (5, *SHAPE)
+
+
 def test_a_folder_without_a_dataset_is_refused_with_the_command_that_makes_one(tmp_path):
     with pytest.raises(UserError, match=r"no dataset at .*nowhere: make one with jobs/prepare_data.py"):
         DatasetInfo.open(tmp_path / "nowhere")
@@ -53,8 +80,6 @@ def test_another_schema_version_is_refused_in_the_manifest_and_in_a_shard(make_d
         DatasetInfo.open(info.root)
 
     other = make_dataset({SHAPE: [3]}, name="other")
-    import pyarrow.parquet as pq
-
     shard = Path(other.root, other.shards[0].path)
     pq.write_table(pq.read_table(shard).replace_schema_metadata({b"fewstep": b'{"version": 7}'}), shard)
     with pytest.raises(UserError, match=r"part-00000.parquet has schema version 7"):

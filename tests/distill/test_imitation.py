@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.distill import ImitationSettings, flow_matching_loss, imitation_loss, imitation_walk
+from fewstep.distill import (
+    ImitationSettings,
+    flow_matching_loss,
+    imitation_loss,
+    imitation_walk,
+    teacher_ratio,
+)
 from fewstep.distill.result import draw_times
 from fewstep.flow import TimeShift
-from fewstep.policies import GMFlowPolicy, rollout
+from fewstep.policies import GMFlowPolicy, mean_velocity, rollout
 
 SETTINGS = ImitationSettings(nfe=2, final_step_scale=0.5, shift=TimeShift(3.2), loss_scale=1.0)
 TARGET = torch.linspace(-1, 1, 2 * 2 * 3).view(1, 2, 2, 3)
@@ -51,13 +58,14 @@ class Student:
 class Teacher:
     """Records what it is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, velocity: Callable[[Tensor, Tensor], Tensor] = to_target) -> None:
+        self.velocity = velocity
         self.asked: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
         self.asked.append((x, sigma))
-        return to_target(x, sigma)
+        return self.velocity(x, sigma)
 
 
 def certain(x_src: Tensor, sigma_src: Tensor) -> GMFlowPolicy:
@@ -198,6 +206,89 @@ def test_a_walk_needs_one_segments_graph_at_a_time() -> None:
         result.loss.backward()
         assert (student.target.grad > 0).all()
     assert not any(policy.x_src.requires_grad for policy in student.policies)
+
+
+def test_the_teachers_share_falls_linearly_to_nothing() -> None:
+    assert [teacher_ratio(step, 4) for step in range(1, 7)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert teacher_ratio(1, 0) == 0.0
+
+
+def curved(x: Tensor, sigma: Tensor) -> Tensor:
+    """A closed-form teacher whose Euler steps show: its velocity changes along its own path."""
+    return to_target(x, sigma) + x.sin() + sigma.view(-1, 1, 1, 1)
+
+
+def mixed(ratio: float, *, states: int = 4, spread: float = 0.5) -> tuple[Student, Teacher, Tensor]:
+    """One loss at that ratio: the student, what the teacher was asked, and the raw times that were drawn."""
+    student, teacher = Student(spread=spread), Teacher(curved)
+    settings = replace(SETTINGS, intermediate_states=states, gm_dropout=0.0)
+    result = imitation_loss(student, teacher, data(), seeded(), settings, ratio)
+    assert result.loss.isfinite()
+    return student, teacher, result.raw_t
+
+
+def test_at_ratio_1_the_states_are_the_teachers_own_euler_trajectory() -> None:
+    student, teacher, raw_t = mixed(1.0)
+    policy = student.policies[0]
+    assert len(teacher.asked) == 4
+    x, sigma = policy.x_src, policy.sigma_src
+    torch.testing.assert_close(teacher.asked[0][1], sigma)
+    for x_a, sigma_a in teacher.asked:
+        x = x + (sigma_a - sigma).view(-1, 1, 1, 1) * curved(x, sigma)
+        torch.testing.assert_close(x_a, x, atol=1e-4, rtol=1e-4)
+        sigma = sigma_a
+    raw_src, size = SETTINGS.segments.containing(raw_t)
+    last = SETTINGS.shift.unwarp(teacher.asked[-1][1])
+    assert (last > raw_src - size).all()
+
+
+def test_a_vanishing_ratio_is_plain_imitation() -> None:
+    _, plain, _ = mixed(0.0)
+    _, vanishing, _ = mixed(1e-7)
+    assert (len(plain.asked), len(vanishing.asked)) == (1, 4), "at ratio 0 the teacher is asked once for all"
+    for part in (0, 1):
+        torch.testing.assert_close(
+            torch.cat([asked[part] for asked in vanishing.asked]), plain.asked[0][part], atol=1e-4, rtol=0
+        )
+
+
+def test_between_teacher_and_policy_both_lead() -> None:
+    """Each state is reached from the one before by a teacher's step and then the policy's rollout."""
+    student, teacher, raw_t = mixed(0.5, states=2)
+    policy = student.policies[0]
+    raw_src, size = SETTINGS.segments.containing(raw_t)
+    (x_a, sigma_a), (x_b, sigma_b) = teacher.asked
+    raw_a, raw_b = SETTINGS.shift.unwarp(sigma_a), SETTINGS.shift.unwarp(sigma_b)
+    with torch.no_grad():
+        first, _ = rollout(policy, policy.x_src, raw_src, raw_a, SETTINGS.shift)
+    torch.testing.assert_close(x_a, first, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        by_policy, _ = rollout(policy, x_a, raw_a, raw_b, SETTINGS.shift)
+    by_teacher = x_a + (sigma_b - sigma_a).view(-1, 1, 1, 1) * curved(x_a, sigma_a)
+    for alone in (by_policy, by_teacher):
+        assert ((x_b - alone).flatten(1).abs().amax(1) > 1e-3).any()
+    assert (raw_b >= raw_src - size).all()
+
+
+def test_the_policys_mean_velocity_over_a_teachers_step_meets_its_velocity() -> None:
+    """One step at ratio 1 is the whole segment."""
+    student, settings = Student(spread=0.5), replace(SETTINGS, intermediate_states=1)
+    result = imitation_loss(student, curved, data(), seeded(), settings, 1.0)
+    policy, (raw_src, size) = student.policies[0], settings.segments.containing(result.raw_t)
+    mean = mean_velocity(policy, policy.x_src, raw_src, raw_src - size, settings.shift)
+    target = curved(policy.x_src, policy.sigma_src)
+    torch.testing.assert_close(
+        result.per_sample, (mean - target).square().flatten(1).mean(1), rtol=1e-4, atol=1e-5
+    )
+    result.loss.backward()
+    assert student.target.grad.any()
+
+
+def test_mixed_trajectories_are_a_function_of_the_seed() -> None:
+    runs = [mixed(0.5)[1].asked for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
 
 
 def test_drawn_times_are_uniform_and_spread_over_the_batch() -> None:

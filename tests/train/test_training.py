@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from fewstep.data.encode import Settings, prepare
 from fewstep.data.sources import Size, prompts
 from fewstep.errors import UserError
+from fewstep.export import FewStepPipeline
 from fewstep.tracking.address import connect
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
 from fewstep.train.trainer import TrainedModel, fit
@@ -180,6 +181,20 @@ def test_prompts_alone_suffice_for_data_free_training(tiny_data, tiny_teacher, h
     segments = {name for name in trained.metrics if name.startswith("train/loss_t")}
     assert segments == {"train/loss_t4of4", "train/loss_t2of4"}, "walks enter at raw times 1 and 1/3"
     assert all(tensor.any() for name, tensor in exported(trained, home).items() if "lora_B" in name)
+
+
+def test_a_flux_teacher_is_distilled_with_mixed_trajectories(tiny_data, tiny_flux_teacher, home) -> None:
+    trained = fit(recipe(tiny_data, tiny_flux_teacher, "teacher.family=flux", "teacher.guidance=1",
+                         "teacher.embedded_guidance=3.5", "imitation.mixing_steps=8"))  # fmt: skip
+    values = losses(home, trained.mlflow_run)
+    assert set(values) == set(range(1, STEPS + 1))
+    assert all(math.isfinite(value) for step in values.values() for value in step)
+    assert all(tensor.any() for name, tensor in exported(trained, home).items() if "lora_B" in name)
+    pipe = FewStepPipeline.from_pretrained(trained.folder)
+    assert pipe.network.family.embedded_guidance == 3.5, (
+        "the exported student is told the scale it learned with"
+    )
+    assert pipe("small thing 1", output_type="latent").images[0].isfinite().all()
 
 
 def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home) -> None:

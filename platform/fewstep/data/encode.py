@@ -36,7 +36,7 @@ from fewstep.data.schema import (
 from fewstep.data.seeds import stable_hash
 from fewstep.data.sources import Rejection, Size, Source, fit, measure, open_image
 from fewstep.data.storage import Storage
-from fewstep.data.text import MAX_TOKENS, MINILM, TextEncoder, token_dim
+from fewstep.data.text import MAX_TOKENS, MINILM, TextEncoder, pooled_dim, token_dim
 from fewstep.errors import UserError
 
 PLAN = "plan.json"
@@ -115,14 +115,14 @@ def prepare(
             away, or no row is left.
     """
     storage = Storage.at(out)
-    dim = token_dim(settings.text_encoder)
+    dim, pooled = token_dim(settings.text_encoder), pooled_dim(settings.text_encoder)
     claim(storage, source, settings)
     plans, rejected = plan(source, settings)
     present = storage.list()
     missing = [shard for shard in plans if shard.path not in present]
     if len(missing) < len(plans):
         report(f"{len(plans) - len(missing)} of {len(plans)} shards are finished already and are skipped")
-    encoding = Encoding(settings.text_encoder, dim, settings.autoencoder)
+    encoding = Encoding(settings.text_encoder, dim, settings.autoencoder, pooled)
     _encode(missing, source, storage, settings, encoding, encoders=encoders, gpus=gpus, report=report)
     return _finish(storage, source, plans, rejected, encoding, report)
 
@@ -193,9 +193,12 @@ class EncodeText:
             if refusal is not None
         ]
         rows = rows.filter(pa.array([refusal is None for refusal in refusals], pa.bool_()))
-        states = [s.numpy().astype(np.float16) for s in self.encoder.encode(rows["caption"].to_pylist())]
-        tokens = pa.array([s.tobytes() for s in states], pa.large_binary())
-        return {**item, "rows": _pack(rows.append_column("tokens", tokens)), "rejected": json.dumps(rejected)}
+        captions = rows["caption"].to_pylist()
+        states = [s.numpy().astype(np.float16) for s in self.encoder.encode(captions)]
+        rows = rows.append_column("tokens", pa.array([s.tobytes() for s in states], pa.large_binary()))
+        if (pooled := self.encoder.pooled(captions)) is not None:
+            rows = rows.append_column("pooled", pa.array([vector.tolist() for vector in pooled]))
+        return {**item, "rows": _pack(rows), "rejected": json.dumps(rejected)}
 
 
 class EncodeImages:
@@ -220,7 +223,10 @@ class EncodeImages:
             rejected += [rejection.as_dict() for rejection in broken]
         dim = self.encoding.token_dim
         tokens = [np.frombuffer(state, np.float16).reshape(-1, dim) for state in rows["tokens"].to_pylist()]
-        table = encode_table(rows, tokens, latents, tuple(item["shape"]), item["split"])
+        pooled = None
+        if self.encoding.pooled_dim is not None:
+            pooled = np.array(rows["pooled"].to_pylist(), np.float32)
+        table = encode_table(rows, tokens, latents, tuple(item["shape"]), item["split"], pooled)
         self.out.write(
             item["path"], _parquet(table.replace_schema_metadata(self.encoding.metadata(rejected)))
         )

@@ -16,6 +16,8 @@ Columns of a shard, one row an example:
     latent       list<float32>   (C, H, W) flattened; null where the dataset holds prompts alone
     channels, height, width      int32: C, H, W; for prompts alone, the latent shape to generate
     split        string          "train" or "held_out"
+    pooled       list<float32>   the text encoder's vector of the whole caption, (P,); null where it has none;
+                                 shards written before it existed lack the column
 
 The Parquet metadata carries a JSON object under `fewstep`: version, token_dim, text_encoder, autoencoder, and
 `rejected`, the rows of this shard that could not be encoded.
@@ -50,6 +52,7 @@ SCHEMA = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
+        pa.field("pooled", pa.list_(pa.float32())),
     ]
 )
 
@@ -64,6 +67,7 @@ class Encoding:
     text_encoder: str
     token_dim: int
     autoencoder: str
+    pooled_dim: int | None = None
 
     def metadata(self, rejected: Sequence[Mapping[str, str]] = ()) -> dict[bytes, bytes]:
         content = {"version": SCHEMA_VERSION, **asdict(self), "rejected": list(rejected)}
@@ -214,7 +218,12 @@ def bucket_folder(split: str, shape: Shape) -> str:
 
 
 def encode_table(
-    rows: pa.Table, tokens: Sequence[np.ndarray], latents: np.ndarray | None, shape: Shape, split: str
+    rows: pa.Table,
+    tokens: Sequence[np.ndarray],
+    latents: np.ndarray | None,
+    shape: Shape,
+    split: str,
+    pooled: np.ndarray | None = None,
 ) -> pa.Table:
     """Assemble a shard's table.
 
@@ -222,14 +231,10 @@ def encode_table(
         rows: columns `key` and `caption`, N rows.
         tokens: N arrays (L_i, D) float16.
         latents: (N, C, H, W) float32, or None for prompts alone.
+        pooled: (N, P) float32, or None where the text encoder has no vectors of whole captions.
     """
     count = len(tokens)
     flat = np.concatenate([t.reshape(-1) for t in tokens]) if count else np.empty(0, np.float16)
-    latent = (
-        pa.nulls(count, SCHEMA.field("latent").type)
-        if latents is None
-        else _lists(latents.reshape(-1), [latents[0].size] * count if count else [])
-    )
     constant = {
         name: pa.array([value] * count, pa.int32()) for name, value in zip(_SIZES, shape, strict=True)
     }
@@ -238,9 +243,10 @@ def encode_table(
         "caption": rows["caption"],
         "tokens": _lists(flat, [t.size for t in tokens]),
         "token_count": pa.array([len(t) for t in tokens], pa.int32()),
-        "latent": latent,
+        "latent": _arrays(latents, count),
         **constant,
         "split": pa.array([split] * count, pa.string()),
+        "pooled": _arrays(pooled, count),
     }
     return pa.table(columns, schema=SCHEMA)
 
@@ -281,10 +287,19 @@ def read_shard(storage: Storage, path: str) -> pa.Table:
             ) from error
     metadata = (table.schema.metadata or {}).get(METADATA_KEY, b'{"version": "none"}')
     check_version(json.loads(metadata)["version"], f"{storage.root}/{path}")
+    if "pooled" not in table.column_names:
+        table = table.append_column(SCHEMA.field("pooled"), _arrays(None, len(table)))
     return table.replace_schema_metadata(None)
 
 
 _SIZES = ("channels", "height", "width")
+
+
+def _arrays(arrays: np.ndarray | None, count: int) -> pa.Array:
+    """(N, …) float32 as N flat lists; `count` nulls for None."""
+    if arrays is None:
+        return pa.nulls(count, pa.list_(pa.float32()))
+    return _lists(arrays.reshape(-1), [arrays[0].size] * count if count else [])
 
 
 def _lists(flat: np.ndarray, sizes: Sequence[int]) -> pa.Array:

@@ -65,7 +65,7 @@ class Batch:
 
     Attributes:
         latent: (B, C, H, W) float32; None where the dataset holds prompts alone.
-        conditioning: token states of the captions, padded to the batch's longest.
+        conditioning: token states of the captions, padded to the batch's longest, and their pooled vectors, if any.
         shape: (C, H, W) of the latents, present or to be generated.
     """
 
@@ -87,17 +87,21 @@ class Batch:
             rows["tokens"].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
         )
         states = flat.view(-1, token_dim).split(rows["token_count"].to_pylist())
-        latent = None
-        if not rows["latent"].null_count:
-            pixels = rows["latent"].combine_chunks().flatten().to_numpy().copy()
-            latent = torch.from_numpy(pixels).view(len(rows), *shape)
+        latent, pooled = _floats(rows["latent"]), _floats(rows["pooled"])
         return cls(
-            latent,
-            TextConditioning.collate(states),
+            None if latent is None else latent.view(len(rows), *shape),
+            TextConditioning.collate(states, pooled),
             rows["caption"].to_pylist(),
             rows["key"].to_pylist(),
             shape,
         )
+
+
+def _floats(lists: pa.ChunkedArray) -> Tensor | None:
+    """A column of equally long lists as (N, ·) float32; None where they are null."""
+    if lists.null_count:
+        return None
+    return torch.from_numpy(lists.combine_chunks().flatten().to_numpy().copy()).view(len(lists), -1)
 
 
 class ShardStream:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.data.encoder import CaptionEncoder
 from fewstep.errors import UserError
 
 MINILM = "minilm"
@@ -29,6 +30,8 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 LABELS = "labels:"
 """What names begin with that stand for classes instead of text (see `labels.py`)."""
+FLUX = "flux:"
+"""Before the folder or hub id of a FLUX.1 pipeline: its two text encoders together (see `flux_text.py`)."""
 
 MAX_TOKENS = 64
 """Default limit on a caption's length, in tokens with the encoder's start and end marks."""
@@ -40,7 +43,7 @@ LEAST_TOKENS = 64
 """Tokens of a group, repeated where it has fewer."""
 
 
-class TextEncoder:
+class TextEncoder(CaptionEncoder):
     """A frozen transformer and its tokenizer.
 
     The empty caption "" encodes to the tokenizer's start and end marks: the null condition of guidance.
@@ -60,7 +63,7 @@ class TextEncoder:
     def load(
         cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """Load "minilm", "labels:…", or any encoder that transformers' AutoModel opens (a local folder or a hub id).
+        """Load "minilm", "labels:…", "flux:…", or a folder or hub id that transformers' AutoModel opens.
 
         Raises:
             UserError: the package is missing or was changed, or nothing loads under that name.
@@ -72,7 +75,11 @@ class TextEncoder:
         from transformers import AutoModel, AutoTokenizer, logging
 
         logging.disable_progress_bar()
-        with _loading(name) as where:
+        if name.startswith(FLUX):
+            from fewstep.data.flux_text import load_flux_encoders
+
+            return load_flux_encoders(name, device)
+        with loading(name) as where:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModel.from_pretrained(**where, dtype=torch.float32)
         return cls(name, tokenizer, model.eval().requires_grad_(False).to(device), max_tokens)
@@ -147,23 +154,37 @@ def token_dim(name: str) -> int:
     """
     if name.startswith(LABELS):
         return TextEncoder.load(name).dim
+    return _width(name, "text_encoder_2")
+
+
+def pooled_dim(name: str) -> int | None:
+    """P of a text encoder; raises as `token_dim`."""
+    return _width(name, "text_encoder") if name.startswith(FLUX) else None
+
+
+def _width(name: str, part: str) -> int:
+    """Width of an encoder; of that part of it, where it is a FLUX pipeline's."""
     from transformers import AutoConfig
 
-    with _loading(name) as where:
-        return AutoConfig.from_pretrained(**where).hidden_size
+    with loading(name) as where:
+        return AutoConfig.from_pretrained(
+            **where, subfolder=part if name.startswith(FLUX) else ""
+        ).hidden_size
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[dict[str, Any]]:
+def loading(name: str) -> Iterator[dict[str, Any]]:
     """Where transformers finds an encoder, as arguments of `from_pretrained`; its errors as one sentence."""
-    folder = _minilm_folder() if name == MINILM else Path(name).expanduser()
+    place = name.removeprefix(FLUX)
+    folder = _minilm_folder() if name == MINILM else Path(place).expanduser()
     local = folder.is_dir()
     try:
-        yield {"pretrained_model_name_or_path": str(folder) if local else name, "local_files_only": local}
+        yield {"pretrained_model_name_or_path": str(folder) if local else place, "local_files_only": local}
     except (OSError, ValueError) as error:
         raise UserError(
             f"the text encoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): "
-            f"give {MINILM!r}, a folder that transformers' AutoModel opens, or a hub id reachable from here."
+            f"give {MINILM!r}, a folder that transformers' AutoModel opens, a hub id reachable from here, or "
+            f"{FLUX}PIPELINE for the two encoders of a FLUX.1 pipeline."
         ) from error
 
 

@@ -2,7 +2,13 @@
 
 from fewstep.distill.ema import PowerEMA
 from fewstep.distill.flow_matching import flow_matching_loss
-from fewstep.distill.imitation import ImitationSettings, imitation_loss, imitation_walk, segment_errors
+from fewstep.distill.imitation import (
+    ImitationSettings,
+    imitation_loss,
+    imitation_walk,
+    segment_errors,
+    teacher_ratio,
+)
 from fewstep.distill.protocols import Student, Teacher
 from fewstep.distill.result import LossResult
 
@@ -16,4 +22,5 @@ __all__ = [
     "imitation_loss",
     "imitation_walk",
     "segment_errors",
+    "teacher_ratio",
 ]

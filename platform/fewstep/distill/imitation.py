@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fewstep.distill.result import LossResult, draw_noise, draw_times
 from fewstep.flow import TEXT_TO_IMAGE_SHIFT, Segments, TimeShift
 from fewstep.policies import SUBSTEPS, Policy, mean_velocity, rollout
+from fewstep.policies.base import per_latent
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,36 @@ class ImitationSettings:
         return Segments(self.nfe, self.final_step_scale)
 
 
+def teacher_ratio(step: int, mixing_steps: int) -> float:
+    """Scheduled trajectory mixing: the teacher's share of the trajectories at optimizer step `step`, from 1 on.
+
+    Falls linearly from 1 to 0 over `mixing_steps`; with 0 of them it is 0 throughout.
+    """
+    return max(0.0, 1 - (step - 1) / mixing_steps) if mixing_steps else 0.0
+
+
 def imitation_loss(
     student: Callable[[Tensor, Tensor], Policy],
     teacher: Callable[[Tensor, Tensor], Tensor],
     x_0: Tensor,
     generator: torch.Generator,
     settings: ImitationSettings,
+    ratio: float = 0.0,
 ) -> LossResult:
     """Data-dependent π-ID (Algorithm 2): one segment per sample, entered from noised data.
 
-    The student's network is evaluated once, on the whole batch; the teacher once, without gradient.
+    The student's network is evaluated once, on the whole batch; the teacher once, without gradient (S times
+    where its own steps are mixed in).
 
     Args:
         student: from x_src (B, C, H, W) and σ_src (B,) to a policy.
-        teacher: from x (S·B, C, H, W) and σ (S·B,) to velocities; sample b of state s is row s·B + b, so
-            the conditioning is the batch's, repeated S times.
+        teacher: from x (N·B, C, H, W) and σ (N·B,) to velocities, N being S, or 1 where `ratio` is not 0; sample b
+            of state s is row s·B + b, so the conditioning is the batch's, repeated N times.
         x_0: clean latents, (B, C, H, W).
         generator: source of every draw. On the CPU (whatever the device of `x_0`) it spares the accelerator
             a wait.
         settings: segments, window, scale.
+        ratio: the teacher's share of the trajectories (see `teacher_ratio`).
     """
     raw_t = draw_times(len(x_0), generator)
     raw_src, segment_size = settings.segments.containing(raw_t)
@@ -67,7 +80,7 @@ def imitation_loss(
     x_src = torch.lerp(x_0, draw_noise(x_0, generator), sigma_src.view(-1, *[1] * (x_0.ndim - 1)))
 
     policy = student(x_src, sigma_src)
-    per_sample = segment_errors(policy, teacher, x_src, raw_src, segment_size, generator, settings)
+    per_sample = segment_errors(policy, teacher, x_src, raw_src, segment_size, generator, settings, ratio)
     per_sample = settings.loss_scale * per_sample
     return LossResult(per_sample.mean(), per_sample.detach(), raw_t)
 
@@ -78,6 +91,7 @@ def imitation_walk(
     noise: Tensor,
     generator: torch.Generator,
     settings: ImitationSettings,
+    ratio: float = 0.0,
 ) -> Iterator[LossResult]:
     """Data-free π-ID (Algorithm 3): the student walks from noise to data on its own rollouts.
 
@@ -92,12 +106,13 @@ def imitation_walk(
         noise: x at τ = 1, (B, C, H, W).
         generator: source of dropout and visited times.
         settings: segments, window, scale.
+        ratio: the teacher's share of the trajectories within segments; from one to the next the student leads.
     """
     x, batch = noise, len(noise)
     for upper, lower in pairwise(settings.segments.boundaries.float()):
         raw_src, segment_size = upper.expand(batch), (upper - lower).expand(batch)
         policy = student(x, settings.shift.warp(raw_src).to(x.device))
-        per_sample = segment_errors(policy, teacher, x, raw_src, segment_size, generator, settings)
+        per_sample = segment_errors(policy, teacher, x, raw_src, segment_size, generator, settings, ratio)
         per_sample = settings.loss_scale * per_sample
         with torch.no_grad():
             x, _ = rollout(
@@ -114,6 +129,7 @@ def segment_errors(
     segment_size: Tensor,
     generator: torch.Generator,
     settings: ImitationSettings,
+    ratio: float = 0.0,
 ) -> Tensor:
     """Mean squared error between policy and teacher at states that the policy itself visits, (B,).
 
@@ -125,38 +141,96 @@ def segment_errors(
         segment_size: raw time from each source to its segment's end, (B,).
         generator: source of the dropout and of the visited times.
         settings: window, number of states, dropout.
+        ratio: share of the segments that the teacher's own steps take, in [0, 1]; the policy visits the rest.
     """
     explorer = policy.detach().with_dropout(settings.gm_dropout, generator)
-    window = segment_size.clamp(max=settings.window)
-    visited = _visited_times(raw_src, segment_size - window, settings.intermediate_states, generator)
+    trajectory = (explorer, teacher, x_src, raw_src, segment_size, generator, settings)
     with torch.no_grad():
-        states = _visit(explorer, x_src, raw_src, visited, settings)
-        sigmas = settings.shift.warp(visited).flatten().to(x_src.device)
-        targets = teacher(torch.cat(states), sigmas).float().chunk(len(states))
+        visits = _follow_both(*trajectory, ratio) if ratio else _follow_policy(*trajectory)
 
     errors = [
         (mean_velocity(policy, x_a, raw_a, raw_a - window, settings.shift, settings.substeps) - target)
         .square()
         .flatten(1)
         .mean(1)
-        for x_a, raw_a, target in zip(states, visited, targets, strict=True)
+        for x_a, raw_a, window, target in visits
     ]
     return torch.stack(errors).mean(0)
 
 
-def _visited_times(raw_src: Tensor, room: Tensor, states: int, generator: torch.Generator) -> Tensor:
-    """S raw times uniform in [τ_src − room, τ_src], in the order of a rollout, (S, B)."""
-    draw = torch.rand(states, len(raw_src), generator=generator, device=generator.device)
-    return raw_src - room * draw.sort(0).values.to(raw_src.device)
+class _Visit(NamedTuple):
+    """A state at which the teacher was asked."""
+
+    x: Tensor
+    """(B, C, H, W)."""
+    raw: Tensor
+    """Its raw time, (B,)."""
+    window: Tensor
+    """Raw time over which the policy's mean velocity is to match, (B,)."""
+    target: Tensor
+    """The teacher's velocity, (B, C, H, W)."""
 
 
-def _visit(
-    policy: Policy, x: Tensor, raw: Tensor, visited: Tensor, settings: ImitationSettings
-) -> list[Tensor]:
-    """The policy's states at the visited times, S of (B, C, H, W)."""
-    states = []
+def _follow_policy(
+    explorer: Policy,
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    raw_src: Tensor,
+    segment_size: Tensor,
+    generator: torch.Generator,
+    settings: ImitationSettings,
+) -> list[_Visit]:
+    """S states of the policy's own rollout; the teacher is asked at all of them at once."""
+    window = segment_size.clamp(max=settings.window)
+    visited = raw_src - (segment_size - window) * _sorted_uniform(
+        settings.intermediate_states, raw_src, generator
+    )
+    states, raw = [], raw_src
     for raw_a in visited:
-        x, _ = rollout(policy, x, raw, raw_a, settings.shift, settings.substeps)
+        x, _ = rollout(explorer, x, raw, raw_a, settings.shift, settings.substeps)
         raw = raw_a
         states.append(x)
-    return states
+    sigmas = settings.shift.warp(visited).flatten().to(x.device)
+    targets = teacher(torch.cat(states), sigmas).float().chunk(len(states))
+    return [_Visit(*visit) for visit in zip(states, visited, [window] * len(states), targets, strict=True)]
+
+
+def _follow_both(
+    explorer: Policy,
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    raw_src: Tensor,
+    segment_size: Tensor,
+    generator: torch.Generator,
+    settings: ImitationSettings,
+    ratio: float,
+) -> list[_Visit]:
+    """Scheduled trajectory mixing (METHOD.md section 4): policy rollouts and S teacher steps by turns.
+
+    The teacher's steps take `ratio` of the segment, cut at random; where each begins is drawn as the policy's visits
+    are, in what they leave of the segment. A step is one Euler step of the teacher's velocity, which is the target
+    of the policy's mean velocity over that same step. At ratio 1 the states are the teacher's own, at ratio 0 (steps
+    of no length, with the micro window to compare over) those of `_follow_policy`.
+    """
+    count, window = settings.intermediate_states, segment_size.clamp(max=settings.window)
+    rolled = (1 - ratio) * (segment_size - window) * _sorted_uniform(count, raw_src, generator)
+    cuts = _sorted_uniform(count - 1, raw_src, generator)
+    ends = ratio * segment_size * torch.cat([cuts, torch.ones_like(raw_src)[None]])
+    steps = torch.cat([ends[:1], ends.diff(dim=0)])
+    begins = raw_src - (rolled + ends - steps)
+
+    visits, raw = [], raw_src
+    for begin, step in zip(begins, steps, strict=True):
+        x, _ = rollout(explorer, x, raw, begin, settings.shift, settings.substeps)
+        raw = begin - step
+        sigma, after = (settings.shift.warp(time).to(x.device, non_blocking=True) for time in (begin, raw))
+        target = teacher(x, sigma).float()
+        visits.append(_Visit(x, begin, torch.maximum(step, (1 - ratio) * window), target))
+        x = torch.addcmul(x, per_latent(after - sigma, x), target)
+    return visits
+
+
+def _sorted_uniform(count: int, raw_src: Tensor, generator: torch.Generator) -> Tensor:
+    """`count` draws from U(0, 1) per sample in rising order, the order of a rollout; (count, B)."""
+    draw = torch.rand(count, len(raw_src), generator=generator, device=generator.device)
+    return draw.sort(0).values.to(raw_src.device)

@@ -53,11 +53,11 @@ class ImageTask:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A task with its prompt's token states."""
+    """A task with its encoded prompt."""
 
     task: ImageTask
-    states: Tensor
-    """(L, D) float32 on the CPU."""
+    text: TextConditioning
+    """B = 1, on the CPU."""
 
 
 class BatchKey(NamedTuple):
@@ -111,8 +111,8 @@ class GeneratedImage:
 class Stages(Protocol):
     """Where prompts are encoded and latents decoded: here, or in other processes."""
 
-    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[Tensor]:
-        """Token states (L, D) of each prompt, float32 on the CPU.
+    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[TextConditioning]:
+        """Each prompt encoded, B = 1, on the CPU.
 
         Raises:
             UserError: a prompt is too long.
@@ -133,33 +133,35 @@ class LocalStages:
     def __init__(self) -> None:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="fewstep-encoder")
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="fewstep-decoder")
-        self._remembered: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
-        self._batcher: DynamicBatcher[LoadedModel, str, Tensor] = DynamicBatcher(
+        self._remembered: OrderedDict[tuple[str, str], TextConditioning] = OrderedDict()
+        self._batcher: DynamicBatcher[LoadedModel, str, TextConditioning] = DynamicBatcher(
             self._encode_batch, max_batch_size=64, max_wait_s=0, max_pending=1 << 30
         )
 
-    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[Tensor]:
+    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[TextConditioning]:
         model.pipeline.text_encoder.check(prompts)
-        name = model.pipeline.card.text_encoder  # states depend on nothing else of the model
-        states = {prompt: self._remembered.get((name, prompt)) for prompt in prompts}
-        missing = [prompt for prompt, known in states.items() if known is None]
+        name = model.pipeline.card.text_encoder  # texts depend on nothing else of the model
+        texts = {prompt: self._remembered.get((name, prompt)) for prompt in prompts}
+        missing = [prompt for prompt, known in texts.items() if known is None]
         if missing:
-            states |= zip(missing, await self._batcher.submit(model, missing), strict=True)
-        for prompt, known in states.items():
+            texts |= zip(missing, await self._batcher.submit(model, missing), strict=True)
+        for prompt, known in texts.items():
             self._remembered[name, prompt] = known
             self._remembered.move_to_end((name, prompt))
         while len(self._remembered) > REMEMBERED_PROMPTS:
             self._remembered.popitem(last=False)
-        return [states[prompt] for prompt in prompts]
+        return [texts[prompt] for prompt in prompts]
 
     async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoder, model.pipeline.decode, latents)
 
-    async def _encode_batch(self, model: LoadedModel, entries: list[Waiting[str, Tensor]]) -> list[Tensor]:
+    async def _encode_batch(
+        self, model: LoadedModel, entries: list[Waiting[str, TextConditioning]]
+    ) -> list[TextConditioning]:
         loop = asyncio.get_running_loop()
         prompts = [entry.item for entry in entries]
-        return await loop.run_in_executor(self._encoder, model.pipeline.text_encoder.encode, prompts)
+        return await loop.run_in_executor(self._encoder, model.pipeline.text_encoder.each, prompts)
 
 
 class Engine:
@@ -224,11 +226,11 @@ class Engine:
         begin = time.perf_counter()
         self._encoding += len(tasks)
         try:
-            states = await self._stages.encode(model, [task.prompt for task in tasks])
+            texts = await self._stages.encode(model, [task.prompt for task in tasks])
         finally:
             self._encoding -= len(tasks)
         encode_s = time.perf_counter() - begin
-        drawn = await self.batcher.submit(key, list(map(Encoded, tasks, states)))
+        drawn = await self.batcher.submit(key, list(map(Encoded, tasks, texts)))
         begin = time.perf_counter()
         pixels = await self._stages.decode(model, torch.stack([one.latent for one in drawn]))
         decode_s = time.perf_counter() - begin
@@ -251,7 +253,7 @@ class Engine:
         queue_s = [entry.waited_s for entry in batch]
         pipeline, watch = key.model.pipeline, key.model.stopwatch
         begin = time.perf_counter()
-        conditioning = TextConditioning.collate([entry.item.states for entry in batch]).to(pipeline.device)
+        conditioning = TextConditioning.join([entry.item.text for entry in batch]).to(pipeline.device)
         generators = [torch.Generator().manual_seed(entry.item.task.seed) for entry in batch]
         noise = gaussian_noise((len(batch), *key.shape), generators)
 

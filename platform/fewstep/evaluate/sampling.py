@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from fewstep.data.stream import Batch
-from fewstep.models.conditioning import TextConditioning
 
 CHUNK = 32
 """Captions per unit of work."""
@@ -54,9 +53,7 @@ class _Sampler:
         start, stop = work["start"], work["stop"]
         method = Method(work["name"], work["steps"], work["student"], work["noise"])
         noise = torch.stack([self._noise(method.noise, index) for index in range(start, stop)])
-        conditioning = TextConditioning(
-            self.conditioning.states[start:stop], self.conditioning.mask[start:stop]
-        )
+        conditioning = self.conditioning[start:stop]
         draw = self.pipe.sample if method.student else self.pipe.sample_teacher
         pixels = self.pipe.decode(draw(noise, conditioning, method.steps))
         return {"name": method.name, "start": start, "pixels": pixels}

@@ -59,6 +59,8 @@ class StudentCard:
     """Time shift of the teacher's own sampler; None where it is the student's."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Range of σ in which the teacher's guidance acts."""
+    embedded_guidance: float | None = None
+    """Guidance scale that teacher and student take as an input, where they are guidance-distilled."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe it was trained with."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -157,7 +159,9 @@ class FewStepPipeline:
         """
         folder = student_folder(str(path), tracking_uri)
         card = read_student_card(folder)
-        transformer, family, reference = load_teacher(teacher or card.teacher.path, card.teacher.family)
+        transformer, family, reference = load_teacher(
+            teacher or card.teacher.path, card.teacher.family, card.embedded_guidance
+        )
         check_reference(reference, asdict(card.teacher))
         return cls(load_adapter(transformer, family, folder), card, device)
 
@@ -211,8 +215,8 @@ class FewStepPipeline:
         return FewStepOutput(list(pixels) if output_type == "np" else _to_pil(pixels))
 
     def encode(self, prompts: Sequence[str]) -> TextConditioning:
-        """Captions → token states, exactly as the training shards hold them."""
-        return TextConditioning.collate(self.text_encoder.encode(list(prompts))).to(self.device)
+        """Captions → token states (and pooled vectors), exactly as the training shards hold them."""
+        return self.text_encoder.conditioning(list(prompts)).to(self.device)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:

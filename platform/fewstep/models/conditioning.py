@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,51 +19,72 @@ class TextConditioning:
     Attributes:
         states: (B, L, D) float32; padding is zero.
         mask: (B, L) bool; True where a token is.
+        pooled: (B, P) float32, one vector for each whole text; None where the text encoder has none.
     """
 
     states: Tensor
     mask: Tensor
+    pooled: Tensor | None = None
 
     @classmethod
-    def collate(cls, states: Sequence[Tensor]) -> TextConditioning:
-        """Pad token states of different lengths, each (L_i, D), to one batch."""
+    def collate(cls, states: Sequence[Tensor], pooled: Sequence[Tensor] | None = None) -> TextConditioning:
+        """Pad token states of different lengths, each (L_i, D), to one batch; `pooled` are (P,) each."""
         lengths = torch.tensor([len(s) for s in states])
         padded = pad_sequence([s.float() for s in states], batch_first=True)
-        return cls(padded, torch.arange(padded.shape[1])[None] < lengths[:, None])
+        mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
+        return cls(padded, mask, None if pooled is None else torch.stack(list(pooled)).float())
+
+    @classmethod
+    def join(cls, parts: Sequence[TextConditioning]) -> TextConditioning:
+        """Several batches as one, padded to the longest text among them."""
+        return functools.reduce(cls.cat, parts)
 
     def __len__(self) -> int:
         return len(self.states)
 
+    def __getitem__(self, samples: slice) -> TextConditioning:
+        return self._each(lambda tensor: tensor[samples])
+
+    def summary(self) -> Tensor:
+        """One vector per text, (B, P): the pooled one, or the mean token state where there is none."""
+        if self.pooled is not None:
+            return self.pooled
+        share = self.mask / self.mask.sum(1, keepdim=True).clamp(min=1)
+        return torch.einsum("bl,bld->bd", share.to(self.states.dtype), self.states)
+
     def to(self, device: torch.device | str) -> TextConditioning:
-        return TextConditioning(
-            self.states.to(device, non_blocking=True), self.mask.to(device, non_blocking=True)
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def expand(self, batch: int) -> TextConditioning:
         """Repeat a single condition (B = 1), such as the null condition, for a whole batch."""
-        return TextConditioning(self.states.expand(batch, -1, -1), self.mask.expand(batch, -1))
+        return self._each(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
 
     def repeat(self, times: int) -> TextConditioning:
         """The whole batch several times over: row s·B + b is sample b."""
-        return TextConditioning(self.states.repeat(times, 1, 1), self.mask.repeat(times, 1))
+        return self._each(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
 
     def where(self, keep: Tensor, other: TextConditioning) -> TextConditioning:
         """Samples of this batch where `keep` (B,) is True, and of `other` (B = 1 or B) where it is not."""
-        length = max(self.mask.shape[1], other.mask.shape[1])
-        first, second = self._padded(length), other._padded(length)
-        return TextConditioning(
-            torch.where(keep[:, None, None], first.states, second.states),
-            torch.where(keep[:, None], first.mask, second.mask),
+        return self._with(
+            other, lambda ours, theirs: torch.where(keep.view(-1, *[1] * (ours.ndim - 1)), ours, theirs)
         )
 
     def cat(self, other: TextConditioning) -> TextConditioning:
         """Stack two batches, padding the shorter one's tokens."""
+        return self._with(other, lambda ours, theirs: torch.cat([ours, theirs]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TextConditioning:
+        pooled = None if self.pooled is None else change(self.pooled)
+        return TextConditioning(change(self.states), change(self.mask), pooled)
+
+    def _with(self, other: TextConditioning, join: Callable[[Tensor, Tensor], Tensor]) -> TextConditioning:
+        """Join two batches of one text encoder: both have pooled vectors, or neither."""
         length = max(self.mask.shape[1], other.mask.shape[1])
         first, second = self._padded(length), other._padded(length)
-        return TextConditioning(
-            torch.cat([first.states, second.states]), torch.cat([first.mask, second.mask])
-        )
+        pooled = None if self.pooled is None else join(self.pooled, other.pooled)
+        return TextConditioning(join(first.states, second.states), join(first.mask, second.mask), pooled)
 
     def _padded(self, length: int) -> TextConditioning:
         extra = length - self.mask.shape[1]
-        return TextConditioning(F.pad(self.states, (0, 0, 0, extra)), F.pad(self.mask, (0, extra)))
+        states, mask = F.pad(self.states, (0, 0, 0, extra)), F.pad(self.mask, (0, extra))
+        return TextConditioning(states, mask, self.pooled)

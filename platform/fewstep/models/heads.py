@@ -104,7 +104,7 @@ class GMFlowHead(nn.Module):
     def grow(self, proj_out: nn.Linear, generator: torch.Generator) -> None:
         """Initialise from the teacher: at step 0 the policy moves like one teacher Euler step."""
         noise = torch.randn(self.components, self.channels, 1, generator=generator) * BIAS_NOISE_STD
-        bias = proj_out.bias.view(1, self.channels, self.area) + noise.to(proj_out.bias)
+        bias = _bias(proj_out).view(1, self.channels, self.area) + noise.to(proj_out.weight)
         self.proj_out_means.weight.copy_(proj_out.weight.repeat(self.components, 1))
         self.proj_out_means.bias.copy_(bias.flatten())
         for layer in (self.proj_out_logweights, self.proj_out_logstds[3]):
@@ -168,7 +168,7 @@ class DXHead(nn.Module):
         """Initialise from the teacher: grid, N copies; polynomial, a copy for order 0 and zeros above."""
         points = self.settings.points
         self.proj_out.weight.copy_(proj_out.weight.repeat(points, 1))
-        self.proj_out.bias.copy_(proj_out.bias.repeat(points))
+        self.proj_out.bias.copy_(_bias(proj_out).repeat(points))
         if self.settings.mode == "polynomial":
             self.proj_out.weight[proj_out.out_features :].zero_()
             self.proj_out.bias[proj_out.out_features :].zero_()
@@ -188,6 +188,11 @@ class DXHead(nn.Module):
             **self.parameters_of(packed, unpack), x_src=x_src, sigma_src=sigma_src,
             segment_size=s.segment_size, shift=TimeShift(s.shift), mode=s.mode,
         )  # fmt: skip
+
+
+def _bias(proj_out: nn.Linear) -> Tensor:
+    """The projection's bias; zeros where a teacher, such as FLUX.2, has none."""
+    return proj_out.weight.new_zeros(proj_out.out_features) if proj_out.bias is None else proj_out.bias
 
 
 PolicyHead = GMFlowHead | DXHead

@@ -8,23 +8,8 @@ from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
-
-PATCH = 2
-"""Qwen-Image always packs 2×2 latent cells into a token."""
-
-
-def pack(x: Tensor) -> Tensor:
-    """(B, C, H, W) → tokens (B, H·W/4, C·4), channel-major inside a patch: channel, then row, then column."""
-    batch, channels, height, width = x.shape
-    patches = x.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
-
-
-def unpack(tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """(B, L, n·c·4) → (B, n, c, H, W); the inverse of `pack` for n latents that share their tokens."""
-    batch = len(tokens)
-    patches = tokens.view(batch, height // PATCH, width // PATCH, -1, channels, PATCH, PATCH)
-    return patches.permute(0, 3, 4, 1, 5, 2, 6).reshape(batch, -1, channels, height, width)
+from fewstep.models.packing import PATCH, pack, unpack
+from fewstep.models.pretrained import from_pretrained
 
 
 class QwenImage(Family):
@@ -33,10 +18,9 @@ class QwenImage(Family):
     name = "qwen_image"
 
     def load(self, path: str) -> nn.Module:
-        import torch
         from diffusers import QwenImageTransformer2DModel
 
-        return QwenImageTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
+        return from_pretrained(QwenImageTransformer2DModel, path)
 
     def build(self, config: dict[str, Any]) -> nn.Module:
         from diffusers import QwenImageTransformer2DModel

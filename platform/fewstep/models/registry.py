@@ -7,6 +7,8 @@ import difflib
 from fewstep.errors import UserError
 from fewstep.models.dit import DiT
 from fewstep.models.family import Family
+from fewstep.models.flux import Flux
+from fewstep.models.flux2 import Flux2
 from fewstep.models.qwen_image import QwenImage
 
 _FAMILIES: dict[str, Family] = {}
@@ -32,3 +34,5 @@ def get_family(name: str) -> Family:
 
 register(DiT())
 register(QwenImage())
+register(Flux())
+register(Flux2())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,19 @@ def locate(path: str) -> str:
     return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
 
 
-def load_teacher(path: str, family: str) -> tuple[nn.Module, Family, TeacherReference]:
+def load_teacher(
+    path: str, family: str, embedded_guidance: float | None = None
+) -> tuple[nn.Module, Family, TeacherReference]:
     """Load a frozen teacher in float32 and say exactly which one it is.
 
+    Args:
+        path: a bundled name, a diffusers folder, or a hub id; of the network itself, or of its pipeline.
+        family: name of its family.
+        embedded_guidance: the guidance scale that a guidance-distilled network is told; None for others.
+
     Raises:
-        UserError: the folder or hub id holds no such model.
+        UserError: the folder or hub id holds no such model, or one that wants a guidance scale and has none, or
+            the other way round.
     """
     known, location = get_family(family), locate(path)
     try:
@@ -85,6 +93,7 @@ def load_teacher(path: str, family: str) -> tuple[nn.Module, Family, TeacherRefe
         raise UserError(
             f"teacher.path: {path!r} holds no {family} model that can be loaded ({first})."
         ) from error
+    known = _told(known, transformer, embedded_guidance, path)
     return transformer, known, TeacherReference(path, family, _weights_hash(location))
 
 
@@ -130,8 +139,25 @@ def check_reference(reference: TeacherReference, wanted: dict[str, Any]) -> None
         )
 
 
+def _told(family: Family, transformer: nn.Module, scale: float | None, path: str) -> Family:
+    """The family that tells a guidance-distilled network the scale to imitate; any other as it is."""
+    wanted = bool(getattr(getattr(transformer, "config", None), "guidance_embeds", False))
+    if wanted and scale is None:
+        raise UserError(
+            f"teacher.embedded_guidance: {path!r} is guidance-distilled and takes the scale as an input: name one "
+            "(for FLUX.1 dev 3.5)."
+        )
+    if scale is not None and not wanted:
+        raise UserError(
+            f"teacher.embedded_guidance: {path!r} takes no guidance scale as an input: leave it null, and set "
+            "teacher.guidance for classifier-free guidance."
+        )
+    return replace(family, embedded_guidance=scale) if wanted else family
+
+
 def _weights_hash(location: str) -> str | None:
-    files = sorted(Path(location).glob("*.safetensors"))
+    folder = Path(location)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("transformer/*.safetensors"))
     if not files:
         return None
     digest = hashlib.sha256()

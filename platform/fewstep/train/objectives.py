@@ -16,6 +16,7 @@ from fewstep.distill import (
     flow_matching_loss,
     imitation_loss,
     imitation_walk,
+    teacher_ratio,
 )
 from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate
 from fewstep.models.conditioning import TextConditioning
@@ -39,10 +40,10 @@ class Objective(Protocol):
         """What the optimizer trains, by name."""
         ...
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> Iterator[LossResult]:
+    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
         """The losses of one micro-batch, each to be differentiated before the next is asked for.
 
-        All draws come from `generator`.
+        All draws come from `generator`; what is scheduled follows from `step`, the optimizer step from 1 on.
         """
         ...
 
@@ -65,7 +66,9 @@ class Distillation:
     """
 
     def __init__(self, recipe: DistillRecipe, null: TextConditioning, device: torch.device) -> None:
-        transformer, self.family, self.reference = load_teacher(recipe.teacher.path, recipe.teacher.family)
+        transformer, self.family, self.reference = load_teacher(
+            recipe.teacher.path, recipe.teacher.family, recipe.teacher.embedded_guidance
+        )
         self.recipe, imitation = recipe, recipe.imitation
         student = recipe.student
         self.model = PolicyNetwork(
@@ -93,21 +96,21 @@ class Distillation:
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.model.trainable()
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> Iterator[LossResult]:
-        asked = batch.conditioning.repeat(self.settings.intermediate_states)
+    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
+        ratio = teacher_ratio(step, self.recipe.imitation.mixing_steps)
 
         def student(x: Tensor, sigma: Tensor) -> Policy:
             return self.model.policy(x, sigma, batch.conditioning)
 
         def teacher(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.teacher.velocity(x, sigma, asked)
+            return self.teacher.velocity(x, sigma, batch.conditioning.repeat(len(x) // len(batch)))
 
         if self.recipe.imitation.data_free:
             device = batch.conditioning.states.device
             noise = gaussian_noise((len(batch), *batch.shape), generator, device)
-            yield from imitation_walk(student, teacher, noise, generator, self.settings)
+            yield from imitation_walk(student, teacher, noise, generator, self.settings, ratio)
         else:
-            yield imitation_loss(student, teacher, batch.latent, generator, self.settings)
+            yield imitation_loss(student, teacher, batch.latent, generator, self.settings, ratio)
 
     def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
         schedule = SamplerSchedule(self.settings.nfe, self.settings.shift, self.settings.final_step_scale)
@@ -136,6 +139,7 @@ class Distillation:
             substeps=imitation.substeps,
             temperature=imitation.temperature,
             guidance=recipe.teacher.guidance,
+            embedded_guidance=recipe.teacher.embedded_guidance,
             teacher_shift=recipe.teacher.shift or (teacher.shift if teacher else None),
             guidance_interval=recipe.teacher.guidance_interval,
             recipe=recipe.model_dump(mode="json"),
@@ -167,7 +171,7 @@ class FlowMatching:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> Iterator[LossResult]:
+    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
         draw = torch.rand(len(batch), generator=generator, device=generator.device)
         keep = (draw >= self.recipe.flow_matching.condition_dropout).to(batch.latent.device)
         conditioning = batch.conditioning.where(keep, self.null)

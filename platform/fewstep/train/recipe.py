@@ -34,13 +34,15 @@ class Section(BaseModel):
 
 class TeacherSection(Section):
     path: str = "emoji"
-    """A bundled name, a diffusers folder, or a hub id."""
+    """A bundled name, a diffusers folder, or a hub id; of the network itself, or of its pipeline."""
     family: str = "qwen_image"
     """Which family of networks it belongs to."""
     guidance: float = Field(3.0, ge=1)
     """Classifier-free guidance scale of its velocity; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Range of σ in which guidance acts."""
+    embedded_guidance: float | None = Field(None, ge=0)
+    """Guidance scale that a guidance-distilled network takes as an input (FLUX.1 dev: 3.5); null for all others."""
     orthogonal: float = Field(0.0, ge=0, le=1)
     """Share of the guidance direction's part parallel to x0 that is removed."""
     shift: float | None = Field(None, gt=0)
@@ -90,6 +92,9 @@ class ImitationSection(Section):
     """Mixture temperature at inference, not on the last step; "auto" = clamp(0.1·(nfe − 1), 0, 1)."""
     loss_scale: float = Field(30.0, gt=0)
     """Factor on the mean squared error."""
+    mixing_steps: int = Field(0, ge=0)
+    """Optimizer steps over which the teacher's own steps give way to the student's rollouts within a segment, from
+    all to none (scheduled trajectory mixing, for guidance-distilled teachers); 0 is the student alone throughout."""
 
 
 class FlowMatchingSection(Section):

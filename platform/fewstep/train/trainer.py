@@ -60,8 +60,10 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
     shape = _check_data(info, recipe)
     _check_precision(recipe.train)
     if isinstance(recipe, DistillRecipe):
-        transformer, family, _ = load_teacher(recipe.teacher.path, recipe.teacher.family)
-        _check_fit(info, shape, transformer, family, recipe.teacher.path)
+        teacher = recipe.teacher
+        transformer, family, _ = load_teacher(teacher.path, teacher.family, teacher.embedded_guidance)
+        _check_fit(info, shape, transformer, family, teacher.path)
+        _check_pooled(info, transformer, teacher.path)
         info.buckets("held_out")
     else:
         network = recipe.network
@@ -139,7 +141,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
 
     job = WorkerJob(
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
-        null=TextEncoder.load(info.encoding.text_encoder).encode([""])[0],
+        null=TextEncoder.load(info.encoding.text_encoder).conditioning([""]),
         preview=_preview(info),
         tracking={
             "uri": tracker.uri,
@@ -226,6 +228,18 @@ def _check_fit(
         )
 
 
+def _check_pooled(info: DatasetInfo, transformer: nn.Module, teacher: str) -> None:
+    """FLUX.1's class takes a vector of the whole caption: the encoder's own, or else the mean token state."""
+    wanted = getattr(getattr(transformer, "config", None), "pooled_projection_dim", None)
+    width = info.encoding.pooled_dim or info.encoding.token_dim
+    if wanted not in (None, width):
+        raise UserError(
+            f"data.path: {info.root} holds whole captions as vectors of width {width} "
+            f"({info.encoding.text_encoder!r}), the teacher {teacher!r} takes {wanted}: prepare the data with the "
+            "teacher's own text encoders (--text-encoder flux:PIPELINE)."
+        )
+
+
 def _check_precision(settings: TrainSection) -> None:
     if settings.precision == "bfloat16" and not settings.gpu and not cpu_has_bfloat16():
         raise UserError(
@@ -274,9 +288,8 @@ def _preview(info: DatasetInfo) -> dict[str, Any]:
     split = "held_out" if "held_out" in info.splits else "train"
     shape = next(iter(info.buckets(split)))
     batch = read_split(info.root, split, PREVIEW_CAPTIONS, shape=shape)
-    states = [s[m] for s, m in zip(batch.conditioning.states, batch.conditioning.mask, strict=True)]
     return {
-        "states": states,
+        "conditioning": batch.conditioning,
         "shape": shape,
         "autoencoder": info.encoding.autoencoder,
     }

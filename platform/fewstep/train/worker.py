@@ -34,10 +34,10 @@ class WorkerJob:
     """What the driver hands to every worker."""
 
     recipe: DistillRecipe | TeacherRecipe
-    null: Tensor
-    """Token states (L, D) of the empty caption."""
+    null: TextConditioning
+    """The empty caption (B = 1)."""
     preview: dict[str, Any]
-    """Of the sample grids: `states` [(L, D), …] of held-out captions, latent `shape` (C, H, W), `autoencoder`."""
+    """Of the sample grids: `conditioning` of held-out captions, latent `shape` (C, H, W), `autoencoder`."""
     tracking: dict[str, Any] | None
     """Arguments of `Tracker.start`, or None."""
 
@@ -60,8 +60,7 @@ def train_worker(job: WorkerJob) -> str | None:
     device = ray.train.torch.get_device() if settings.gpu else torch.device("cpu")
 
     # Model, optimizer, average
-    null = TextConditioning.collate([job.null])
-    objective = build_objective(recipe, null, device)
+    objective = build_objective(recipe, job.null, device)
     shard(objective, settings, world_size)
     parameters = objective.parameters()
     optimizer = build_optimizer(parameters, recipe.optimizer)
@@ -126,7 +125,7 @@ def train_worker(job: WorkerJob) -> str | None:
         for _ in range(settings.accumulate):
             seed_step(generator, settings.seed, rank, batches)
             batch = to_device(next(source), device)
-            for result in objective.losses(batch, generator):
+            for result in objective.losses(batch, generator, step):
                 (result.loss / settings.accumulate).backward()
                 meter.add(result)
             batches += 1
@@ -231,8 +230,8 @@ def sample_grid(
     from fewstep.evaluate.grid import sample_grid as tile
     from fewstep.flow import gaussian_noise
 
-    conditioning = TextConditioning.collate(preview["states"]).to(device)
-    noise = gaussian_noise((len(preview["states"]), *preview["shape"]), torch.Generator().manual_seed(seed))
+    conditioning = preview["conditioning"].to(device)
+    noise = gaussian_noise((len(conditioning), *preview["shape"]), torch.Generator().manual_seed(seed))
     objective.model.eval()
     with average.swapped():
         drop_gathered(objective.model)

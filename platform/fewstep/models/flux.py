@@ -1,0 +1,107 @@
+"""FLUX.1: 19 dual-stream and 38 single-stream blocks, 12B parameters, and any smaller one of its class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Family
+from fewstep.models.packing import PATCH, pack, unpack
+from fewstep.models.pretrained import from_pretrained
+
+
+@dataclass(frozen=True)
+class Flux(Family):
+    """Family of diffusers' `FluxTransformer2DModel`.
+
+    Args:
+        embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.1 dev) is told beside the
+            time; None for networks that take none (FLUX.1 schnell).
+    """
+
+    embedded_guidance: float | None = None
+
+    name: ClassVar[str] = "flux"
+
+    def load(self, path: str) -> nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        return from_pretrained(FluxTransformer2DModel, path)
+
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        return FluxTransformer2DModel(**config)
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        return transformer.config.in_channels // PATCH**2
+
+    def condition_width(self, transformer: nn.Module) -> int:
+        return transformer.config.joint_attention_dim
+
+    def patch(self, transformer: nn.Module) -> int:
+        return PATCH
+
+    def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens, length = pack(x), conditioning.mask.shape[1]
+        return transformer(
+            hidden_states=tokens,
+            encoder_hidden_states=conditioning.states,
+            pooled_projections=conditioning.summary(),
+            timestep=t,
+            guidance=embedded(self.embedded_guidance, x),
+            # Rotary positions (image, row, column): those of text are all zero.
+            img_ids=grid(1, height // PATCH, width // PATCH, device=x.device),
+            txt_ids=torch.zeros(length, 3, device=x.device),
+            joint_attention_kwargs={"attention_mask": joint_mask(conditioning.mask, tokens.shape[1])},
+            return_dict=False,
+        )[0]
+
+    def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
+        return unpack(tokens, channels, height, width)
+
+    def lora_targets(self, transformer: nn.Module) -> list[str]:
+        single = [
+            f"single_transformer_blocks.{index}.{layer}"  # in full: the network itself ends in a `proj_out`, too
+            for index in range(len(transformer.single_transformer_blocks))
+            for layer in ("proj_mlp", "proj_out")
+        ]
+        return [
+            "ff.net.0.proj",
+            "ff.net.2",
+            "ff_context.net.0.proj",
+            "ff_context.net.2",
+            "timestep_embedder.linear_1",
+            "timestep_embedder.linear_2",
+            *single,
+        ]
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def unused_parameters(self, transformer: nn.Module) -> list[str]:
+        return []  # the single-stream blocks at the end mix text into the image up to the last one
+
+
+def grid(*sizes: int, device: torch.device) -> Tensor:
+    """Every position of a grid of those sizes, the last axis fastest, (positions, axes) int64."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+
+
+def joint_mask(text: Tensor, image_tokens: int) -> Tensor:
+    """Which tokens are attended to: text that is not padding, then all of the image; (B, 1, 1, L + image_tokens).
+
+    FLUX's own sampler pads every prompt to one length and attends to the padding. Here a batch is padded to its
+    longest caption, on which no sample may depend; padding that a model was trained with belongs to the states.
+    """
+    return torch.cat([text, text.new_ones(len(text), image_tokens)], dim=1)[:, None, None]
+
+
+def embedded(guidance: float | None, x: Tensor) -> Tensor | None:
+    """The guidance scale as the network takes it, (B,)."""
+    return None if guidance is None else x.new_full((len(x),), guidance)

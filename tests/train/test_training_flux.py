@@ -1,0 +1,92 @@
+"""Distilling a guidance-distilled FLUX network, step by step and without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.data.schema import Encoding
+from fewstep.data.stream import Batch
+from fewstep.errors import UserError
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.teacher import load_teacher
+from fewstep.train.objectives import Distillation
+from fewstep.train.recipe import DistillRecipe, load_recipe
+from fewstep.train.trainer import _check_pooled
+
+SHAPE = (3, 8, 8)
+
+
+def objective(teacher: Path, *overrides: str) -> Distillation:
+    settings = [
+        f"teacher.path={teacher}", "teacher.family=flux", "teacher.guidance=1", "teacher.embedded_guidance=3.5",
+        "student.policy={type: gmflow, components: 3, logstd_width: 16}", "student.lora={rank: 4}",
+        "imitation.mixing_steps=10", "imitation.nfe=2",
+    ]  # fmt: skip
+    recipe = load_recipe(DistillRecipe, None, [*settings, *overrides], Path())
+    return Distillation(recipe, TextConditioning.collate([torch.zeros(2, 384)]), torch.device("cpu"))
+
+
+def batch(size: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    states = [torch.randn(3 + index % 2, 384, generator=generator) for index in range(size)]
+    latent = torch.randn(size, *SHAPE, generator=generator)
+    names = [str(index) for index in range(size)]
+    return Batch(latent, TextConditioning.collate(states), names, names, SHAPE)
+
+
+def loss(distillation: Distillation, step: int, seed: int = 0) -> Tensor:
+    return sum(r.loss for r in distillation.losses(batch(), torch.Generator().manual_seed(seed), step))
+
+
+def test_the_teachers_share_of_a_step_follows_from_its_number_alone(tiny_flux_teacher) -> None:
+    distillation = objective(tiny_flux_teacher)
+    with torch.no_grad():
+        first, fifth, after = (loss(distillation, step) for step in (1, 5, 11))
+        assert torch.equal(loss(distillation, 5), fifth), "whatever steps were taken before"
+        plain = loss(objective(tiny_flux_teacher, "imitation.mixing_steps=0"), 1)
+    assert torch.equal(after, plain)
+    assert len({first.item(), fifth.item(), after.item()}) == 3
+
+
+@pytest.mark.parametrize("data_free", [False, True])
+def test_what_is_learned_on_mixed_trajectories_holds_on_the_students_own(
+    tiny_flux_teacher, data_free: bool
+) -> None:
+    distillation = objective(tiny_flux_teacher, f"imitation.data_free={data_free}")
+    optimizer = torch.optim.Adam(distillation.parameters().values(), lr=1e-3)
+
+    @torch.no_grad()
+    def on_its_own() -> float:
+        return sum(loss(distillation, 11, seed).item() for seed in range(100, 104))
+
+    before = on_its_own()
+    for step in range(1, 31):
+        loss(distillation, step, seed=step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert on_its_own() < 0.6 * before
+
+
+def test_the_network_is_told_the_scale_of_the_recipe(tiny_flux_teacher) -> None:
+    x, t, conditioning = torch.randn(2, *SHAPE), torch.tensor([0.3, 0.9]), batch(2).conditioning
+    velocities = [
+        objective(tiny_flux_teacher, f"teacher.embedded_guidance={scale}").teacher.velocity(
+            x, t, conditioning
+        )
+        for scale in (1.0, 3.5)
+    ]
+    assert not torch.allclose(*velocities, atol=1e-6)
+
+
+def test_data_without_the_whole_caption_s_vector_that_the_teacher_takes_is_refused(tiny_flux_teacher) -> None:
+    transformer, _, _ = load_teacher(str(tiny_flux_teacher), "flux", 3.5)
+    info = SimpleNamespace(root="data", encoding=Encoding("minilm", 384, "pixel"))
+    _check_pooled(info, transformer, "tiny")  # the mean token state serves
+    info.encoding = Encoding("minilm", 384, "pixel", pooled_dim=768)
+    with pytest.raises(UserError, match=r"vectors of width 768 .* takes 384"):
+        _check_pooled(info, transformer, "tiny")
