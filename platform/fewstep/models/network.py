@@ -218,18 +218,20 @@ def lora_target_modules(transformer: nn.Module, family: Family, targets: tuple[s
     """Full module names that `targets` mean.
 
     Raises:
-        UserError: a target matches no linear layer.
+        UserError: a target matches no linear or convolutional layer.
     """
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    layers = [
+        name for name, module in transformer.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     chosen: dict[str, None] = {}
     for target in targets:
         suffixes = family.lora_targets(transformer) if target == "paper" else [target]
         for suffix in suffixes:
-            found = [name for name in linears if name == suffix or name.endswith(f".{suffix}")]
+            found = [name for name in layers if name == suffix or name.endswith(f".{suffix}")]
             if not found:
                 raise UserError(
                     f"student.lora.targets: no linear layer of the {family.name} teacher ends in {suffix!r}; "
-                    f"its layers are called like {linears[len(linears) // 2]!r}."
+                    f"its layers are called like {layers[len(layers) // 2]!r}."
                 )
             chosen.update(dict.fromkeys(found))
     return list(chosen)

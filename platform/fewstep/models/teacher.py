@@ -47,6 +47,8 @@ class TeacherReference:
     family: str
     sha256: str | None
     """Of the weights' files; None for hub ids, whose revision names them."""
+    code_sha256: str | None = None
+    """Of the user's file that registers the family (`family_code.py`); None for families of fewstep."""
 
 
 def locate(path: str) -> str:
@@ -111,7 +113,8 @@ def save_teacher(
     folder.mkdir(parents=True, exist_ok=True)
     transformer.register_to_config(_name_or_path="")  # where it once was loaded from is nobody's business
     transformer.save_config(folder)
-    halves = {name: tensor.half().contiguous() for name, tensor in weights.items()}
+    # A network of one's own is wrapped (`own.py`); its file has its own names.
+    halves = {name.removeprefix("network."): tensor.half().contiguous() for name, tensor in weights.items()}
     save_file(halves, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
