@@ -3,13 +3,14 @@
 
 from pathlib import Path
 
-from fewstep.cli import connect_ray, recipe_parser, run_job
+from fewstep.cli import add_plan_options, connect_ray, print_plan, recipe_parser, run_job
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 EXAMPLES = """\
   ray job submit jobs/distill_qwen.py
   ray job submit --working-dir . -- python jobs/distill_qwen.py --recipe emoji_qwen_4nfe_full
   ray job submit --working-dir . -- python jobs/distill_qwen.py --set train.steps=200 --set optimizer.rate=5e-4
+  python jobs/distill_qwen.py --recipe qwen_image_4nfe --dry-run --gpus 8 --gpu-memory 80
   python jobs/distill_qwen.py --resume emoji_qwen_4nfe-20260101-120000"""
 
 
@@ -27,8 +28,12 @@ def main() -> None:
         EXAMPLES,
         recipe="emoji_qwen_4nfe",
     )
+    add_plan_options(parser)
     options = parser.parse_args()
     recipe = load_recipe(DistillRecipe, options.recipe, options.set, RECIPES)
+    if options.dry_run:
+        print_plan(recipe, options)
+        return
     connect_ray()
     trained = fit(recipe, options.resume)
     evaluate_and_register(recipe, trained)

@@ -53,7 +53,8 @@ def student(home: Path, tiny_data: Path) -> TrainedModel:
     save_file(get_family("conv_flow").build(CONFIG).network.state_dict(), folder / "conv_flow.safetensors")
     settings = [
         f"data.path={tiny_data}", f"teacher.module={EXAMPLE}", "teacher.family=conv_flow", f"teacher.path={folder}",
-        "teacher.guidance=2", "student.lora={rank: 4}", "student.policy={type: gmflow, components: 3, logstd_width: 16}",
+        "teacher.guidance=2", "student.lora={rank: 4}",
+        "student.policy={type: gmflow, components: 3, logstd_width: 16}",
         *SHORT,
     ]  # fmt: skip
     return fit(load_recipe(DistillRecipe, None, settings, ROOT / "jobs" / "recipes"))

@@ -167,16 +167,17 @@ class Plan:
         )
 
     def _remedy(self, micro: int) -> str:
-        if not self.recipe.train.activation_checkpointing and self.otherwise.total <= self.machine.memory_gb * GB:
+        if (
+            not self.recipe.train.activation_checkpointing
+            and self.otherwise.total <= self.machine.memory_gb * GB
+        ):
             return "set train.activation_checkpointing=true"
         if micro > 1:
             return "raise train.accumulate"
         return "use more GPUs" if self.recipe.train.parallel == "fsdp" else "set train.parallel=fsdp"
 
 
-def make_plan(
-    recipe: DistillRecipe, machine: Machine, *, side: int | None = None, tokens: int = 256
-) -> Plan:
+def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = None, tokens: int = 256) -> Plan:
     """Plan a run.
 
     Args:
@@ -203,10 +204,14 @@ def make_plan(
 
     if _computes_bfloat16(train):
         network.to(torch.bfloat16)
-    plain = measure(network, recipe, micro, shape, tokens)
-    network.transformer.enable_gradient_checkpointing()  # there is no way back: so second
-    thrifty = measure(network, recipe, micro, shape, tokens)
-    chosen, other = (thrifty, plain) if train.activation_checkpointing else (plain, thrifty)
+    chosen = other = measure(network, recipe, micro, shape, tokens)
+    try:
+        network.transformer.enable_gradient_checkpointing()  # there is no way back: so second
+        thrifty = measure(network, recipe, micro, shape, tokens)
+        chosen, other = (thrifty, chosen) if train.activation_checkpointing else (chosen, thrifty)
+    except UserError:  # a network of one's own may have none
+        if train.activation_checkpointing:
+            raise
 
     segments = recipe.imitation.nfe if recipe.imitation.data_free else 1
     times = train.accumulate * machine.gpus * segments
@@ -238,7 +243,9 @@ def build_on_meta(recipe: DistillRecipe) -> PolicyNetwork:
     config = network_config(recipe.teacher.path)
     with torch.device("meta"):
         transformer = family.build({key: value for key, value in config.items() if not key.startswith("_")})
-        return PolicyNetwork(transformer, family, recipe.student.policy, recipe.student.lora, recipe.train.seed)
+        return PolicyNetwork(
+            transformer, family, recipe.student.policy, recipe.student.lora, recipe.train.seed
+        )
 
 
 def network_config(path: str) -> dict[str, Any]:
@@ -257,7 +264,9 @@ def network_config(path: str) -> dict[str, Any]:
         for place in places:
             if (file := Path(location) / place).exists():
                 return json.loads(file.read_text())
-        raise UserError(f"teacher.path: {path!r} has no config.json, so its network can't be planned: add it.")
+        raise UserError(
+            f"teacher.path: {path!r} has no config.json, so its network can't be planned: add it."
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -444,8 +453,7 @@ def _latent_shape(recipe: DistillRecipe, network: PolicyNetwork, side: int | Non
     if side is None:
         if (data := _dataset(recipe)) is not None:
             return next(iter(data.buckets("train")))
-        card = None if recipe.teacher.path in NETWORKS else read_card(recipe.teacher.path)
-        if card is not None:
+        if (card := read_card(recipe.teacher.path)) is not None:
             return card.latent_shape
     side = side or FULL_SIZE
     if side % family.patch(transformer):
