@@ -15,7 +15,7 @@ import torch
 from fewstep.data.stream import Batch
 from fewstep.export.pipeline import read_student_card
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.family_code import find_code
+from fewstep.models.family_code import CODE, FamilyCode, find_code
 
 CHUNK = 32
 """Captions per unit of work."""
@@ -41,7 +41,6 @@ class _Sampler:
         import ray
 
         from fewstep.export import FewStepPipeline
-        from fewstep.models.family_code import CODE, FamilyCode
 
         torch.set_num_threads(1)  # one actor per CPU
         torch.set_flush_denormal(True)

@@ -67,7 +67,7 @@ class ModuleFamily(Family):
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise OSError(f"{folder} has no *.safetensors")
-        transformer = self.build({key: value for key, value in config.items() if not key.startswith("_")})
+        transformer = self.build(config)
         state = {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
         try:
             transformer.network.load_state_dict(state)
@@ -76,7 +76,8 @@ class ModuleFamily(Family):
         return transformer
 
     def build(self, config: dict[str, Any]) -> nn.Module:
-        return OwnNetwork(self.network(**config), self, self.prediction, config)
+        own = {key: value for key, value in config.items() if not key.startswith("_")}  # `_…` are notes
+        return OwnNetwork(self.network(**own), self, self.prediction, config)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """Ask the network itself: (B, C, H, W), (B,) → (B, C, H, W)."""

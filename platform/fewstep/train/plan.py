@@ -242,7 +242,7 @@ def build_on_meta(recipe: DistillRecipe) -> PolicyNetwork:
     family = get_family(recipe.teacher.family)
     config = network_config(recipe.teacher.path)
     with torch.device("meta"):
-        transformer = family.build({key: value for key, value in config.items() if not key.startswith("_")})
+        transformer = family.build(config)
         return PolicyNetwork(
             transformer, family, recipe.student.policy, recipe.student.lora, recipe.train.seed
         )
@@ -384,7 +384,7 @@ def measure(
         shape: (C, H, W) of their latents.
         tokens: token states of each.
     """
-    family, dtype = network.family, next(network.transformer.parameters()).dtype
+    dtype = next(network.transformer.parameters()).dtype
     passes = 1 if recipe.teacher.guidance == 1 else 2
     queries = recipe.imitation.intermediate_states * passes
     # FSDP reduces a block's gradients as soon as they are there, and frees them.
@@ -393,10 +393,7 @@ def measure(
     try:
         with torch.device("meta"), _fused_attention(meter), meter:
             x, t = torch.empty(batch, *shape, dtype=dtype), torch.empty(batch, dtype=dtype)
-            width = family.condition_width(network.transformer)
-            text = TextConditioning(
-                torch.empty(batch, tokens, width, dtype=dtype), torch.ones(batch, tokens, dtype=torch.bool)
-            )
+            text = _conditioning(network, batch, tokens, dtype)
             packed = network(x, t, text, student=True)
             predicted = network.head.parameters_of(packed, network._unpack(packed, x))
             student = meter.operations
@@ -409,6 +406,13 @@ def measure(
         for hook in hooks:
             hook.remove()
     return Pass(meter.peak, meter.operations - teacher, teacher)
+
+
+def _conditioning(network: PolicyNetwork, batch: int, tokens: int, dtype: torch.dtype) -> TextConditioning:
+    """Captions as the family takes them, on the default device."""
+    width = network.family.condition_width(network.transformer)
+    states = torch.empty(batch, tokens, width, dtype=dtype)
+    return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool))
 
 
 def _standing(network: PolicyNetwork, train: TrainSection, gpus: int) -> Memory:
