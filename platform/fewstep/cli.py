@@ -7,10 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.train.recipe import DistillRecipe
 
 HOME = "FEWSTEP_HOME"
 """Environment variable: the folder that relative paths (data, runs, mlflow.db) are relative to."""
@@ -109,7 +113,55 @@ def distill(description: str, examples: str, recipes: Path, recipe: str) -> None
     from fewstep.train.recipe import DistillRecipe, load_recipe
     from fewstep.train.trainer import fit
 
-    options = recipe_parser(description, DistillRecipe, examples, recipe).parse_args()
+    parser = recipe_parser(description, DistillRecipe, examples, recipe)
+    _add_plan_options(parser)
+    options = parser.parse_args()
     chosen = load_recipe(DistillRecipe, options.recipe, options.set, recipes)
+    if options.dry_run:
+        _print_plan(chosen, options)
+        return
     connect_ray()
     evaluate_and_register(chosen, fit(chosen, options.resume))
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """`--dry-run` and what it is told of the machine; see `_print_plan`."""
+    group = parser.add_argument_group("dry run")
+    group.add_argument(
+        "--dry-run", action="store_true",
+        help="print parameters, memory by part, operations, storage and hours, and stop; needs no weights and no Ray",
+    )  # fmt: skip
+    group.add_argument("--gpus", type=int, metavar="N", help="how many; default: train.workers")
+    group.add_argument(
+        "--gpu-memory", type=float, default=80, metavar="GB", help="of each; default: %(default)s"
+    )
+    group.add_argument(
+        "--gpu-tflops",
+        type=float,
+        default=989,
+        metavar="T",
+        help="peak of each; default: %(default)s, an H100",
+    )
+    group.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="F",
+        help="share of the peak reached; default: %(default)s",
+    )
+    group.add_argument(
+        "--latent-size", type=int, metavar="CELLS",
+        help="latent height and width; default: of the data, if it is prepared, or of the teacher's card, or 128",
+    )  # fmt: skip
+    group.add_argument(
+        "--tokens", type=int, default=256, metavar="N", help="per caption; default: %(default)s"
+    )
+
+
+def _print_plan(recipe: DistillRecipe, options: argparse.Namespace) -> None:
+    """Print what the recipe costs on the machine that the options of `_add_plan_options` describe."""
+    from fewstep.train.plan import Machine, make_plan
+
+    gpus = options.gpus or recipe.train.workers
+    machine = Machine(gpus, options.gpu_memory, options.gpu_tflops, options.utilisation)
+    print(make_plan(recipe, machine, side=options.latent_size, tokens=options.tokens).table(), flush=True)

@@ -67,7 +67,8 @@ def imitation_loss(
     Args:
         student: from x_src (B, C, H, W) and σ_src (B,) to a policy.
         teacher: from x (N·B, C, H, W) and σ (N·B,) to velocities, N being S, or 1 where `ratio` is not 0; sample b
-            of state s is row s·B + b, so the conditioning is the batch's, repeated N times.
+            of state s is row s·B + b, so the conditioning is the batch's, repeated N times. Its σ lies where the
+            generator draws, so that a guidance interval can be looked up without waiting for an accelerator.
         x_0: clean latents, (B, C, H, W).
         generator: source of every draw. On the CPU (whatever the device of `x_0`) it spares the accelerator
             a wait.
@@ -76,7 +77,7 @@ def imitation_loss(
     """
     raw_t = draw_times(len(x_0), generator)
     raw_src, segment_size = settings.segments.containing(raw_t)
-    sigma_src = settings.shift.warp(raw_src).to(x_0.device)
+    sigma_src = settings.shift.warp(raw_src).to(x_0.device, non_blocking=True)
     x_src = torch.lerp(x_0, draw_noise(x_0, generator), sigma_src.view(-1, *[1] * (x_0.ndim - 1)))
 
     policy = student(x_src, sigma_src)
@@ -111,7 +112,7 @@ def imitation_walk(
     x, batch = noise, len(noise)
     for upper, lower in pairwise(settings.segments.boundaries.float()):
         raw_src, segment_size = upper.expand(batch), (upper - lower).expand(batch)
-        policy = student(x, settings.shift.warp(raw_src).to(x.device))
+        policy = student(x, settings.shift.warp(raw_src).to(x.device, non_blocking=True))
         per_sample = segment_errors(policy, teacher, x, raw_src, segment_size, generator, settings, ratio)
         per_sample = settings.loss_scale * per_sample
         with torch.no_grad():
@@ -190,7 +191,7 @@ def _follow_policy(
         x, _ = rollout(explorer, x, raw, raw_a, settings.shift, settings.substeps)
         raw = raw_a
         states.append(x)
-    sigmas = settings.shift.warp(visited).flatten().to(x.device)
+    sigmas = settings.shift.warp(visited).flatten()
     targets = teacher(torch.cat(states), sigmas).float().chunk(len(states))
     return [_Visit(*visit) for visit in zip(states, visited, [window] * len(states), targets, strict=True)]
 
@@ -223,10 +224,10 @@ def _follow_both(
     for begin, step in zip(begins, steps, strict=True):
         x, _ = rollout(explorer, x, raw, begin, settings.shift, settings.substeps)
         raw = begin - step
-        sigma, after = (settings.shift.warp(time).to(x.device, non_blocking=True) for time in (begin, raw))
+        sigma, after = settings.shift.warp(begin), settings.shift.warp(raw)
         target = teacher(x, sigma).float()
         visits.append(_Visit(x, begin, torch.maximum(step, (1 - ratio) * window), target))
-        x = torch.addcmul(x, per_latent(after - sigma, x), target)
+        x = torch.addcmul(x, per_latent((after - sigma).to(x.device, non_blocking=True), x), target)
     return visits
 
 

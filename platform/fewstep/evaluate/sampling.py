@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from fewstep.data.stream import Batch
+from fewstep.export.pipeline import read_student_card
+from fewstep.models.family_code import CODE, FamilyCode, find_code
 
 CHUNK = 32
 """Captions per unit of work."""
@@ -45,6 +47,8 @@ class _Sampler:
         with tempfile.TemporaryDirectory() as folder:
             for name, content in ray.get(files).items():
                 (Path(folder) / name).write_bytes(content)
+            if (code := Path(folder) / CODE).exists():  # the driver has checked that it may be run
+                FamilyCode.read(code).use()
             self.pipe = FewStepPipeline.from_pretrained(folder, device=device)
         self.conditioning, self.shape = batch.conditioning.to(self.pipe.device), batch.shape
         self.seed = seed
@@ -79,11 +83,16 @@ def draw_images(
 
     Returns:
         Per method (N, H, W, 3) uint8, in the order of the captions.
+
+    Raises:
+        UserError: the teacher's family is code that nobody has looked at here.
     """
     import ray
     import ray.data
     from tqdm.auto import tqdm
 
+    teacher = read_student_card(student).teacher
+    find_code(teacher.family, teacher.code_sha256, student)
     work = [
         {**asdict(method), "start": start, "stop": min(start + CHUNK, len(batch))}
         for method in sorted(methods, key=lambda m: -m.steps)

@@ -50,14 +50,13 @@ def save_adapter(network: PolicyNetwork, folder: Path, weights: dict[str, Tensor
     settings = network.policy_settings
     base = {k: v for k, v in network.transformer.config.items() if not k.startswith("_")}
     base_class = type(network.transformer).__name__
-    patch_area = network.family.patch(network.transformer) ** 2
     if isinstance(settings, GMFlowSettings):
         head = {
             "_class_name": f"GM{base_class}",
             "num_gaussians": settings.components,
             "logstd_inner_dim": settings.logstd_width,
             "gm_num_logstd_layers": 2,
-            "logweights_channels": patch_area,
+            "logweights_channels": network.head.area,
             "constant_logstd": None,
         }
         policy: dict[str, Any] = {"type": "GMFlow"}

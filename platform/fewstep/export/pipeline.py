@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from fewstep.errors import UserError
 from fewstep.export.adapter import load_adapter, save_adapter
 from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.network import GuidedTeacher, PolicyNetwork
 from fewstep.models.teacher import BUNDLED, TeacherReference, check_reference, load_teacher, locate
 
@@ -78,8 +79,14 @@ class FewStepOutput:
 def save_student(
     network: PolicyNetwork, card: StudentCard, folder: Path, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a student folder; `weights` replaces the network's trainable parameters (the average, say)."""
+    """Write a student folder; `weights` replaces the network's trainable parameters (the average, say).
+
+    A family that came as a user's file goes along, as a copy of that file.
+    """
     save_adapter(network, folder, weights)
+    if (code := code_of(network.family.name)) is not None:
+        (folder / CODE).write_bytes(code.content)
+        card = replace(card, teacher=replace(card.teacher, code_sha256=code.sha256))
     write_card(card, folder)
 
 
@@ -155,10 +162,12 @@ class FewStepPipeline:
             tracking_uri: where MLflow addresses are looked up; `MLFLOW_TRACKING_URI` by default.
 
         Raises:
-            UserError: nothing loadable there, or another teacher than the student's own.
+            UserError: nothing loadable there, another teacher than the student's own, or a teacher whose family is
+                code that came with the student and that nobody has looked at here (`family_code.py`).
         """
         folder = student_folder(str(path), tracking_uri)
         card = read_student_card(folder)
+        find_code(card.teacher.family, card.teacher.code_sha256, folder)
         transformer, family, reference = load_teacher(
             teacher or card.teacher.path, card.teacher.family, card.embedded_guidance
         )

@@ -45,7 +45,10 @@ class GuidanceInterval:
     low: float = 0.0
     high: float = 1.0
 
+    def contains(self, sigma: Tensor) -> Tensor:
+        """Whether guidance acts there, bool, shaped like `sigma`."""
+        return (sigma >= self.low) & (sigma <= self.high)
+
     def at(self, sigma: Tensor) -> Tensor:
         """The guidance scale of each sample, shaped like `sigma`."""
-        inside = (sigma >= self.low) & (sigma <= self.high)
-        return torch.where(inside, self.scale, 1.0)
+        return torch.where(self.contains(sigma), self.scale, 1.0)

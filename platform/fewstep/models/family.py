@@ -1,7 +1,7 @@
 """A *family*: what fewstep must know of one kind of teacher network.
 
-One file per family; adding a teacher of one's own means writing one (see `qwen_image.py`) and calling
-`registry.register`. Families derive from `Family` for the answers that most of them share.
+One file per family, deriving from `Family` for the answers that most of them share. A teacher of one's own is a short
+one: see `own.py`, whose defaults fit any network that maps (x, t, conditioning) to a velocity.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Family(Protocol):
         ...
 
     def condition_width(self, transformer: nn.Module) -> int:
-        """Width D of the token states (B, L, D) that it is conditioned on."""
+        """Width D of the token states (B, L, D) that it is conditioned on; 0 if it takes no condition."""
         ...
 
     def classes(self, transformer: nn.Module) -> int | None:

@@ -206,12 +206,31 @@ class GuidedTeacher:
         return 1 if self.scale == 1 else 2
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """Guided velocity (B, C, H, W); both passes run as one batch."""
+        """Guided velocity (B, C, H, W); both passes run as one batch.
+
+        Samples outside of the interval cost one pass, where that can be known without waiting for the device: `t` may
+        lie on the CPU whatever the device of `x`.
+        """
+        here = t.to(x.device, non_blocking=True)
         if self.scale == 1:
-            return self.network.velocity(x, t, conditioning)
-        both = conditioning.cat(self.null.expand(len(x)))
-        positive, negative = self.network.velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return guided_velocity(positive, negative, self.interval.at(t), self.orthogonal)
+            return self.network.velocity(x, here, conditioning)
+        rows = self._guided_rows(t)
+        if rows is not None:
+            rows = rows.to(x.device, non_blocking=True)
+        x_again, again = (x, here) if rows is None else (x[rows], here[rows])
+        both = conditioning.cat(self.null.expand(len(x_again)))
+        answers = self.network.velocity(torch.cat([x, x_again]), torch.cat([here, again]), both)
+        positive, negative = answers.tensor_split([len(x)])
+        of_rows = positive if rows is None else positive[rows]
+        guided = guided_velocity(of_rows, negative, self.interval.at(again), self.orthogonal)
+        return guided if rows is None else positive.index_copy(0, rows, guided)
+
+    def _guided_rows(self, t: Tensor) -> Tensor | None:
+        """Indices of the samples inside the interval; None if all are, or if it takes waiting to find out."""
+        if t.device.type != "cpu":
+            return None
+        inside = self.interval.contains(t)
+        return None if inside.all() else inside.nonzero().flatten()
 
 
 def _add_adapters(transformer: nn.Module, family: Family, settings: LoRASettings, seed: int) -> None:
@@ -233,18 +252,20 @@ def lora_target_modules(transformer: nn.Module, family: Family, targets: tuple[s
     """Full module names that `targets` mean.
 
     Raises:
-        UserError: a target matches no linear layer.
+        UserError: a target matches no linear or convolutional layer.
     """
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    layers = [
+        name for name, module in transformer.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     chosen: dict[str, None] = {}
     for target in targets:
         suffixes = family.lora_targets(transformer) if target == "paper" else [target]
         for suffix in suffixes:
-            found = [name for name in linears if name == suffix or name.endswith(f".{suffix}")]
+            found = [name for name in layers if name == suffix or name.endswith(f".{suffix}")]
             if not found:
                 raise UserError(
                     f"student.lora.targets: no linear layer of the {family.name} teacher ends in {suffix!r}; "
-                    f"its layers are called like {linears[len(linears) // 2]!r}."
+                    f"its layers are called like {layers[len(layers) // 2]!r}."
                 )
             chosen.update(dict.fromkeys(found))
     return list(chosen)

@@ -47,6 +47,8 @@ class TeacherReference:
     family: str
     sha256: str | None
     """Of the weights' files; None for hub ids, whose revision names them."""
+    code_sha256: str | None = None
+    """Of the user's file that registers the family (`family_code.py`); None for families of fewstep."""
 
 
 def locate(path: str) -> str:

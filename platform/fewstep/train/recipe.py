@@ -37,6 +37,8 @@ class TeacherSection(Section):
     """A bundled name, a diffusers folder, or a hub id; of the network itself, or of its pipeline."""
     family: str = "qwen_image"
     """Which family of networks it belongs to."""
+    module: str | None = None
+    """A Python file that registers that family, for a teacher of your own (docs/own_teacher.md)."""
     guidance: float = Field(3.0, ge=1)
     """Classifier-free guidance scale of its velocity; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -113,6 +115,8 @@ class NetworkSection(Section):
 
     family: str = "qwen_image"
     """Which family of networks to build."""
+    module: str | None = None
+    """A Python file that registers that family, for a network of your own."""
     config: dict[str, Any] = Field(
         default_factory=lambda: {
             "patch_size": 2, "in_channels": 12, "out_channels": 3, "num_layers": 5, "attention_head_dim": 32,

@@ -18,6 +18,7 @@ from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
 from fewstep.models.family import Family
+from fewstep.models.family_code import code_of, use_module
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
 from fewstep.train.parallel import cpu_has_bfloat16
@@ -26,7 +27,9 @@ from fewstep.train.recipe import (
     FASHION_DATA,
     DataSection,
     DistillRecipe,
+    NetworkSection,
     TeacherRecipe,
+    TeacherSection,
     TrainSection,
 )
 from fewstep.train.worker import EXPORT, WorkerJob, train_worker
@@ -56,6 +59,8 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
     """
     from fewstep.tracking.address import check_reachable
 
+    if (module := _network(recipe).module) is not None:
+        use_module(module)
     info = open_data(recipe.data)
     shape = _check_data(info, recipe)
     _check_precision(recipe.train)
@@ -143,6 +148,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
         null=TextEncoder.load(info.encoding.text_encoder).conditioning([""]),
         preview=_preview(info),
+        code=code_of(_network(recipe).family),
         tracking={
             "uri": tracker.uri,
             "experiment": recipe.tracking.experiment,
@@ -188,6 +194,11 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
     return TrainedModel(run_name, folder, result.checkpoint.path, tracker.run_id, metrics)
 
 
+def _network(recipe: DistillRecipe | TeacherRecipe) -> TeacherSection | NetworkSection:
+    """The part of a recipe that names the network's family."""
+    return recipe.teacher if isinstance(recipe, DistillRecipe) else recipe.network
+
+
 def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> tuple[int, int, int]:
     data_free = isinstance(recipe, DistillRecipe) and recipe.imitation.data_free
     if not info.has_latents and not data_free:
@@ -210,7 +221,7 @@ def _check_fit(
             f"data.path: {info.root} holds latents of {shape[0]} channels (autoencoder {info.encoding.autoencoder!r}), "
             f"the teacher {teacher!r} takes {channels}: prepare the data with the teacher's own autoencoder."
         )
-    if info.encoding.token_dim != width:
+    if width and info.encoding.token_dim != width:
         raise UserError(
             f"data.path: {info.root} holds token states of width {info.encoding.token_dim} "
             f"({info.encoding.text_encoder!r}), the teacher {teacher!r} takes {width}: prepare the data with the "

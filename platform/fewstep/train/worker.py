@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep.data.stream import Batch, ShardStream
 from fewstep.distill import PowerEMA
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family_code import FamilyCode
 from fewstep.train import checkpoint as ckpt
 from fewstep.train.objectives import Objective, build_objective
 from fewstep.train.parallel import average_gradients, drop_gathered, full, shard
@@ -40,6 +41,8 @@ class WorkerJob:
     """Of the sample grids: `conditioning` of held-out captions, latent `shape` (C, H, W), `autoencoder`."""
     tracking: dict[str, Any] | None
     """Arguments of `Tracker.start`, or None."""
+    code: FamilyCode | None = None
+    """The user's file that registers the network's family, if it came as one."""
 
 
 def train_worker(job: WorkerJob) -> str | None:
@@ -60,6 +63,8 @@ def train_worker(job: WorkerJob) -> str | None:
     device = ray.train.torch.get_device() if settings.gpu else torch.device("cpu")
 
     # Model, optimizer, average
+    if job.code is not None:
+        job.code.use()
     objective = build_objective(recipe, job.null, device)
     shard(objective, settings, world_size)
     parameters = objective.parameters()

@@ -1,0 +1,143 @@
+"""Teachers of a diffusion schedule as teachers of the flow x_t = (1 − t)·x_0 + t·ε: an exact change of variables.
+
+Such a network sees z = A·x_0 + S·ε (variance preserving: A² + S² = 1) and a discrete timestep, and predicts ε, x_0
+or v = A·ε − S·x_0. A state of the flow is one of the diffusion process but for its scale, at the time where both
+have the same signal-to-noise ratio, A/S = (1 − t)/t:
+
+    z = s·x_t,   s = 1/√((1 − t)² + t²),   A = (1 − t)·s,   S = t·s
+
+and the flow's velocity u = ε − x_0 is linear in the state and in what the network says: u = a·x_t + b·prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.policies.base import per_latent
+
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+"""What the network says, by diffusers' names: ε, x_0, or v = A·ε − S·x_0."""
+
+SMALLEST_SIGNAL = 1e-8
+"""Least A² of a level: schedules rescaled to zero terminal SNR end at 0, where log-SNR is infinite."""
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionPrediction:
+    """What a network predicts, and under which variance-preserving schedule.
+
+    Attributes:
+        type: ε, x_0 or v.
+        times: the flow time t of every timestep, (T,) float64, rising.
+    """
+
+    type: PredictionType
+    times: Tensor
+
+    @classmethod
+    def from_alphas(
+        cls, type: PredictionType, alphas_cumprod: Sequence[float] | Tensor
+    ) -> DiffusionPrediction:
+        """From A² of every timestep, (T,), falling."""
+        signal = torch.as_tensor(alphas_cumprod, dtype=torch.float64).clamp(SMALLEST_SIGNAL, 1 - 1e-12)
+        return cls(type, 1 / (1 + (signal / (1 - signal)).sqrt()))
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> DiffusionPrediction:
+        """From the configuration of a diffusers scheduler (`scheduler_config.json`).
+
+        Raises:
+            UserError: a prediction type or schedule of betas that is not known.
+        """
+        kind = config.get("prediction_type", "epsilon")
+        if kind not in get_args(PredictionType):
+            raise UserError(
+                f"the teacher's scheduler says prediction_type {kind!r}: known are "
+                f"{', '.join(get_args(PredictionType))}; correct its scheduler_config.json."
+            )
+        alphas = torch.cumprod(1 - _betas(config), 0)
+        if config.get("rescale_betas_zero_snr"):
+            # The amplitudes A are shifted to end at zero and scaled to begin where they did.
+            amplitudes = alphas.sqrt()
+            first, last = amplitudes[0], amplitudes[-1]
+            alphas = ((amplitudes - last) * first / (first - last)).square()
+        return cls.from_alphas(kind, alphas)
+
+    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What to ask the network about the flow's state.
+
+        Args:
+            x: (B, C, H, W).
+            t: (B,).
+
+        Returns:
+            z (B, C, H, W), and its timestep (B,): between whole ones, interpolated in log-SNR.
+        """
+        scale = torch.rsqrt((1 - t).square() + t.square())
+        return per_latent(scale, x) * x, self.timestep(t).to(x)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """The timestep of the same signal-to-noise ratio, (B,) float64; the nearest end outside the schedule."""
+        times = self.times.to(t.device)
+        level = self._within(t)
+        above = torch.searchsorted(times, level.contiguous()).clamp(1, len(times) - 1)
+        low, high = _log_snr(times[above - 1]), _log_snr(times[above])
+        return (above - 1) + (_log_snr(level) - low) / (high - low)
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b), (B,) float32 each, of u = a·x_t + b·prediction.
+
+        Outside the schedule's levels, A and S are those of its nearest end, as the network was never trained on
+        others.
+        """
+        exact, level = t.double(), self._within(t)
+        scale = torch.rsqrt((1 - exact).square() + exact.square())
+        norm = torch.rsqrt((1 - level).square() + level.square())
+        signal, noise = (1 - level) * norm, level * norm
+        if self.type == "epsilon":  # x_0 = (z − S·ε)/A
+            a, b = -scale / signal, 1 + noise / signal
+        elif self.type == "sample":  # ε = (z − A·x_0)/S
+            a, b = scale / noise, -(1 + signal / noise)
+        else:  # x_0 = A·z − S·v, ε = S·z + A·v
+            a, b = (noise - signal) * scale, signal + noise
+        return a.float(), b.float()
+
+    def velocity(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+        """The flow's velocity (B, C, H, W) from a network `predict(z, timestep)`."""
+        a, b = self.coefficients(t)
+        return per_latent(a, x) * x + per_latent(b, x) * predict(*self.question(x, t))
+
+    def _within(self, t: Tensor) -> Tensor:
+        return t.double().clamp(float(self.times[0]), float(self.times[-1]))
+
+
+def _log_snr(t: Tensor) -> Tensor:
+    return 2 * ((1 - t) / t).log()
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """Noise added by each timestep, (T,) float64."""
+    if (trained := config.get("trained_betas")) is not None:
+        return torch.tensor(trained, dtype=torch.float64)
+    count = config.get("num_train_timesteps", 1000)
+    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if kind == "linear":
+        return torch.linspace(first, last, count, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(first**0.5, last**0.5, count, dtype=torch.float64).square()
+    if kind == "squaredcos_cap_v2":
+        # Nichol and Dhariwal (arXiv 2102.09672, eq. 17): A² = cos²(½π·(τ + 0.008)/1.008), betas at most 0.999.
+        ends = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+        signal = torch.cos((ends + 0.008) / 1.008 * torch.pi / 2).square()
+        return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    raise UserError(
+        f"the teacher's scheduler says beta_schedule {kind!r}: known are linear, scaled_linear and "
+        "squaredcos_cap_v2; give the betas themselves as trained_betas in its scheduler_config.json."
+    )

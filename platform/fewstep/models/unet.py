@@ -1,0 +1,105 @@
+"""UNets of diffusion models: diffusers' `UNet2DModel` and `UNet2DConditionModel` as teachers of a flow.
+
+Their schedule and prediction come from the pipeline's scheduler; `prediction.py` turns noise, x_0 or v into a
+velocity. The policy head takes the place of the last convolution, `conv_out`, and sees what follows `conv_norm_out`
+and its activation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.own import ModuleFamily, OwnNetwork
+from fewstep.models.prediction import DiffusionPrediction
+
+SCHEDULER = "scheduler"
+"""Key of the scheduler's configuration in that of a teacher; diffusers keeps it in a folder of that name."""
+
+
+def _unet(_class_name: str = "UNet2DModel", **config: Any) -> nn.Module:
+    import diffusers
+
+    return getattr(diffusers, _class_name)(**config)
+
+
+@dataclass(frozen=True)
+class UNet(ModuleFamily):
+    """Family of diffusers' UNets; its `config` is theirs, with `scheduler` where it is not the folder's."""
+
+    name: str = "unet"
+    network: Callable[..., nn.Module] = _unet
+    projection: str = "conv_out"
+    channels: int = 0  # of the network's config
+    width: int = 0
+
+    def load(self, path: str) -> nn.Module:
+        """The UNet of a pipeline's folder or hub id, or of a folder of its own with `scheduler_config.json` in it."""
+        import diffusers
+
+        parts = {"subfolder": "unet"} if not (Path(path) / "config.json").exists() else {}
+        config = diffusers.UNet2DModel.load_config(path, **parts)
+        kind = getattr(diffusers, config["_class_name"])
+        network = kind.from_pretrained(path, torch_dtype=torch.float32, **parts)
+        scheduler = config[SCHEDULER] if SCHEDULER in config else _scheduler_config(path)
+        prediction = DiffusionPrediction.from_scheduler(scheduler)
+        return OwnNetwork(network, self, prediction, {**config, SCHEDULER: dict(scheduler)})
+
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        """A new UNet, from its class's keyword arguments and a `scheduler` ({} is 1,000 linear betas, predicting ε)."""
+        own = {key: value for key, value in config.items() if key != SCHEDULER}
+        prediction = DiffusionPrediction.from_scheduler(config.get(SCHEDULER, {}))
+        return OwnNetwork(
+            self.network(**own), self, prediction, {"_class_name": "UNet2DModel", SCHEDULER: {}} | config
+        )
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        if not self._conditioned(network):
+            return network(x, t, return_dict=False)[0]
+        return network(
+            x,
+            t,
+            encoder_hidden_states=conditioning.states,
+            encoder_attention_mask=conditioning.mask,
+            return_dict=False,
+        )[0]
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        return transformer.network.config.in_channels
+
+    def condition_width(self, transformer: nn.Module) -> int:
+        network = transformer.network
+        return network.config.cross_attention_dim if self._conditioned(network) else 0
+
+    def patch(self, transformer: nn.Module) -> int:
+        """What sides must be multiples of: every level but the last halves them."""
+        return 2 ** (len(transformer.network.config.block_out_channels) - 1)
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        network = transformer.network
+        return [*network.down_blocks, network.mid_block, *network.up_blocks]
+
+    def _conditioned(self, network: nn.Module) -> bool:
+        return "cross_attention_dim" in network.config
+
+
+def _scheduler_config(path: str) -> dict[str, Any]:
+    """The scheduler of a pipeline's folder or hub id; a UNet's own folder holds it, or lies beside it."""
+    folder = Path(path)
+    if folder.is_dir():
+        places = (folder, folder / SCHEDULER, folder.parent / SCHEDULER)
+        found = [
+            place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").exists()
+        ]
+        if not found:
+            raise ValueError(f"{path} has no scheduler/scheduler_config.json to say what its UNet predicts")
+        return json.loads(found[0].read_text())
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.load_config(path, subfolder=SCHEDULER)

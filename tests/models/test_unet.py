@@ -1,0 +1,76 @@
+"""UNets of diffusion pipelines are teachers of a flow, and students grow on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.errors import UserError
+from fewstep.models import get_family
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.heads import GMFlowSettings
+from fewstep.models.network import LoRASettings, PolicyNetwork
+from fewstep.models.prediction import DiffusionPrediction
+from fewstep.models.teacher import load_teacher
+
+TEXT = TextConditioning.collate([torch.randn(3, 8), torch.randn(5, 8)])
+X, T = torch.randn(2, 3, 8, 8), torch.tensor([0.4, 0.9])
+SMALL = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+KINDS = {
+    "plain": SMALL | {
+        "_class_name": "UNet2DModel", "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 4,
+    },
+    "conditional": SMALL | {
+        "_class_name": "UNet2DConditionModel", "cross_attention_dim": 8, "attention_head_dim": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipelines_unet_is_a_velocity_teacher_with_a_student(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    family, scheduler = (
+        get_family("unet"),
+        {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
+    )
+    unet = family.build(KINDS[kind]).network.eval()
+    unet.save_pretrained(tmp_path / "unet")
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    transformer, _, _ = load_teacher(str(tmp_path), "unet")
+    assert family.latent_channels(transformer) == 3
+    assert family.condition_width(transformer) == (8 if kind == "conditional" else 0)
+
+    words = {"encoder_hidden_states": TEXT.states, "encoder_attention_mask": TEXT.mask}
+    with torch.no_grad():
+        truth = DiffusionPrediction.from_scheduler(scheduler).velocity(
+            lambda z, timestep: unet(z, timestep, **(words if kind == "conditional" else {})).sample, X, T
+        )
+    network = PolicyNetwork(
+        transformer, family, GMFlowSettings(components=4, logstd_width=16), LoRASettings(rank=2)
+    )
+    torch.testing.assert_close(network.velocity(X, T, TEXT), truth, atol=1e-5, rtol=1e-4)
+    policy = network.policy(X, T, TEXT)
+    torch.testing.assert_close(policy.velocity(X, T).detach(), truth, atol=0.1, rtol=1e-3)
+    policy.velocity(X, T).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for n, p in network.trainable().items() if "lora_B" in n)
+
+
+def test_a_unet_without_a_scheduler_is_refused(tmp_path: Path) -> None:
+    get_family("unet").build(KINDS["plain"]).network.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"has no scheduler/scheduler_config.json to say what its UNet predicts"
+    ):
+        load_teacher(str(tmp_path), "unet")

@@ -1,0 +1,152 @@
+"""Plans: parameter counts that are public come out, and memory is what a real step takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.errors import UserError
+from fewstep.train.plan import (
+    NETWORKS,
+    Machine,
+    Plan,
+    build_on_meta,
+    count_parameters,
+    make_plan,
+    network_config,
+)
+from fewstep.train.recipe import DistillRecipe, load_recipe
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+
+
+def recipe(*overrides: str, source: str | None = None) -> DistillRecipe:
+    return load_recipe(DistillRecipe, source, overrides, RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "billions"),
+    [("Qwen/Qwen-Image", 20.4), ("black-forest-labs/FLUX.1-dev", 11.9), ("facebook/DiT-XL-2-256", 0.675)],
+)
+def test_published_parameter_counts_come_out(hub_id: str, billions: float) -> None:
+    import diffusers
+
+    config = network_config(hub_id)
+    kind = getattr(diffusers, config.pop("_class_name"))
+    with torch.device("meta"):
+        transformer = kind(**config).requires_grad_(False)
+    assert count_parameters(transformer) / 1e9 == pytest.approx(billions, rel=3e-3)
+
+
+def test_the_students_own_weights_are_counted_apart() -> None:
+    network = build_on_meta(recipe(source="qwen_image_4nfe"))
+    assert count_parameters(network.transformer) / 1e9 == pytest.approx(20.4, rel=3e-3)
+    # Adapters of rank 256 on the FFNs: 60 image and 59 text streams × 2 layers × 256·(3072 + 12288).
+    adapters = 119 * 2 * 256 * (3072 + 4 * 3072)
+    own = sum(p.numel() for p in network.trainable().values())
+    assert adapters < own < 1.05 * adapters
+
+
+SMALL = [
+    "data.batch_size=8", "student.lora={rank: 8, targets: [paper]}", "student.policy={type: gmflow, components: 3}",
+]  # fmt: skip
+
+STEP = """
+import json, sys
+import torch
+from pathlib import Path
+from fewstep.distill import PowerEMA
+from fewstep.models.conditioning import TextConditioning
+from fewstep.train.objectives import Distillation
+from fewstep.train.recipe import DistillRecipe, load_recipe
+from fewstep.train.worker import build_optimizer, seed_step
+from fewstep.data.stream import Batch
+
+recipe = load_recipe(DistillRecipe, None, json.loads(sys.argv[1]), Path())
+size, tokens, batch_size = 16, 24, recipe.data.batch_size
+torch.set_num_threads(1)
+with torch.profiler.profile(profile_memory=True) as profile:
+    null = TextConditioning.collate([torch.randn(2, 384)])
+    objective = Distillation(recipe, null, torch.device("cpu"))
+    if recipe.train.activation_checkpointing:
+        objective.transformer.enable_gradient_checkpointing()
+    parameters = objective.parameters()
+    optimizer = build_optimizer(parameters, recipe.optimizer)
+    average, generator = PowerEMA(parameters, 7.0), torch.Generator()
+    text = TextConditioning.collate([torch.randn(tokens, 384)] * batch_size)
+    batch = Batch(
+        latent=torch.randn(batch_size, 3, size, size), conditioning=text, captions=[""] * batch_size,
+        keys=[""] * batch_size, shape=(3, size, size),
+    )
+    for step in (1, 2):
+        seed_step(generator, 0, 0, step)
+        for result in objective.losses(batch, generator):
+            result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(step)
+alive = peak = 0
+events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+for event in sorted(events, key=lambda e: e.start_ns()):
+    alive += event.nbytes()
+    peak = max(peak, alive)
+print(peak)
+"""
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_planned_memory_is_within_a_tenth_of_a_real_steps_peak(guidance: int, checkpointing: str) -> None:
+    """Against the CPU allocator's own record of two steps, in a process of its own."""
+    overrides = [*SMALL, f"teacher.guidance={guidance}", f"train.activation_checkpointing={checkpointing}"]
+    plan = make_plan(recipe(*overrides), Machine(gpus=1, memory_gb=1), side=16, tokens=24)
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, json.dumps(overrides)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert plan.memory.total == pytest.approx(int(done.stdout.split()[-1]), rel=0.1)
+
+
+def small_plan(*overrides: str, gpus: int = 1, memory_gb: float = 1) -> Plan:
+    return make_plan(recipe(*SMALL, *overrides), Machine(gpus, memory_gb), side=16, tokens=24)
+
+
+def test_more_gpus_hold_smaller_shares_and_checkpointing_less() -> None:
+    one, four = small_plan("train.gpu=true"), small_plan("train.gpu=true", gpus=4)
+    assert four.memory.weights == pytest.approx(one.memory.weights / 4, rel=1e-6)
+    assert four.memory.optimizer == pytest.approx(one.memory.optimizer / 4, rel=1e-6)
+    assert four.student + four.teacher == one.student + one.teacher, "the batch is the same"
+    assert four.hours == pytest.approx(one.hours / 4)
+    assert one.otherwise.activations < one.memory.activations
+
+
+def test_operations_are_those_of_the_method() -> None:
+    once, guided = small_plan("teacher.guidance=1"), small_plan("teacher.guidance=3")
+    assert guided.teacher == 2 * once.teacher, "a guided query is two passes"
+    walk = small_plan("teacher.guidance=1", "imitation.data_free=true")
+    assert walk.teacher == 4 * once.teacher, "a walk has four segments"
+    assert walk.cache < once.cache, "and needs no latents"
+
+
+def test_a_run_that_does_not_fit_names_a_remedy() -> None:
+    plan = small_plan(memory_gb=0.05)
+    assert plan.memory.total > 0.05e9
+    assert "does not fit 0.05 GB: " in plan.table()
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must be a multiple of GPUs × train.accumulate = 3"):
+        small_plan(gpus=3)
+    with pytest.raises(UserError, match=r"has no config.json"):
+        make_plan(recipe(f"teacher.path={tmp_path}"), Machine(1, 80))
+    with pytest.raises(UserError, match=r"--latent-size 15 can't be cut"):
+        make_plan(recipe(), Machine(1, 80), side=15)
+
+
+def test_the_known_architectures_ship_with_fewstep() -> None:
+    assert all(network_config(hub_id)["_class_name"] for hub_id in NETWORKS)
