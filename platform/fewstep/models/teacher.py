@@ -95,7 +95,7 @@ def load_teacher(
         raise UserError(
             f"teacher.path: {path!r} holds no {family} model that can be loaded ({first})."
         ) from error
-    known = _told(known, transformer, embedded_guidance, path)
+    known = told_guidance(known, transformer, embedded_guidance, path)
     return transformer, known, TeacherReference(path, family, _weights_hash(location))
 
 
@@ -141,8 +141,12 @@ def check_reference(reference: TeacherReference, wanted: dict[str, Any]) -> None
         )
 
 
-def _told(family: Family, transformer: nn.Module, scale: float | None, path: str) -> Family:
-    """The family that tells a guidance-distilled network the scale to imitate; any other as it is."""
+def told_guidance(family: Family, transformer: nn.Module, scale: float | None, path: str) -> Family:
+    """The family that tells a guidance-distilled network the scale to imitate; any other as it is.
+
+    Raises:
+        UserError: the network wants a scale and there is none, or the other way round.
+    """
     wanted = bool(getattr(getattr(transformer, "config", None), "guidance_embeds", False))
     if wanted and scale is None:
         raise UserError(

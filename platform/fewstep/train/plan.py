@@ -33,7 +33,7 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family_code import use_module
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import locate, read_card
+from fewstep.models.teacher import locate, read_card, told_guidance
 from fewstep.train.recipe import DistillRecipe, TrainSection
 
 GB = 1e9
@@ -151,7 +151,7 @@ class Plan:
         return "\n".join(
             [
                 f"{recipe.name} on {machine.gpus} x {machine.memory_gb:g} GB: {micro} samples per micro-batch, "
-                f"{train.accumulate} per step, latents {size}, {self.tokens} tokens",
+                f"{train.accumulate} of them on each GPU per step, latents {size}, {self.tokens} tokens",
                 "",
                 f"parameters            {_amount(self.parameters)}, of the student's own {_amount(self.trained)}",
                 f"memory per GPU        {plain} checkpointing   {other} it",
@@ -198,7 +198,7 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     micro = recipe.data.batch_size // (machine.gpus * train.accumulate)
     network = build_on_meta(recipe)
     shape = _latent_shape(recipe, network, side)
-    parameters = count_parameters(network.transformer)
+    parameters = count_parameters(network)
     trained = sum(p.numel() for p in network.trainable().values())
     standing = _standing(network, train, machine.gpus)
 
@@ -243,8 +243,10 @@ def build_on_meta(recipe: DistillRecipe) -> PolicyNetwork:
     config = network_config(recipe.teacher.path)
     with torch.device("meta"):
         transformer = family.build(config)
+        family = told_guidance(family, transformer, recipe.teacher.embedded_guidance, recipe.teacher.path)
+        student = recipe.student
         return PolicyNetwork(
-            transformer, family, recipe.student.policy, recipe.student.lora, recipe.train.seed
+            transformer, family, student.policy, student.lora, recipe.train.seed, student.full
         )
 
 
@@ -283,16 +285,10 @@ def network_config(path: str) -> dict[str, Any]:
     raise UserError(f"teacher.path: the hub's {path!r} has no config.json, so its network can't be planned.")
 
 
-def count_parameters(transformer: nn.Module) -> int:
-    """Parameters of the frozen teacher, counted as its authors do.
-
-    Diffusers gives every block of a DiT its own copy of one and the same time and class embedding; it counts once.
-    """
-    repeated = [m for m in transformer.modules() if type(m).__name__ == "CombinedTimestepLabelEmbeddings"]
-    copies = {id(p) for module in repeated[1:] for p in module.parameters()}
-    copies -= {id(p) for module in repeated[:1] for p in module.parameters()}  # where they are one object
-    students = {id(p) for p in transformer.parameters() if p.requires_grad}
-    return sum(p.numel() for p in transformer.parameters() if id(p) not in copies | students)
+def count_parameters(network: PolicyNetwork) -> int:
+    """Parameters of the frozen teacher."""
+    teacher = network.transformer if network.teacher is None else network.teacher
+    return sum(p.numel() for p in teacher.parameters() if not p.requires_grad)
 
 
 class Meter(TorchDispatchMode):
@@ -412,7 +408,9 @@ def _conditioning(network: PolicyNetwork, batch: int, tokens: int, dtype: torch.
     """Captions as the family takes them, on the default device."""
     width = network.family.condition_width(network.transformer)
     states = torch.empty(batch, tokens, width, dtype=dtype)
-    return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool))
+    pooled = getattr(network.transformer.config, "pooled_projection_dim", None)
+    vectors = None if pooled is None else torch.empty(batch, pooled, dtype=dtype)
+    return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool), vectors)
 
 
 def _standing(network: PolicyNetwork, train: TrainSection, gpus: int) -> Memory:
@@ -423,7 +421,7 @@ def _standing(network: PolicyNetwork, train: TrainSection, gpus: int) -> Memory:
         # Averaging sends gradients as one message: a copy, and its mean.
         gradients = own if gpus == 1 else 3 * own
         return Memory(everything, 0, gradients, own // 4 * ADAM_BYTES, own, activations=0)
-    blocks = network.family.blocks(network.transformer)
+    blocks = [block for part in network.transformers() for block in network.family.blocks(part)]
     sizes = sorted(sum(p.nbytes for p in block.parameters()) for block in blocks)
     outside = everything - sum(sizes)
     gathered = everything if gpus == 1 else outside + sum(sizes[-2:])
