@@ -3,9 +3,10 @@
 
 from pathlib import Path
 
-from fewstep.cli import connect_ray, recipe_parser, run_job
+from fewstep.cli import chosen_recipe, connect_ray, recipe_parser, run_job
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
+DEFAULT = "emoji_teacher"
 DISTILLERS = {"dit": "distill_dit", "flux": "distill_flux"}
 """Jobs by family; distill_qwen takes all others."""
 EXAMPLES = """\
@@ -15,7 +16,7 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    from fewstep.train.recipe import TeacherRecipe, load_recipe
+    from fewstep.train.recipe import TeacherRecipe
     from fewstep.train.trainer import fit
 
     parser = recipe_parser(
@@ -24,10 +25,10 @@ def main() -> None:
         "teacher, a QwenImageTransformer2DModel.",
         TeacherRecipe,
         EXAMPLES,
-        recipe="emoji_teacher",
+        recipe=DEFAULT,
     )
     options = parser.parse_args()
-    recipe = load_recipe(TeacherRecipe, options.recipe, options.set, RECIPES)
+    recipe = chosen_recipe(TeacherRecipe, options, RECIPES, default=DEFAULT)
     connect_ray()
     trained = fit(recipe, options.resume)
     print(f"\nteacher     {trained.folder}\nMLflow run  {trained.mlflow_run}", flush=True)

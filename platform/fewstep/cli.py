@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from fewstep.errors import UserError
 
 if TYPE_CHECKING:
-    from fewstep.train.recipe import DistillRecipe
+    from fewstep.train.recipe import DistillRecipe, Recipe
 
 HOME = "FEWSTEP_HOME"
 """Environment variable: the folder that relative paths (data, runs, mlflow.db) are relative to."""
@@ -87,14 +87,34 @@ def recipe_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--recipe", metavar="NAME|FILE", default=recipe,
-        help="a recipe of jobs/recipes, or a YAML file; default: %(default)s",
+        "--recipe", metavar="NAME|FILE",
+        help=f"a recipe of jobs/recipes, or a YAML file; default: {recipe}, or that of the run to resume",
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one field; may be repeated"
     )
     parser.add_argument("--resume", metavar="RUN", help="name of an interrupted run to continue")
     return parser
+
+
+def chosen_recipe(kind: type[Recipe], options: argparse.Namespace, recipes: Path, default: str) -> Recipe:
+    """The recipe that a command line means: the named one, or else that of the run to resume, or the default.
+
+    Args:
+        kind: the recipe's type.
+        options: what `recipe_parser` parsed.
+        recipes: folder of the recipes that `--recipe` names.
+        default: name of the recipe where none is named.
+
+    Raises:
+        UserError: there is no such recipe, or a key of it is unknown or ill-typed.
+    """
+    from fewstep.train.recipe import load_recipe
+    from fewstep.train.trainer import RECORDS
+
+    recorded = RECORDS / f"{options.resume}.yaml"
+    source = options.recipe or (str(recorded) if recorded.exists() else default)
+    return load_recipe(kind, source, options.set, recipes)
 
 
 def distill(description: str, examples: str, recipes: Path, recipe: str) -> None:
@@ -110,13 +130,13 @@ def distill(description: str, examples: str, recipes: Path, recipe: str) -> None
         UserError: what the recipe asks for can't work; see `fit`.
     """
     from fewstep.evaluate.job import evaluate_and_register
-    from fewstep.train.recipe import DistillRecipe, load_recipe
+    from fewstep.train.recipe import DistillRecipe
     from fewstep.train.trainer import fit
 
     parser = recipe_parser(description, DistillRecipe, examples, recipe)
     _add_plan_options(parser)
     options = parser.parse_args()
-    chosen = load_recipe(DistillRecipe, options.recipe, options.set, recipes)
+    chosen = chosen_recipe(DistillRecipe, options, recipes, default=recipe)
     if options.dry_run:
         _print_plan(chosen, options)
         return

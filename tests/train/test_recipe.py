@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from fewstep.cli import chosen_recipe
 from fewstep.errors import UserError
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, document, load_recipe
+from fewstep.train.trainer import RECORDS
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 
@@ -43,6 +46,19 @@ def test_a_recipe_based_on_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text("base: one\n")
     with pytest.raises(UserError, match=r"based on itself.*one → two → one"):
         load_recipe(DistillRecipe, "one", [], tmp_path)
+
+
+def test_a_resumed_run_brings_its_own_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    RECORDS.mkdir(parents=True)
+    (RECORDS / "run-1.yaml").write_text("name: mine\ntrain: {steps: 7}\n")
+    options = Namespace(recipe=None, resume="run-1", set=["train.seed=4"])
+    recipe = chosen_recipe(DistillRecipe, options, RECIPES, default="emoji_qwen_4nfe")
+    assert (recipe.name, recipe.train.steps, recipe.train.seed) == ("mine", 7, 4)
+    options = Namespace(recipe="emoji_qwen_4nfe_full", resume="run-1", set=[])
+    assert chosen_recipe(DistillRecipe, options, RECIPES, default="").name == "emoji_qwen_4nfe_full"
+    options = Namespace(recipe=None, resume=None, set=[])
+    assert chosen_recipe(DistillRecipe, options, RECIPES, default="emoji_qwen_4nfe").name == "emoji_qwen_4nfe"
 
 
 @pytest.mark.parametrize(

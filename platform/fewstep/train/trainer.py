@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from fewstep.data.labels import class_names
@@ -33,6 +34,9 @@ from fewstep.train.recipe import (
     TrainSection,
 )
 from fewstep.train.worker import EXPORT, WorkerJob, train_worker
+
+RECORDS = Path(".fewstep") / "runs"
+"""What a run must find again when it is resumed: RUN.json (its MLflow run, its storage) and RUN.yaml (its recipe)."""
 
 PREVIEW_CAPTIONS = 32
 """Held-out captions in the sample grids."""
@@ -128,7 +132,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
     info, settings = check(recipe), recipe.train
     storage = _absolute(settings.storage)
     run_name = run_name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    record = Path(".fewstep") / "runs" / f"{run_name}.json"
+    record = RECORDS / f"{run_name}.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     tracker = Tracker.start(
         uri=recipe.tracking.uri,
@@ -141,6 +145,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
     )
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"mlflow_run": tracker.run_id, "storage": storage}))
+    record.with_suffix(".yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     tracker.log_json(recipe.model_dump(mode="json"), "recipe.json")
     tracker.flush()
 
