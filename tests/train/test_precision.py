@@ -21,6 +21,9 @@ def test_a_cpu_without_bfloat16_refuses_it_before_training(monkeypatch: pytest.M
         trainer._check_precision(recipe.train)
     monkeypatch.setattr(trainer, "cpu_has_bfloat16", lambda: True)
     trainer._check_precision(recipe.train)
+    checkpointing = recipe.train.model_copy(update={"activation_checkpointing": True})
+    with pytest.raises(UserError, match=r"on CPUs it works in float32 alone"):
+        trainer._check_precision(checkpointing)
 
 
 def test_products_are_bfloat16_and_attention_float32() -> None:

@@ -262,6 +262,12 @@ def _check_precision(settings: TrainSection) -> None:
             "train.precision: this CPU has no bfloat16 arithmetic, and would be 50 to 100 times slower than in "
             "float32: set train.precision=float32, or train.gpu=true."
         )
+    if settings.precision == "bfloat16" and not settings.gpu and settings.activation_checkpointing:
+        # Blocks that run again in backward do so outside of the mode that keeps attention in float32.
+        raise UserError(
+            "train.activation_checkpointing: on CPUs it works in float32 alone: set it to false, or "
+            "train.precision=float32."
+        )
 
 
 def _check_cluster(settings: TrainSection) -> None:
