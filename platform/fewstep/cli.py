@@ -107,14 +107,17 @@ def chosen_recipe(kind: type[Recipe], options: argparse.Namespace, recipes: Path
         default: name of the recipe where none is named.
 
     Raises:
-        UserError: there is no such recipe, or a key of it is unknown or ill-typed.
+        UserError: there is no such recipe, a key of it is unknown or ill-typed, or there is no such run.
     """
     from fewstep.train.recipe import load_recipe
-    from fewstep.train.trainer import RECORDS
+    from fewstep.train.trainer import RECORDS, check_resumable
 
     recorded = RECORDS / f"{options.resume}.yaml"
     source = options.recipe or (str(recorded) if recorded.exists() else default)
-    return load_recipe(kind, source, options.set, recipes)
+    recipe = load_recipe(kind, source, options.set, recipes)
+    if options.resume is not None:
+        check_resumable(recipe, options.resume)
+    return recipe
 
 
 def distill(description: str, examples: str, recipes: Path, recipe: str) -> None:

@@ -52,11 +52,16 @@ def test_a_resumed_run_brings_its_own_recipe(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     RECORDS.mkdir(parents=True)
     (RECORDS / "run-1.yaml").write_text("name: mine\ntrain: {steps: 7}\n")
+    (RECORDS / "run-1.json").write_text("{}")
     options = Namespace(recipe=None, resume="run-1", set=["train.seed=4"])
     recipe = chosen_recipe(DistillRecipe, options, RECIPES, default="emoji_qwen_4nfe")
     assert (recipe.name, recipe.train.steps, recipe.train.seed) == ("mine", 7, 4)
     options = Namespace(recipe="emoji_qwen_4nfe_full", resume="run-1", set=[])
     assert chosen_recipe(DistillRecipe, options, RECIPES, default="").name == "emoji_qwen_4nfe_full"
+    with pytest.raises(UserError, match=r"no run 'run-2' in runs; did you mean 'run-1'\?"):
+        chosen_recipe(
+            DistillRecipe, Namespace(recipe=None, resume="run-2", set=[]), RECIPES, default="emoji_qwen_4nfe"
+        )
     options = Namespace(recipe=None, resume=None, set=[])
     assert chosen_recipe(DistillRecipe, options, RECIPES, default="emoji_qwen_4nfe").name == "emoji_qwen_4nfe"
 

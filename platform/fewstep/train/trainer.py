@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from fewstep.data.labels import class_names
 from fewstep.data.schema import DatasetInfo
+from fewstep.data.storage import Storage
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
 from fewstep.models.family import Family
@@ -97,7 +99,6 @@ def open_data(section: DataSection) -> DatasetInfo:
     from fewstep.data.fashion import fashion_mnist
     from fewstep.data.schema import MANIFEST
     from fewstep.data.sources import emoji_set
-    from fewstep.data.storage import Storage
 
     shipped = {
         EMOJI_DATA: ("the bundled emoji set", emoji_set, EMOJI),
@@ -126,6 +127,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from fewstep.data.text import TextEncoder
+    from fewstep.export.pipeline import read_student_card, write_card
     from fewstep.tracking.run import Tracker
     from fewstep.tracking.version import run_tags
 
@@ -194,6 +196,10 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         raise UserError(f"run {run_name} stopped: {stopped}")
     folder = Path(".fewstep") / "models" / run_name
     _fetch_export(result.checkpoint, folder)
+    if isinstance(
+        recipe, DistillRecipe
+    ):  # workers were told the data's absolute address, which is nobody's business
+        write_card(replace(read_student_card(folder), recipe=recipe.model_dump(mode="json")), folder)
     tracker.finish()
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, (int, float))}
     return TrainedModel(run_name, folder, result.checkpoint.path, tracker.run_id, metrics)
@@ -202,6 +208,22 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
 def _network(recipe: DistillRecipe | TeacherRecipe) -> TeacherSection | NetworkSection:
     """The part of a recipe that names the network's family."""
     return recipe.teacher if isinstance(recipe, DistillRecipe) else recipe.network
+
+
+def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> None:
+    """Refuse to continue a run that is not there: under a mistyped name it would begin anew.
+
+    Raises:
+        UserError: neither this folder nor the recipe's storage knows the run.
+    """
+    storage = recipe.train.storage
+    if (RECORDS / f"{run_name}.json").exists() or Storage.at(f"{storage}/{run_name}").list():
+        return
+    near = difflib.get_close_matches(run_name, [record.stem for record in RECORDS.glob("*.json")], 1)
+    raise UserError(
+        f"--resume: there is no run {run_name!r} in {storage}; "
+        + (f"did you mean {near[0]!r}?" if near else "give the name that the run printed when it began.")
+    )
 
 
 def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> tuple[int, int, int]:
