@@ -27,7 +27,7 @@ BATCHES = 8
 """Batches that the bare process cycles through; it holds them in memory."""
 
 DESCRIPTION = """\
-Take the steps of a distillation recipe (jobs/distill_qwen.py; by default its own) in two ways, in turns:
+Take the steps of a distillation recipe (by default one of fields at their default values) in two ways, in turns:
 
   bare   in a process with torch alone: no Ray, no sharding, batches in memory, the environment of a worker
   Ray    as the job does: Ray Train's worker, FSDP, batches streamed by Ray Data, metrics to MLflow
