@@ -59,7 +59,7 @@ def test_a_teacher_learns_classes_and_its_student_draws_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     teaching = [
-        *FIXED, f"data.path={labelled_data}", f"network={{family: dit, config: {NETWORK}}}", "train.steps=300",
+        *FIXED, f"data.path={labelled_data}", f"network={{family: dit, config: {NETWORK}}}", "train.steps=700",
         "optimizer.rate=3e-3", "optimizer.ema_gamma=2", "flow_matching.shift=1",
     ]  # fmt: skip
     teacher = fit(load_recipe(TeacherRecipe, None, teaching, RECIPES))
