@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.qwen_image import pack, unpack
+from fewstep.models.packing import pack, unpack
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
 

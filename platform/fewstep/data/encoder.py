@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -9,15 +10,15 @@ from torch import Tensor
 from fewstep.models.conditioning import TextConditioning
 
 
-class CaptionEncoder:
+class CaptionEncoder(ABC):
     """Captions → what a network is conditioned on. Encoders derive from this one and define `encode`."""
 
     pooled_dim: int | None = None
     """P, the width of vectors of whole captions; None for encoders that have none."""
 
+    @abstractmethod
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Token states of each caption, (L_i, D) float32 on the CPU."""
-        raise NotImplementedError
 
     def pooled(self, captions: Sequence[str]) -> list[Tensor] | None:
         """One vector (P,) float32 for each caption; None if the encoder has none."""

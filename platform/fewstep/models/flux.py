@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.family import Family
-from fewstep.models.packing import PATCH, pack, unpack
-from fewstep.models.pretrained import from_pretrained
+from fewstep.models.packing import PATCH, PackedTransformer, pack
 
 
 @dataclass(frozen=True)
-class Flux(Family):
+class Flux(PackedTransformer):
     """Family of diffusers' `FluxTransformer2DModel`.
 
     Args:
@@ -26,25 +24,7 @@ class Flux(Family):
     embedded_guidance: float | None = None
 
     name: ClassVar[str] = "flux"
-
-    def load(self, path: str) -> nn.Module:
-        from diffusers import FluxTransformer2DModel
-
-        return from_pretrained(FluxTransformer2DModel, path)
-
-    def build(self, config: dict[str, Any]) -> nn.Module:
-        from diffusers import FluxTransformer2DModel
-
-        return FluxTransformer2DModel(**config)
-
-    def latent_channels(self, transformer: nn.Module) -> int:
-        return transformer.config.in_channels // PATCH**2
-
-    def condition_width(self, transformer: nn.Module) -> int:
-        return transformer.config.joint_attention_dim
-
-    def patch(self, transformer: nn.Module) -> int:
-        return PATCH
+    network: ClassVar[str] = "FluxTransformer2DModel"
 
     def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
         height, width = x.shape[-2:]
@@ -61,9 +41,6 @@ class Flux(Family):
             joint_attention_kwargs={"attention_mask": joint_mask(conditioning.mask, tokens.shape[1])},
             return_dict=False,
         )[0]
-
-    def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
-        return unpack(tokens, channels, height, width)
 
     def lora_targets(self, transformer: nn.Module) -> list[str]:
         single = [

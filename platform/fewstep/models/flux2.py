@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.family import Family
 from fewstep.models.flux import embedded, grid, joint_mask
-from fewstep.models.packing import PATCH, pack, unpack
-from fewstep.models.pretrained import from_pretrained
+from fewstep.models.packing import PATCH, PackedTransformer, pack
 
 
 @dataclass(frozen=True)
-class Flux2(Family):
+class Flux2(PackedTransformer):
     """Family of diffusers' `Flux2Transformer2DModel`.
 
     FLUX.2's own pipeline packs 2×2 cells of its 32-channel latents before the network; latents here are those of the
@@ -29,25 +27,7 @@ class Flux2(Family):
     embedded_guidance: float | None = None
 
     name: ClassVar[str] = "flux2"
-
-    def load(self, path: str) -> nn.Module:
-        from diffusers import Flux2Transformer2DModel
-
-        return from_pretrained(Flux2Transformer2DModel, path)
-
-    def build(self, config: dict[str, Any]) -> nn.Module:
-        from diffusers import Flux2Transformer2DModel
-
-        return Flux2Transformer2DModel(**config)
-
-    def latent_channels(self, transformer: nn.Module) -> int:
-        return transformer.config.in_channels // PATCH**2
-
-    def condition_width(self, transformer: nn.Module) -> int:
-        return transformer.config.joint_attention_dim
-
-    def patch(self, transformer: nn.Module) -> int:
-        return PATCH
+    network: ClassVar[str] = "Flux2Transformer2DModel"
 
     def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
         height, width = x.shape[-2:]
@@ -63,9 +43,6 @@ class Flux2(Family):
             joint_attention_kwargs={"attention_mask": joint_mask(conditioning.mask, tokens.shape[1])},
             return_dict=False,
         )[0]
-
-    def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
-        return unpack(tokens, channels, height, width)
 
     def lora_targets(self, transformer: nn.Module) -> list[str]:
         # FLUX.1's layers under their names here; in single blocks the FFN is one matrix with the attention.

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from importlib import import_module
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fewstep.models.family import Family
+from fewstep.models.pretrained import from_pretrained
 
 PATCH = 2
 """Side of a patch in latent cells."""
@@ -20,3 +26,28 @@ def unpack(tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
     batch = len(tokens)
     patches = tokens.view(batch, height // PATCH, width // PATCH, -1, channels, PATCH, PATCH)
     return patches.permute(0, 3, 4, 1, 5, 2, 6).reshape(batch, -1, channels, height, width)
+
+
+class PackedTransformer(Family):
+    """What families of diffusers' transformers share that take 2×2 patches as tokens, and token states beside them."""
+
+    network: ClassVar[str]
+    """Its class in diffusers."""
+
+    def load(self, path: str) -> nn.Module:
+        return from_pretrained(getattr(import_module("diffusers"), self.network), path)
+
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        return getattr(import_module("diffusers"), self.network)(**config)
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        return transformer.config.in_channels // PATCH**2
+
+    def condition_width(self, transformer: nn.Module) -> int:
+        return transformer.config.joint_attention_dim
+
+    def patch(self, transformer: nn.Module) -> int:
+        return PATCH
+
+    def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
+        return unpack(tokens, channels, height, width)

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.family import Family
-from fewstep.models.packing import PATCH, pack, unpack
-from fewstep.models.pretrained import from_pretrained
+from fewstep.models.packing import PATCH, PackedTransformer, pack
 
 
-class QwenImage(Family):
+class QwenImage(PackedTransformer):
     """Family of diffusers' `QwenImageTransformer2DModel`."""
 
     name = "qwen_image"
-
-    def load(self, path: str) -> nn.Module:
-        from diffusers import QwenImageTransformer2DModel
-
-        return from_pretrained(QwenImageTransformer2DModel, path)
-
-    def build(self, config: dict[str, Any]) -> nn.Module:
-        from diffusers import QwenImageTransformer2DModel
-
-        return QwenImageTransformer2DModel(**config)
-
-    def latent_channels(self, transformer: nn.Module) -> int:
-        return transformer.config.in_channels // PATCH**2
-
-    def condition_width(self, transformer: nn.Module) -> int:
-        return transformer.config.joint_attention_dim
-
-    def patch(self, transformer: nn.Module) -> int:
-        return PATCH
+    network: ClassVar[str] = "QwenImageTransformer2DModel"
 
     def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
         height, width = x.shape[-2:]
@@ -46,9 +26,6 @@ class QwenImage(Family):
             img_shapes=[(1, height // PATCH, width // PATCH)] * len(x),
             return_dict=False,
         )[0]
-
-    def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
-        return unpack(tokens, channels, height, width)
 
     def lora_targets(self, transformer: nn.Module) -> list[str]:
         last = len(transformer.transformer_blocks) - 1
