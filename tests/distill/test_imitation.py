@@ -17,7 +17,7 @@ from fewstep.distill import (
     teacher_ratio,
 )
 from fewstep.distill.result import draw_times
-from fewstep.flow import TimeShift
+from fewstep.flow import Segments, TimeShift
 from fewstep.policies import GMFlowPolicy, mean_velocity, rollout
 
 SETTINGS = ImitationSettings(nfe=2, final_step_scale=0.5, shift=TimeShift(3.2), loss_scale=1.0)
@@ -161,6 +161,31 @@ def test_the_student_enters_at_the_source_of_the_segment_of_the_drawn_time() -> 
     noise = (policy.x_src - (1 - sigma) * x_0) / sigma
     assert noise.mean().item() == pytest.approx(0.0, abs=0.05)
     assert noise.std().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_student_of_several_counts_enters_at_the_segments_of_each() -> None:
+    several, entered = replace(SETTINGS, nfe=2, more_nfes=(4, 8)), set()
+    for seed in range(8):
+        raw = torch.rand(64, generator=seeded(seed)).clamp(min=1e-3)
+        sources, sizes = several.draw_segments(raw, seeded(seed))
+        assert ((sources >= raw - 1e-6) & (raw >= sources - sizes - 1e-6)).all(), (
+            "its own time is in the segment"
+        )
+        entered |= {(round(float(s), 4), round(float(z), 4)) for s, z in zip(sources, sizes, strict=True)}
+    alone = [Segments(nfe, SETTINGS.final_step_scale).boundaries for nfe in (2, 4, 8)]
+    assert entered == {
+        (round(float(b[i]), 4), round(float(b[i] - b[i + 1]), 4)) for b in alone for i in range(len(b) - 1)
+    }
+
+
+def test_a_student_of_several_counts_walks_each_by_turns() -> None:
+    several = replace(SETTINGS, nfe=2, more_nfes=(4, 8))
+    walked = []
+    for step in range(1, 7):
+        losses = list(imitation_walk(Student(), Teacher(), data(), seeded(step), several.at_step(step)))
+        walked.append(len(losses))
+    assert sorted(walked) == [2, 2, 4, 4, 8, 8]
+    assert walked[:3] == walked[3:]
 
 
 def test_one_seed_one_result() -> None:

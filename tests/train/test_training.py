@@ -197,6 +197,18 @@ def test_a_flux_teacher_is_distilled_with_mixed_trajectories(tiny_data, tiny_flu
     assert pipe("small thing 1", output_type="latent").images[0].isfinite().all()
 
 
+def test_a_student_goes_on_from_another_ones_adapter(uninterrupted, tiny_data, tiny_teacher, home) -> None:
+    first_home, first, weights = uninterrupted
+    start = f"student.start={first_home / first.folder}"
+    with pytest.raises(UserError, match=r"student.start: .* is not an adapter for this base: .*lora_A"):
+        fit(recipe(tiny_data, tiny_teacher, start, "student.lora={rank: 2}"))
+    for workers in (1, 2):  # whole, and sharded
+        still = fit(recipe(tiny_data, tiny_teacher, start, "train.steps=1", "optimizer.rate=1e-9",
+                           f"train.workers={workers}"))  # fmt: skip
+        for name, tensor in exported(still, home).items():
+            torch.testing.assert_close(tensor, weights[name], atol=1e-7, rtol=0, msg=name)
+
+
 def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home) -> None:
     settings = [
         f"data.path={tiny_data}", "data.batch_size=8", "train.steps=30", "train.threads=1",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ class ImitationSettings:
 
     nfe: int = 4
     """Network evaluations of the student, one per segment."""
+    more_nfes: tuple[int, ...] = ()
+    """Further counts of evaluations that the same student learns."""
     final_step_scale: float = 0.5
     """Size of the segment nearest to the data, relative to the others."""
     shift: TimeShift = TEXT_TO_IMAGE_SHIFT
@@ -41,6 +43,26 @@ class ImitationSettings:
     def segments(self) -> Segments:
         """The student's segments of raw time."""
         return Segments(self.nfe, self.final_step_scale)
+
+    def at_step(self, step: int) -> ImitationSettings:
+        """For one count alone, by turns over optimizer steps: all ranks walk through as many segments."""
+        counts = (self.nfe, *self.more_nfes)
+        return replace(self, nfe=counts[step % len(counts)], more_nfes=())
+
+    def draw_segments(self, raw_t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The segments that raw times (B,) fall in, for a count of evaluations drawn per sample.
+
+        Returns:
+            τ_src and the segment's size τ_src − τ_dst, (B,) float32 each.
+        """
+        if not self.more_nfes:
+            return self.segments.containing(raw_t)
+        counts = (self.nfe, *self.more_nfes)
+        found = [Segments(nfe, self.final_step_scale).containing(raw_t) for nfe in counts]
+        drawn = torch.randint(len(counts), (1, len(raw_t)), generator=generator, device=generator.device)
+        drawn = drawn.to(raw_t.device)
+        sources, sizes = (torch.stack(values).gather(0, drawn)[0] for values in zip(*found, strict=True))
+        return sources, sizes
 
 
 def teacher_ratio(step: int, mixing_steps: int) -> float:
@@ -76,7 +98,7 @@ def imitation_loss(
         ratio: the teacher's share of the trajectories (see `teacher_ratio`).
     """
     raw_t = draw_times(len(x_0), generator)
-    raw_src, segment_size = settings.segments.containing(raw_t)
+    raw_src, segment_size = settings.draw_segments(raw_t, generator)
     sigma_src = settings.shift.warp(raw_src).to(x_0.device, non_blocking=True)
     x_src = torch.lerp(x_0, draw_noise(x_0, generator), sigma_src.view(-1, *[1] * (x_0.ndim - 1)))
 
@@ -106,7 +128,7 @@ def imitation_walk(
         teacher: as in `imitation_loss`.
         noise: x at τ = 1, (B, C, H, W).
         generator: source of dropout and visited times.
-        settings: segments, window, scale.
+        settings: segments (of `nfe` alone), window, scale.
         ratio: the teacher's share of the trajectories within segments; from one to the next the student leads.
     """
     x, batch = noise, len(noise)

@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from fewstep.errors import UserError
 from fewstep.models.family import Family
 from fewstep.models.heads import DXSettings, GMFlowSettings, PolicySettings
 from fewstep.models.network import LoRASettings, PolicyNetwork
+from fewstep.models.sharded import fill
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
@@ -84,6 +84,28 @@ def load_adapter(transformer: nn.Module, family: Family, folder: Path) -> Policy
     settings = _policy_settings(config, policy)
     full = any(name in state for name, _ in transformer.named_parameters() if not name.startswith(OUTPUT))
     network = PolicyNetwork(transformer, family, settings, _lora_settings(state), full=full)
+    fill_adapter(network, folder)
+    return network
+
+
+def fill_adapter(network: PolicyNetwork, folder: Path) -> None:
+    """Give a student, sharded or not, an adapter's weights.
+
+    Raises:
+        UserError: as `check_adapter`.
+    """
+    state = check_adapter(network, folder)
+    for name, parameter in network.trainable().items():
+        fill(parameter, state[_published(name)])
+
+
+def check_adapter(network: PolicyNetwork, folder: Path) -> dict[str, Tensor]:
+    """An adapter's weights by their published names, once it is known that they are a student's.
+
+    Raises:
+        UserError: no adapter there, or one for another base, rank or head; what does not fit is listed.
+    """
+    _, _, state = read_adapter(folder)
     own = {_published(name): parameter for name, parameter in network.trainable().items()}
     misfits = [f"{name} (not in the base)" for name in state if name not in own]
     misfits += [f"{name} (missing)" for name in own if name not in state]
@@ -95,10 +117,7 @@ def load_adapter(transformer: nn.Module, family: Family, folder: Path) -> Policy
     if misfits:
         more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise UserError(f"{folder} is not an adapter for this base: {', '.join(misfits[:5])}{more}.")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
-    return network
+    return state
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:

@@ -7,6 +7,7 @@ one: see `own.py`, whose defaults fit any network that maps (x, t, conditioning)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -20,6 +21,13 @@ class Family(Protocol):
     def load(self, path: str) -> nn.Module:
         """The pretrained network from a diffusers folder or hub id, in float32."""
         ...
+
+    def skeleton(self, path: str) -> tuple[nn.Module, Path | None]:
+        """The network with its parameters on the meta device, and the folder of safetensors that has them by name.
+
+        So that every rank reads its own shards alone. Where only `load` can read them: what it gives, and None.
+        """
+        return self.load(path), None
 
     def build(self, config: dict[str, Any]) -> nn.Module:
         """A new network with random weights, from the keyword arguments of its class."""

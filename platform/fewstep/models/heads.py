@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from fewstep.flow import TimeShift
+from fewstep.models.sharded import fill, whole
 from fewstep.policies import DXPolicy, GMFlowPolicy, Policy
 
 Unpack = Callable[[Tensor, int], Tensor]
@@ -100,21 +101,27 @@ class GMFlowHead(nn.Module):
         """Width of the packed output: means, log-weights, and the sample's log-std on every token."""
         return self.components * (self.channels + 1) * self.area + 1
 
-    @torch.no_grad()
-    def grow(self, proj_out: nn.Linear, generator: torch.Generator) -> None:
-        """Initialise from the teacher: at step 0 the policy moves like one teacher Euler step."""
+    def grow(self, norm_out: nn.Module, proj_out: nn.Linear, generator: torch.Generator) -> None:
+        """Initialise from the teacher: at step 0 the policy moves like one teacher Euler step.
+
+        All parameters, its and these, may be sharded; all ranks must ask together.
+        """
+        _copy(norm_out, self.norm_out)
+        weight, bias = whole(proj_out.weight), _bias(proj_out)
         noise = torch.randn(self.components, self.channels, 1, generator=generator) * BIAS_NOISE_STD
-        bias = _bias(proj_out).view(1, self.channels, self.area) + noise.to(proj_out.weight)
-        self.proj_out_means.weight.copy_(proj_out.weight.repeat(self.components, 1))
-        self.proj_out_means.bias.copy_(bias.flatten())
+        fill(self.proj_out_means.weight, weight.repeat(self.components, 1))
+        fill(
+            self.proj_out_means.bias,
+            (bias.view(1, self.channels, self.area) + noise.to(bias)).flatten(),
+        )
         for layer in (self.proj_out_logweights, self.proj_out_logstds[3]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.proj_out_logstds[3].bias.fill_(math.log(INITIAL_STD))
+            fill(layer.weight, torch.zeros(layer.weight.shape))
+            fill(layer.bias, torch.zeros(layer.bias.shape))
+        fill(self.proj_out_logstds[3].bias, torch.tensor([math.log(INITIAL_STD)]))
         hidden = self.proj_out_logstds[1]
         bound = 1 / math.sqrt(hidden.in_features)
         for parameter in (hidden.weight, hidden.bias):
-            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+            fill(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
     def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
         """(B, L, D), (B, D) → (B, L, features)."""
@@ -163,15 +170,16 @@ class DXHead(nn.Module):
         """Width of the packed output."""
         return self.proj_out.out_features
 
-    @torch.no_grad()
-    def grow(self, proj_out: nn.Linear, generator: torch.Generator) -> None:
+    def grow(self, norm_out: nn.Module, proj_out: nn.Linear, generator: torch.Generator) -> None:
         """Initialise from the teacher: grid, N copies; polynomial, a copy for order 0 and zeros above."""
+        _copy(norm_out, self.norm_out)
         points = self.settings.points
-        self.proj_out.weight.copy_(proj_out.weight.repeat(points, 1))
-        self.proj_out.bias.copy_(_bias(proj_out).repeat(points))
+        weight, bias = whole(proj_out.weight).repeat(points, 1), _bias(proj_out).repeat(points)
         if self.settings.mode == "polynomial":
-            self.proj_out.weight[proj_out.out_features :].zero_()
-            self.proj_out.bias[proj_out.out_features :].zero_()
+            weight[proj_out.out_features :] = 0
+            bias[proj_out.out_features :] = 0
+        fill(self.proj_out.weight, weight)
+        fill(self.proj_out.bias, bias)
 
     def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
         """(B, L, D), (B, D) → (B, L, features)."""
@@ -191,8 +199,13 @@ class DXHead(nn.Module):
 
 
 def _bias(proj_out: nn.Linear) -> Tensor:
-    """The projection's bias; zeros where a teacher, such as FLUX.2, has none."""
-    return proj_out.weight.new_zeros(proj_out.out_features) if proj_out.bias is None else proj_out.bias
+    """The projection's whole bias; zeros where a teacher, such as FLUX.2, has none."""
+    return torch.zeros(proj_out.out_features) if proj_out.bias is None else whole(proj_out.bias)
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    for theirs, own in zip(source.parameters(), target.parameters(), strict=True):
+        fill(own, whole(theirs))
 
 
 PolicyHead = GMFlowHead | DXHead

@@ -8,8 +8,10 @@ of whom all weights are trained has a frozen copy of them beside it for its teac
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from fewstep.errors import UserError
 from fewstep.flow import GuidanceInterval, guided_velocity
 from fewstep.models.family import Family
 from fewstep.models.heads import PolicyHead, PolicySettings, build_head
+from fewstep.models.pretrained import read_weights
+from fewstep.models.sharded import fill
 from fewstep.policies import Policy
 
 
@@ -83,14 +87,15 @@ class PolicyNetwork(nn.Module):
         full: bool = False,
     ) -> None:
         super().__init__()
-        self.family, self.policy_settings, self.lora_settings = family, policy, lora
+        self.family, self.policy_settings, self.lora_settings, self.seed = family, policy, lora, seed
         self.channels = family.latent_channels(transformer)
         transformer.requires_grad_(False).eval()
+        base = dict(transformer.named_parameters())
         self.teacher = copy.deepcopy(transformer) if full else None
         norm_out, proj_out = transformer.norm_out, transformer.proj_out
         head = build_head(norm_out, proj_out, self.channels, policy).requires_grad_(True)
         if lora is not None:
-            _add_adapters(transformer, family, lora, seed)
+            _add_adapters(transformer, family, lora)
         transformer.norm_out = _SwitchedNorm(nn.Identity() if full else norm_out, head)
         transformer.proj_out = _SwitchedProjection(nn.Identity() if full else proj_out)
         if full:
@@ -98,8 +103,10 @@ class PolicyNetwork(nn.Module):
             for name in family.unused_parameters(transformer):
                 transformer.get_parameter(name).requires_grad_(False)
         self.transformer = transformer
+        here = {id(parameter): name for name, parameter in self.named_parameters()}
+        self._base = {name: here[id(parameter)] for name, parameter in base.items() if id(parameter) in here}
         if not proj_out.weight.is_meta:
-            head.grow(proj_out, torch.Generator().manual_seed(seed))
+            self._begin()
         self.train()
 
     @property
@@ -123,6 +130,43 @@ class PolicyNetwork(nn.Module):
         for layer in self._adapted_layers:
             layer.lora_dropout.train(mode)
         return self
+
+    def fill(self, weights: Path, device: torch.device) -> None:
+        """Give a network that was built on the meta device its values: the teacher's, and the student's first ones.
+
+        May be sharded by then; each rank reads its own rows of each weight, and all must ask together.
+
+        Args:
+            weights: the teacher's folder of safetensors.
+            device: where the values go.
+
+        Raises:
+            ValueError: the folder lacks a parameter, or has another shape of it.
+        """
+        computed = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        self.to_empty(device=device)
+        for name, buffer in self.named_buffers():
+            buffer.copy_(computed[name])
+        read_weights({name: self.get_parameter(here) for name, here in self._base.items()}, weights)
+        if self.teacher is not None:
+            read_weights(dict(self.teacher.named_parameters()), weights)
+        self._begin()
+
+    def _begin(self) -> None:
+        """The student's first values: adapters that change nothing, a head that moves as the teacher does."""
+        generator = torch.Generator().manual_seed(self.seed)
+        end = self.transformer if self.teacher is None else self.teacher
+        norm_out, proj_out = end.norm_out, end.proj_out
+        if self.teacher is None:
+            norm_out, proj_out = norm_out.teacher, proj_out.teacher
+        self.head.grow(norm_out, proj_out, generator)
+        for layer in self._adapted_layers:
+            for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+                drawn = nn.init.kaiming_uniform_(
+                    torch.empty(down.weight.shape), a=math.sqrt(5), generator=generator
+                )
+                fill(down.weight, drawn)
+                fill(up.weight, torch.zeros(up.weight.shape))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Any, *, student: bool) -> Tensor:
         """Packed output `(B, L, features)` of the head (student) or of the base (teacher).
@@ -233,7 +277,7 @@ class GuidedTeacher:
         return None if inside.all() else inside.nonzero().flatten()
 
 
-def _add_adapters(transformer: nn.Module, family: Family, settings: LoRASettings, seed: int) -> None:
+def _add_adapters(transformer: nn.Module, family: Family, settings: LoRASettings) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     from fewstep.models.lora import FoldedLoRALinear
@@ -243,8 +287,7 @@ def _add_adapters(transformer: nn.Module, family: Family, settings: LoRASettings
         r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.dropout, target_modules=targets
     )
     config._register_custom_module({nn.Linear: FoldedLoRALinear})
-    with torch.random.fork_rng():  # peft draws lora_A from torch's global generator
-        torch.manual_seed(seed)
+    with torch.random.fork_rng():  # peft draws adapters from torch's global generator; `_begin` has its own
         inject_adapter_in_model(config, transformer)
 
 

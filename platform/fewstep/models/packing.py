@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fewstep.models.family import Family
-from fewstep.models.pretrained import from_pretrained
+from fewstep.models.pretrained import from_pretrained, skeleton
 
 PATCH = 2
 """Side of a patch in latent cells."""
@@ -35,10 +36,16 @@ class PackedTransformer(Family):
     """Its class in diffusers."""
 
     def load(self, path: str) -> nn.Module:
-        return from_pretrained(getattr(import_module("diffusers"), self.network), path)
+        return from_pretrained(self._class(), path)
+
+    def skeleton(self, path: str) -> tuple[nn.Module, Path]:
+        return skeleton(self._class(), path)
 
     def build(self, config: dict[str, Any]) -> nn.Module:
-        return getattr(import_module("diffusers"), self.network)(**config)
+        return self._class()(**config)
+
+    def _class(self) -> type[Any]:
+        return getattr(import_module("diffusers"), self.network)
 
     def latent_channels(self, transformer: nn.Module) -> int:
         return transformer.config.in_channels // PATCH**2

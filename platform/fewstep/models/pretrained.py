@@ -1,24 +1,70 @@
-"""Networks from diffusers folders and hub repositories."""
+"""Networks from diffusers folders and hub repositories: at once, or first without weights, which shards then read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*")
+"""What is fetched of a hub repository: a network's own files, or those of a pipeline's transformer."""
+
+
+def network_folder(path: str) -> Path:
+    """The folder of a network's own files.
+
+    Args:
+        path: folder or hub id of the network itself, or of a pipeline, whose `transformer` it then is. A hub id's files
+            are fetched into the hub's local cache, once per machine.
+
+    Raises:
+        OSError: neither has a `config.json`, or the hub can't be reached.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(path, allow_patterns=list(PARTS)))
+    for candidate in (folder, folder / "transformer"):
+        if (candidate / "config.json").exists():
+            return candidate
+    raise OSError(f"{path} has no config.json, and no transformer/config.json")
 
 
 def from_pretrained(kind: type[Any], path: str) -> nn.Module:
-    """A diffusers network in float32.
+    """A diffusers network of class `kind` in float32; `path` as for `network_folder`."""
+    return kind.from_pretrained(network_folder(path), torch_dtype=torch.float32)
+
+
+def skeleton(kind: type[Any], path: str) -> tuple[nn.Module, Path]:
+    """A diffusers network whose parameters are on the meta device, and the folder of its weights.
+
+    Only parameters are: tables that a constructor computes (rotary frequencies) are there.
+    """
+    from accelerate import init_empty_weights
+
+    folder = network_folder(path)
+    with init_empty_weights(include_buffers=False):
+        return kind.from_config(kind.load_config(folder)), folder
+
+
+def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill parameters in place from a folder's safetensors; of a sharded one each rank reads its own rows only.
 
     Args:
-        kind: its class.
-        path: folder or hub id of the network itself, or of a pipeline, whose `transformer` it then is.
+        parameters: by their names in the files; tensors or DTensors of any float type. All ranks must ask together.
+        folder: one or several `*.safetensors`.
+
+    Raises:
+        ValueError: a parameter is missing there, or has another shape.
     """
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
-        return kind.from_pretrained(path, torch_dtype=torch.float32)
-    except OSError as error:
-        try:
-            return kind.from_pretrained(path, subfolder="transformer", torch_dtype=torch.float32)
-        except OSError:
-            raise error from None
+        dcp.load(dict(parameters), storage_reader=reader)
+    except dcp.api.CheckpointException as error:
+        [(rank, (cause, _)), *_] = error.failures.items()
+        raise ValueError(f"{folder}: {cause} (rank {rank})") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,39 @@ def load_teacher(
         UserError: the folder or hub id holds no such model, or one that wants a guidance scale and has none, or
             the other way round.
     """
-    known, location = get_family(family), locate(path)
+    with _refusing(path, family):
+        transformer = get_family(family).load(locate(path))
+    known = told_guidance(get_family(family), transformer, embedded_guidance, path)
+    return transformer, known, reference_to(path, family)
+
+
+def open_teacher(
+    path: str, family: str, embedded_guidance: float | None = None
+) -> tuple[nn.Module, Family, Path | None]:
+    """Like `load_teacher`, but with the parameters on the meta device, where the family can.
+
+    Returns:
+        the network, its family, and the folder that `read_weights` fills it from; None if it is filled already.
+    """
+    with _refusing(path, family):
+        transformer, weights = get_family(family).skeleton(locate(path))
+    return transformer, told_guidance(get_family(family), transformer, embedded_guidance, path), weights
+
+
+def reference_to(path: str, family: str) -> TeacherReference:
+    """The exact name of a teacher's weights as they are now."""
+    return TeacherReference(path, family, _weights_hash(locate(path)))
+
+
+@contextmanager
+def _refusing(path: str, family: str) -> Iterator[None]:
     try:
-        transformer = known.load(location)
+        yield
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
             f"teacher.path: {path!r} holds no {family} model that can be loaded ({first})."
         ) from error
-    known = told_guidance(known, transformer, embedded_guidance, path)
-    return transformer, known, TeacherReference(path, family, _weights_hash(location))
 
 
 def read_card(path: str) -> TeacherCard | None:

@@ -23,7 +23,7 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.network import GuidedTeacher, PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import load_teacher, read_card
+from fewstep.models.teacher import load_teacher, open_teacher, read_card, reference_to
 from fewstep.policies import Policy
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
@@ -51,6 +51,10 @@ class Objective(Protocol):
         """Latents (B, C, H, W) for sample grids."""
         ...
 
+    def read_weights(self, device: torch.device) -> None:
+        """Give the sharded model the values that it was built without, if it was; all ranks together."""
+        ...
+
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the trained model, with `weights` (name → full tensor) for its parameters."""
         ...
@@ -63,27 +67,37 @@ class Distillation:
         recipe: what to train.
         null: token states (1, L, D) of the empty caption, for guidance.
         device: where the model lives.
+        sharded: whether FSDP will shard the model. It then is built without weights, which `read_weights` gives each
+            rank its part of: no rank ever holds a whole copy.
     """
 
-    def __init__(self, recipe: DistillRecipe, null: TextConditioning, device: torch.device) -> None:
-        transformer, self.family, self.reference = load_teacher(
-            recipe.teacher.path, recipe.teacher.family, recipe.teacher.embedded_guidance
-        )
+    def __init__(
+        self, recipe: DistillRecipe, null: TextConditioning, device: torch.device, sharded: bool = False
+    ) -> None:
         self.recipe, imitation = recipe, recipe.imitation
-        student = recipe.student
+        student, teacher = recipe.student, recipe.teacher
+        named = teacher.path, teacher.family, teacher.embedded_guidance
+        self._weights: Path | None = None
+        if sharded:
+            transformer, self.family, self._weights = open_teacher(*named)
+        else:
+            transformer, self.family, _ = load_teacher(*named)
         self.model = PolicyNetwork(
             transformer, self.family, student.policy, student.lora, recipe.train.seed, student.full
-        ).to(device)
+        )
+        if not sharded:
+            self.model.to(device)  # FSDP moves block after block; the whole may not fit
         self.transformer = self.model.transformer
         self.teacher = GuidedTeacher(
             self.model,
             null.to(device),
-            recipe.teacher.guidance,
-            recipe.teacher.guidance_interval,
-            recipe.teacher.orthogonal,
+            teacher.guidance,
+            teacher.guidance_interval,
+            teacher.orthogonal,
         )
         self.settings = ImitationSettings(
             nfe=imitation.nfe,
+            more_nfes=imitation.more_nfes,
             final_step_scale=imitation.final_step_scale,
             shift=TimeShift(imitation.shift),
             intermediate_states=imitation.intermediate_states,
@@ -95,6 +109,15 @@ class Distillation:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.model.trainable()
+
+    def read_weights(self, device: torch.device) -> None:
+        if self._weights is not None:
+            self.model.fill(self._weights, device)
+        if (start := self.recipe.student.start) is not None:
+            from fewstep.export.adapter import fill_adapter
+            from fewstep.export.pipeline import student_folder
+
+            fill_adapter(self.model, student_folder(start, self.recipe.tracking.uri))
 
     def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
         ratio = teacher_ratio(step, self.recipe.imitation.mixing_steps)
@@ -108,7 +131,7 @@ class Distillation:
         if self.recipe.imitation.data_free:
             device = batch.conditioning.states.device
             noise = gaussian_noise((len(batch), *batch.shape), generator, device)
-            yield from imitation_walk(student, teacher, noise, generator, self.settings, ratio)
+            yield from imitation_walk(student, teacher, noise, generator, self.settings.at_step(step), ratio)
         else:
             yield imitation_loss(student, teacher, batch.latent, generator, self.settings, ratio)
 
@@ -129,7 +152,7 @@ class Distillation:
         recipe, imitation, teacher = self.recipe, self.recipe.imitation, read_card(self.recipe.teacher.path)
         info = DatasetInfo.open(recipe.data.path)
         card = StudentCard(
-            teacher=self.reference,
+            teacher=reference_to(recipe.teacher.path, recipe.teacher.family),
             text_encoder=info.encoding.text_encoder,
             autoencoder=info.encoding.autoencoder,
             latent_shape=next(iter(info.buckets("train"))),
@@ -170,6 +193,9 @@ class FlowMatching:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def read_weights(self, device: torch.device) -> None:
+        """Nothing: its networks are small enough to be built whole on every rank."""
 
     def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
         draw = torch.rand(len(batch), generator=generator, device=generator.device)
@@ -224,8 +250,12 @@ class _VelocityNetwork(nn.Module):
 
 
 def build_objective(
-    recipe: DistillRecipe | TeacherRecipe, null: TextConditioning, device: torch.device
+    recipe: DistillRecipe | TeacherRecipe,
+    null: TextConditioning,
+    device: torch.device,
+    sharded: bool = False,
 ) -> Objective:
-    """The objective that a recipe describes."""
-    kind = Distillation if isinstance(recipe, DistillRecipe) else FlowMatching
-    return kind(recipe, null, device)
+    """The objective that a recipe describes. Arguments as for `Distillation`."""
+    if isinstance(recipe, DistillRecipe):
+        return Distillation(recipe, null, device, sharded)
+    return FlowMatching(recipe, null, device)

@@ -12,13 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.overrides import TorchFunctionMode
 
 from fewstep.train.objectives import Objective
 from fewstep.train.recipe import TrainSection
+
+
+def is_sharded(settings: TrainSection, world_size: int) -> bool:
+    """Whether FSDP shards the model: not with whole replicas, and not for a lone CPU worker."""
+    return settings.parallel == "fsdp" and (world_size > 1 or settings.gpu)
 
 
 def shard(objective: Objective, settings: TrainSection, world_size: int) -> None:
@@ -37,7 +41,7 @@ def shard(objective: Objective, settings: TrainSection, world_size: int) -> None
     elif settings.precision == "bfloat16":
         for transformer in objective.model.transformers():
             transformer.forward = _bfloat16_products(transformer.forward, "cuda" if settings.gpu else "cpu")
-    if settings.parallel == "ddp" or (world_size == 1 and not settings.gpu):
+    if not is_sharded(settings, world_size):
         return
     mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
     # One worker has nothing to gather: it keeps the weights whole between uses.
@@ -67,12 +71,6 @@ def drop_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a possibly sharded tensor, on the CPU; all ranks must ask together."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def cpu_has_bfloat16() -> bool:

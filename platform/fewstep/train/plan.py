@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -213,7 +214,8 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
         if train.activation_checkpointing:
             raise
 
-    segments = recipe.imitation.nfe if recipe.imitation.data_free else 1
+    counts = (recipe.imitation.nfe, *recipe.imitation.more_nfes)
+    segments = statistics.fmean(counts) if recipe.imitation.data_free else 1
     times = train.accumulate * machine.gpus * segments
     width = network.family.condition_width(network.transformer)
     captions = _captions(recipe)

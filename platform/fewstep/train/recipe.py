@@ -61,6 +61,10 @@ class StudentSection(Section):
     """Train all weights beside a frozen copy of the teacher (the paper's ImageNet students), with lora null; otherwise
     head and adapters alone."""
 
+    start: str | None = None
+    """A student to go on from, instead of from the teacher itself: a student's folder, `models:/name@alias`, or a
+    published adapter's folder, with the head and the adapters that are described here."""
+
     @model_validator(mode="after")
     def _adapters_or_all(self) -> StudentSection:
         if self.full and self.lora is not None:
@@ -78,6 +82,9 @@ class ImitationSection(Section):
     from noised data (Algorithm 2). One sample of a batch then is one walk: nfe segments instead of one."""
     nfe: int = Field(4, ge=1)
     """Network evaluations of the student."""
+    more_nfes: tuple[int, ...] = ()
+    """Further counts of evaluations that the same student learns, so that one model serves 2 to 8 steps. One of all
+    counts is drawn per sample; with data_free they take turns over the steps."""
     final_step_scale: float = Field(0.5, gt=0, le=1)
     """Size of the last segment relative to the others."""
     shift: float = Field(2.0, gt=0)

@@ -22,8 +22,9 @@ from fewstep.data.stream import read_split
 from fewstep.errors import UserError
 from fewstep.models.family import Family
 from fewstep.models.family_code import code_of, use_module
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import load_teacher
+from fewstep.models.teacher import open_teacher
 from fewstep.train.parallel import cpu_has_bfloat16
 from fewstep.train.recipe import (
     EMOJI_DATA,
@@ -72,9 +73,10 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
     _check_precision(recipe.train)
     if isinstance(recipe, DistillRecipe):
         teacher = recipe.teacher
-        transformer, family, _ = load_teacher(teacher.path, teacher.family, teacher.embedded_guidance)
+        transformer, family, _ = open_teacher(teacher.path, teacher.family, teacher.embedded_guidance)
         _check_fit(info, shape, transformer, family, teacher.path)
         _check_pooled(info, transformer, teacher.path)
+        _check_start(recipe, transformer, family)
         info.buckets("held_out")
     else:
         network = recipe.network
@@ -83,11 +85,26 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
             with torch.device("meta"):
                 transformer = family.build(network.config)
         else:
-            transformer, family, _ = load_teacher(network.start, network.family)
+            transformer, family, _ = open_teacher(network.start, network.family)
         _check_fit(info, shape, transformer, family, network.start or network.family)
     check_reachable(recipe.tracking.uri)
     _check_cluster(recipe.train)
     return info
+
+
+def _check_start(recipe: DistillRecipe, transformer: nn.Module, family: Family) -> None:
+    """Refuse a student to go on from that has another head, other adapters, or another base."""
+    from fewstep.export.adapter import check_adapter
+    from fewstep.export.pipeline import student_folder
+
+    student = recipe.student
+    if student.start is None:
+        return
+    network = PolicyNetwork(transformer, family, student.policy, student.lora, full=student.full)
+    try:
+        check_adapter(network, student_folder(student.start, recipe.tracking.uri))
+    except UserError as error:
+        raise UserError(f"student.start: {error}") from None
 
 
 def open_data(section: DataSection) -> DatasetInfo:

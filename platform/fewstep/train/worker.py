@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fewstep.data.stream import Batch, ShardStream
 from fewstep.distill import PowerEMA
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family_code import FamilyCode
+from fewstep.models.sharded import whole
 from fewstep.train import checkpoint as ckpt
 from fewstep.train.objectives import Objective, build_objective
-from fewstep.train.parallel import average_gradients, drop_gathered, full, shard
+from fewstep.train.parallel import average_gradients, drop_gathered, is_sharded, shard
 from fewstep.train.progress import Meter, progress_line
 from fewstep.train.recipe import DistillRecipe, OptimizerSection, TeacherRecipe
 
@@ -65,8 +65,9 @@ def train_worker(job: WorkerJob) -> str | None:
     # Model, optimizer, average
     if job.code is not None:
         job.code.use()
-    objective = build_objective(recipe, job.null, device)
+    objective = build_objective(recipe, job.null, device, is_sharded(settings, world_size))
     shard(objective, settings, world_size)
+    objective.read_weights(device)
     parameters = objective.parameters()
     optimizer = build_optimizer(parameters, recipe.optimizer)
     average = PowerEMA(parameters, recipe.optimizer.ema_gamma)
@@ -139,7 +140,7 @@ def train_worker(job: WorkerJob) -> str | None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(step)
-        meter.norm(full_scalar(norm))
+        meter.norm(whole(norm))
 
         # Now and then: progress and metrics (the one place where the host waits for the device)
         save = step % settings.checkpoint_every == 0 or step == settings.steps
@@ -166,7 +167,7 @@ def train_worker(job: WorkerJob) -> str | None:
             pending = None
 
     # The end: the trained model goes into the last checkpoint
-    weights = {name: full(tensor) for name, tensor in average.state_dict().items()}
+    weights = {name: whole(tensor).cpu() for name, tensor in average.state_dict().items()}
     if pending is None:  # resumed from a checkpoint of the very last step
         pending = begin_save(settings.steps, batches, {})
     if rank == 0:
@@ -219,11 +220,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     latent = None if batch.latent is None else batch.latent.to(device, non_blocking=True)
     return replace(batch, latent=latent, conditioning=batch.conditioning.to(device))
-
-
-def full_scalar(norm: Tensor) -> Tensor:
-    """A gradient norm as a plain tensor (FSDP's is sharded)."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 @torch.no_grad()
