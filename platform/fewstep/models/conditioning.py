@@ -52,8 +52,11 @@ class TextConditioning:
         share = self.mask / self.mask.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("bl,bld->bd", share.to(self.states.dtype), self.states)
 
-    def to(self, device: torch.device | str) -> TextConditioning:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditioning:
+        """Move, and change the type of all but the mask, without waiting."""
+        return self._each(
+            lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+        )
 
     def expand(self, batch: int) -> TextConditioning:
         """Repeat a single condition (B = 1), such as the null condition, for a whole batch."""

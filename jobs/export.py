@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Write a distilled student as a folder that diffusers loads as a pipeline."""
+
+import argparse
+from pathlib import Path
+
+from fewstep.cli import run_job
+
+EPILOG = """\
+The folder holds the transformer, with the student's adapters merged into it, in diffusers' own class, and the head:
+
+  pipe = diffusers.DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+  pipe("red heart, noto style", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
+  pipe.load_lora_weights(STYLE)          # a style LoRA of the same base, on top
+
+fewstep must be installed where it is loaded; `trust_remote_code` lets diffusers run the two lines that import it.
+
+examples
+  jobs/export.py --out emoji                                     the bundled student
+  jobs/export.py --model models:/emoji-4step@champion --out emoji --dtype bfloat16"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="emoji-student",
+        help="a registered model (models:/name@alias), an exported folder, or the bundled emoji-student (default)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+        help="of the transformer's weights on disk; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"
+    )
+    options = parser.parse_args()
+
+    import torch
+
+    from fewstep.export import FewStepPipeline
+    from fewstep.export.diffusers import save_diffusers
+
+    student = FewStepPipeline.from_pretrained(options.model, tracking_uri=options.tracking_uri)
+    save_diffusers(student, options.out, getattr(torch, options.dtype))
+    print(options.out.absolute())
+
+
+if __name__ == "__main__":
+    run_job(main)
