@@ -10,9 +10,9 @@
     transformer/                      diffusers' own class: the teacher with the student's adapters merged into it
     head/                             the policy head, and the student's card
 
-The transformer is a plain one: whatever diffusers or peft can do with it (style LoRAs, `torch.compile`) they can do here.
-The head, which stays in float32, takes what reaches the transformer's last norm; what that norm and the projection after
-it make of it is not looked at.
+The transformer is a plain one: whatever diffusers or peft can do with it (style LoRAs, `torch.compile`) they can do
+here. The head stays in float32. It takes what reaches the transformer's last norm; what that norm and the projection
+after it make of it is not looked at.
 """
 
 from __future__ import annotations
