@@ -35,6 +35,10 @@ def shard(objective: Objective, settings: TrainSection, world_size: int) -> None
     """
     if settings.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
+    blocks = [b for network in objective.model.transformers() for b in objective.family.blocks(network)]
+    if settings.compile is not None:
+        for block in blocks:  # and not the whole: gathering weights between blocks breaks its graph anyway
+            block.compile(backend=settings.compile)
     precision = MixedPrecisionPolicy()
     if settings.precision == "bfloat16" and settings.gpu and settings.parallel == "fsdp":
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -46,7 +50,6 @@ def shard(objective: Objective, settings: TrainSection, world_size: int) -> None
     mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
     # One worker has nothing to gather: it keeps the weights whole between uses.
     reshard = world_size > 1
-    blocks = [b for network in objective.model.transformers() for b in objective.family.blocks(network)]
     for module in (*blocks, objective.model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
 

@@ -187,6 +187,8 @@ class TrainSection(Section):
     multiplies it in hardware (AVX512-BF16, AMX)."""
     activation_checkpointing: bool = False
     """Recompute blocks in backward instead of keeping their activations."""
+    compile: Literal["inductor", "aot_eager"] | None = None
+    """Compile transformer blocks with this backend of torch.compile (inductor, on GPUs); null runs them as they are."""
     checkpoint_every: int = Field(250, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
