@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fewstep.data.encoder import CaptionEncoder
 from fewstep.errors import UserError
+from fewstep.models.conditioning import TextConditioning
 
 MINILM = "minilm"
 """The text encoder that comes as a package: all-MiniLM-L6-v2, 22.7M parameters, D = 384, Apache-2.0."""
@@ -103,9 +104,7 @@ class TextEncoder(CaptionEncoder):
         Raises:
             UserError: names the first such caption, its length and the limit.
         """
-        for caption, count in zip(captions, self.token_counts(captions), strict=True):
-            if count > self.max_tokens:
-                raise UserError(self.too_long(caption, count))
+        self._check_lengths(captions, self._tokenize(captions))
 
     def too_long(self, caption: str, count: int) -> str:
         """The sentence about a caption of `count` tokens."""
@@ -120,30 +119,50 @@ class TextEncoder(CaptionEncoder):
             UserError: a caption is longer than `max_tokens`.
         """
         ids = self._tokenize(captions)
+        self._check_lengths(captions, ids)
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, tokens in enumerate(ids):
-            if len(tokens) > self.max_tokens:
-                raise UserError(self.too_long(captions[index], len(tokens)))
             by_length[len(tokens)].append(index)
         states: list[Tensor] = [torch.empty(0)] * len(ids)
         for indices in by_length.values():
             for start in range(0, len(indices), GROUP):
                 group = indices[start : start + GROUP]
-                encoded = self._states(torch.tensor([ids[index] for index in group]))
-                for index, state in zip(group, encoded, strict=True):
+                together = torch.tensor([ids[index] for index in group])
+                # Matrix products of few rows take other kernels, with other last digits: short groups are repeated.
+                encoded = self._states(together.repeat(-(-LEAST_TOKENS // together.numel()), 1))
+                for index, state in zip(group, encoded[: len(group)], strict=True):
                     states[index] = state
         return states
+
+    @torch.no_grad()
+    def each(self, captions: Sequence[str]) -> list[TextConditioning]:
+        """Every caption as a batch of its own; on a CPU also computed by itself, 2.4 times as fast for a lone one.
+
+        Raises:
+            UserError: a caption is longer than `max_tokens`.
+        """
+        if self._model.device.type != "cpu":
+            return super().each(captions)
+        ids = self._tokenize(captions)
+        self._check_lengths(captions, ids)
+        return [TextConditioning.collate([self._states(torch.tensor([tokens]))[0]]) for tokens in ids]
+
+    def conditioning(self, captions: Sequence[str]) -> TextConditioning:
+        return TextConditioning.join(self.each(captions))
+
+    def _check_lengths(self, captions: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+        for caption, tokens in zip(captions, ids, strict=True):
+            if len(tokens) > self.max_tokens:
+                raise UserError(self.too_long(caption, len(tokens)))
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
 
     def _states(self, ids: Tensor) -> Tensor:
         """(B, L) token ids of equal length → (B, L, D)."""
-        count = len(ids)
-        # Matrix products of few rows take other kernels, with other last digits: short groups are repeated.
-        ids = ids.repeat(-(-LEAST_TOKENS // ids.numel()), 1).to(self._model.device)
+        ids = ids.to(self._model.device)
         states = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return states[:count].half().float().cpu()
+        return states.half().float().cpu()
 
 
 def token_dim(name: str) -> int:
