@@ -48,3 +48,23 @@ def test_a_switched_off_adapter_is_the_base_to_the_bit() -> None:
 )
 def test_narrow_layers_without_dropout_are_folded(width: int, rank: int, dropout: float, folds: bool) -> None:
     assert adapted(width, rank, dropout)._folds() is folds
+
+
+def test_weights_folded_once_give_the_very_same_output() -> None:
+    from fewstep.export import FewStepPipeline
+    from fewstep.export.adapter import load_adapter
+    from fewstep.export.pipeline import student_folder
+    from fewstep.models.lora import FOLDED
+    from fewstep.models.teacher import load_teacher
+
+    transformer, family, _ = load_teacher("emoji", "qwen_image")
+    network = load_adapter(transformer, family, student_folder("emoji-student")).eval()
+    pipe = FewStepPipeline.from_pretrained("emoji-student")
+    assert any(name.endswith(f".{FOLDED}") for name, _ in pipe.network.named_buffers())
+    assert pipe.network.state_dict().keys() == network.state_dict().keys()
+    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
+    conditioning = pipe.encode(["red heart, noto style", "owl, fluent style"])
+    for student in (True, False):
+        with torch.no_grad():
+            expected = network(x, t, conditioning, student=student)
+            assert torch.equal(pipe.network(x, t, conditioning, student=student), expected)

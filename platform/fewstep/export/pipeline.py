@@ -124,6 +124,8 @@ class FewStepPipeline:
     def __init__(self, network: PolicyNetwork, card: StudentCard, device: torch.device | str = "cpu") -> None:
         self.card, self.device = card, torch.device(device)
         self.network = network.to(self.device).eval().requires_grad_(False)
+        if isinstance(network, PolicyNetwork):
+            network.keep_folded()
 
     # Encoder, autoencoder and teacher load when they are first used: a server may run them elsewhere, or never.
 

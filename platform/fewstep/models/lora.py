@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+FOLDED = "folded"
+"""Name of the buffer that holds a folded weight."""
 
 
 class FoldedLoRALinear(Linear):
@@ -20,8 +24,21 @@ class FoldedLoRALinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or not self._folds():
             return super().forward(x, *args, **kwargs)
-        base, [adapter] = self.get_base_layer(), self.active_adapters
-        return F.linear(x, base.weight + self.get_delta_weight(adapter), base.bias)
+        folded = self._buffers.get(FOLDED)
+        return F.linear(x, self._fold() if folded is None else folded, self.get_base_layer().bias)
+
+    @torch.no_grad()
+    def keep_folded(self) -> None:
+        """Fold once and for all, where neither weight nor adapter changes any more; layers too wide to fold stay.
+
+        Generating with one sample, folding at each call is a third of the time.
+        """
+        if self._folds():
+            self.register_buffer(FOLDED, self._fold(), persistent=False)
+
+    def _fold(self) -> Tensor:
+        [adapter] = self.active_adapters
+        return self.get_base_layer().weight + self.get_delta_weight(adapter)
 
     def _folds(self) -> bool:
         [adapter] = self.active_adapters

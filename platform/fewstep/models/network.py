@@ -168,6 +168,14 @@ class PolicyNetwork(nn.Module):
                 fill(down.weight, drawn)
                 fill(up.weight, torch.zeros(up.weight.shape))
 
+    def keep_folded(self) -> None:
+        """For generating alone: fold adapters into weights once instead of at each call. Training must not go on."""
+        from fewstep.models.lora import FoldedLoRALinear
+
+        for layer in self._adapted_layers:
+            if isinstance(layer, FoldedLoRALinear):
+                layer.keep_folded()
+
     def forward(self, x: Tensor, t: Tensor, conditioning: Any, *, student: bool) -> Tensor:
         """Packed output `(B, L, features)` of the head (student) or of the base (teacher).
 
