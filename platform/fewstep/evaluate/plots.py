@@ -54,7 +54,7 @@ def quality_plot(report: Report) -> Figure:
     left.set_yscale("symlog", linthresh=max(1.0, reference.kid_teacher_ci[1]), linscale=0.6)
     right.set_ylim(bottom=0)
     _dress(left, "KID to the teacher (10⁻³)")
-    _dress(right, "Feature distance to the teacher’s image of the same noise")
+    _dress(right, "Paired feature distance to the teacher")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         ticks = sorted({row.passes for row in [*ladder, *students]})
