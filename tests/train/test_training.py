@@ -156,18 +156,6 @@ def test_two_workers_train_the_same_model_sharded_or_as_replicas(tiny_data, tiny
         torch.testing.assert_close(replicas[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_compiled_blocks_learn_the_same(tiny_data, tiny_teacher, home) -> None:
-    results = []
-    for backend in ("null", "aot_eager"):
-        trained = fit(
-            recipe(tiny_data, tiny_teacher, "train.workers=2", "train.steps=4", "train.checkpoint_every=4",
-                   f"train.compile={backend}")
-        )  # fmt: skip
-        results.append([losses(home, trained.mlflow_run)[step] for step in range(1, 5)])
-    plain, compiled = results
-    assert [max(step) for step in compiled] == pytest.approx([max(step) for step in plain], rel=1e-4)
-
-
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny_data, tiny_teacher, home
 ) -> None:
