@@ -141,14 +141,20 @@ class TextEncoder(CaptionEncoder):
         Raises:
             UserError: a caption is longer than `max_tokens`.
         """
-        if self._model.device.type != "cpu":
+        if not self._one_by_one():
             return super().each(captions)
         ids = self._tokenize(captions)
         self._check_lengths(captions, ids)
         return [TextConditioning.collate([self._states(torch.tensor([tokens]))[0]]) for tokens in ids]
 
     def conditioning(self, captions: Sequence[str]) -> TextConditioning:
+        if not self._one_by_one():
+            return super().conditioning(captions)
         return TextConditioning.join(self.each(captions))
+
+    def _one_by_one(self) -> bool:
+        """On CPUs, and not for encoders of another kind (labels, FLUX's pair), which encode in their own way."""
+        return type(self) is TextEncoder and self._model.device.type == "cpu"
 
     def _check_lengths(self, captions: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
         for caption, tokens in zip(captions, ids, strict=True):
