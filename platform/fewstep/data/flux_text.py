@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.data.text import GROUP, TextEncoder, loading
+from fewstep.data.text import GROUP, LEAST_TOKENS, TextEncoder, loading
 
 FLUX_TOKENS = 512
 """FLUX.1 dev pads every caption to this length, and attends to the padding: it is part of the states."""
@@ -43,9 +43,9 @@ class FluxTextEncoder(TextEncoder):
             vectors += self._clip(input_ids=ids.to(self._clip.device)).pooler_output.float().cpu()
         return vectors
 
-    def _states(self, ids: Tensor) -> Tensor:
+    def _states(self, ids: Tensor, least: int = LEAST_TOKENS) -> Tensor:
         padding = (0, FLUX_TOKENS - ids.shape[1])
-        return super()._states(F.pad(ids, padding, value=self._tokenizer.pad_token_id))
+        return super()._states(F.pad(ids, padding, value=self._tokenizer.pad_token_id), least)
 
 
 def load_flux_encoders(name: str, device: torch.device | str) -> FluxTextEncoder:

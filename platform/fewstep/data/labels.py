@@ -109,6 +109,9 @@ class LabelEncoder(TextEncoder):
         self.check(captions)
         return [torch.tensor([[float(self._index[_key(caption)])]]) for caption in captions]
 
+    def encode_apart(self, captions: Sequence[str]) -> list[Tensor]:
+        return self.encode(captions)
+
     def _unknown(self, caption: str) -> str:
         near = difflib.get_close_matches(_key(caption), [n for n in self._index if n], 1, cutoff=0)[0]
         return (
