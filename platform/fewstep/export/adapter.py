@@ -84,7 +84,7 @@ def load_adapter(transformer: nn.Module, family: Family, folder: Path) -> Policy
     settings = _policy_settings(config, policy)
     full = any(name in state for name, _ in transformer.named_parameters() if not name.startswith(OUTPUT))
     network = PolicyNetwork(transformer, family, settings, _lora_settings(state), full=full)
-    fill_adapter(network, folder)
+    _fill(network, _fitting(network, state, folder))
     return network
 
 
@@ -94,9 +94,7 @@ def fill_adapter(network: PolicyNetwork, folder: Path) -> None:
     Raises:
         UserError: as `check_adapter`.
     """
-    state = check_adapter(network, folder)
-    for name, parameter in network.trainable().items():
-        fill(parameter, state[_published(name)])
+    _fill(network, check_adapter(network, folder))
 
 
 def check_adapter(network: PolicyNetwork, folder: Path) -> dict[str, Tensor]:
@@ -106,6 +104,10 @@ def check_adapter(network: PolicyNetwork, folder: Path) -> dict[str, Tensor]:
         UserError: no adapter there, or one for another base, rank or head; what does not fit is listed.
     """
     _, _, state = read_adapter(folder)
+    return _fitting(network, state, folder)
+
+
+def _fitting(network: PolicyNetwork, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     own = {_published(name): parameter for name, parameter in network.trainable().items()}
     misfits = [f"{name} (not in the base)" for name in state if name not in own]
     misfits += [f"{name} (missing)" for name in own if name not in state]
@@ -118,6 +120,11 @@ def check_adapter(network: PolicyNetwork, folder: Path) -> dict[str, Tensor]:
         more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise UserError(f"{folder} is not an adapter for this base: {', '.join(misfits[:5])}{more}.")
     return state
+
+
+def _fill(network: PolicyNetwork, state: dict[str, Tensor]) -> None:
+    for name, parameter in network.trainable().items():
+        fill(parameter, state[_published(name)])
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
