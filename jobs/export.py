@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from fewstep.cli import run_job
+from fewstep.cli import add_student_options, run_job
 
 EPILOG = """\
 The folder holds the transformer, with the student's adapters merged into it, in diffusers' own class, and the head:
@@ -24,18 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", default="emoji-student",
-        help="a registered model (models:/name@alias), an exported folder, or the bundled emoji-student (default)",
-    )  # fmt: skip
+    add_student_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
         help="of the transformer's weights on disk; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument(
-        "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"
-    )
     options = parser.parse_args()
 
     import torch

@@ -5,7 +5,7 @@ import argparse
 import time
 from pathlib import Path
 
-from fewstep.cli import run_job
+from fewstep.cli import add_student_options, run_job
 
 EXAMPLES = """\
 examples
@@ -21,19 +21,13 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompt", required=True, help="what to draw")
-    parser.add_argument(
-        "--model", default="emoji-student",
-        help="a registered model (models:/name@alias), an exported folder, or the bundled emoji-student (default)",
-    )  # fmt: skip
+    add_student_options(parser)
     parser.add_argument("--steps", type=int, help="network evaluations; default: as trained")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; image i of --count uses seed + i")
     parser.add_argument("--count", type=int, default=1, help="how many images")
     parser.add_argument("--temperature", type=float, help="mixture temperature; default: as trained")
     parser.add_argument(
         "--teacher-steps", type=int, help="draw with the teacher's guided Euler sampler instead"
-    )
-    parser.add_argument(
-        "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument(

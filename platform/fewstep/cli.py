@@ -97,6 +97,17 @@ def recipe_parser(
     return parser
 
 
+def add_student_options(parser: argparse.ArgumentParser) -> None:
+    """`--model` and `--tracking-uri`: which student a job takes."""
+    parser.add_argument(
+        "--model", default="emoji-student",
+        help="a registered model (models:/name@alias), an exported folder, or the bundled emoji-student (default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"
+    )
+
+
 def chosen_recipe(kind: type[Recipe], options: argparse.Namespace, recipes: Path, default: str) -> Recipe:
     """The recipe that a command line means: the named one, or else that of the run to resume, or the default.
 

@@ -82,6 +82,19 @@ def test_a_caption_is_one_vector_that_does_not_depend_on_others(encoder):
     torch.testing.assert_close(encoder.pooled(CAPTIONS[:1])[0], together[0], atol=1e-6, rtol=0)
 
 
+def test_each_caption_goes_through_t5_once(encoder, monkeypatch):
+    rows, forward = [], encoder._model.forward
+
+    def counted(*args, **kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(encoder._model, "forward", counted)
+    encoder.encode(["a dog"])
+    encoder.each(["a dog"])
+    assert rows == [1, 1], "512 padded tokens are enough to choose the kernels"
+
+
 def test_a_batch_carries_both(encoder):
     conditioning = encoder.conditioning(CAPTIONS)
     assert conditioning.mask.all()

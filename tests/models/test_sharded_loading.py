@@ -27,6 +27,13 @@ WIDE = {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 6, 
         "num_attention_heads": 12, "joint_attention_dim": 64, "axes_dims_rope": [16, 24, 24]}  # fmt: skip
 """480 MB in float32, 240 MB on disk."""
 
+SMALL = WIDE | {
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "axes_dims_rope": [8, 4, 4],
+}
+
 
 def written(folder: Path, family: str, config: dict, files: int) -> Path:
     """A network with random weights as a diffusers folder of several bfloat16 files, inside a pipeline's folder."""
@@ -107,13 +114,7 @@ def ranks(tmp_path: Path, path: Path, family: str, *student: object) -> list[dic
 def test_shards_filled_from_files_are_the_network_loaded_whole(
     tmp_path: Path, policy: PolicySettings, lora: LoRASettings | None, full: bool
 ) -> None:
-    small = WIDE | {
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 3,
-        "axes_dims_rope": [8, 4, 4],
-    }
-    path = written(tmp_path / "pipe", "qwen_image", small, files=3)
+    path = written(tmp_path / "pipe", "qwen_image", SMALL, files=3)
     transformer, family, _ = load_teacher(str(path), "qwen_image")
     whole_network = PolicyNetwork(transformer, family, policy, lora, 7, full)
     expected = {name: parameter.detach() for name, parameter in whole_network.named_parameters()}
@@ -140,13 +141,7 @@ def test_a_hub_id_is_found_in_the_hubs_own_cache(tmp_path: Path, monkeypatch: py
     cached = tmp_path / "hub" / "models--somebody--pipe"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(commit)
-    small = WIDE | {
-        "num_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "axes_dims_rope": [8, 4, 4],
-    }
-    source = written(tmp_path / "pipe", "qwen_image", small, files=2)
+    source = written(tmp_path / "pipe", "qwen_image", SMALL, files=2)
     shutil.copytree(source, cached / "snapshots" / commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

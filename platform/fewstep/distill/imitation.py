@@ -40,14 +40,18 @@ class ImitationSettings:
     """Substeps of rollouts per unit of raw time."""
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """All counts of evaluations that the student learns."""
+        return (self.nfe, *self.more_nfes)
+
+    @property
     def segments(self) -> Segments:
         """The student's segments of raw time."""
         return Segments(self.nfe, self.final_step_scale)
 
     def at_step(self, step: int) -> ImitationSettings:
         """For one count alone, by turns over optimizer steps: all ranks walk through as many segments."""
-        counts = (self.nfe, *self.more_nfes)
-        return replace(self, nfe=counts[step % len(counts)], more_nfes=())
+        return replace(self, nfe=self.counts[step % len(self.counts)], more_nfes=())
 
     def draw_segments(self, raw_t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The segments that raw times (B,) fall in, for a count of evaluations drawn per sample.
@@ -57,9 +61,8 @@ class ImitationSettings:
         """
         if not self.more_nfes:
             return self.segments.containing(raw_t)
-        counts = (self.nfe, *self.more_nfes)
-        found = [Segments(nfe, self.final_step_scale).containing(raw_t) for nfe in counts]
-        drawn = torch.randint(len(counts), (1, len(raw_t)), generator=generator, device=generator.device)
+        found = [Segments(nfe, self.final_step_scale).containing(raw_t) for nfe in self.counts]
+        drawn = torch.randint(len(found), (1, len(raw_t)), generator=generator, device=generator.device)
         drawn = drawn.to(raw_t.device)
         sources, sizes = (torch.stack(values).gather(0, drawn)[0] for values in zip(*found, strict=True))
         return sources, sizes

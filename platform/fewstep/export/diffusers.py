@@ -36,7 +36,6 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.heads import PolicySettings, build_head
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.packing import PackedTransformer
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher, told_guidance
 from fewstep.policies import Policy
@@ -211,9 +210,7 @@ def to_diffusers(student: FewStepPipeline, teacher: str | None = None) -> FewSte
         UserError: a family for which diffusers has no such pipeline.
     """
     card, network = student.card, student.network
-    if card.teacher.family not in PIPELINES or not isinstance(
-        get_family(card.teacher.family), PackedTransformer
-    ):
+    if card.teacher.family not in PIPELINES:
         raise UserError(
             f"a student of the family {card.teacher.family!r} can't be exported as a diffusers pipeline, only of "
             f"{', '.join(PIPELINES)}: give it on as the folder that it is (FewStepPipeline.from_pretrained reads it)."

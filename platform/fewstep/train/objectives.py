@@ -80,8 +80,9 @@ class Distillation:
         self._weights: Path | None = None
         if sharded:
             transformer, self.family, self._weights = open_teacher(*named)
+            self.reference = reference_to(teacher.path, teacher.family)
         else:
-            transformer, self.family, _ = load_teacher(*named)
+            transformer, self.family, self.reference = load_teacher(*named)
         self.model = PolicyNetwork(
             transformer, self.family, student.policy, student.lora, recipe.train.seed, student.full
         )
@@ -152,7 +153,7 @@ class Distillation:
         recipe, imitation, teacher = self.recipe, self.recipe.imitation, read_card(self.recipe.teacher.path)
         info = DatasetInfo.open(recipe.data.path)
         card = StudentCard(
-            teacher=reference_to(recipe.teacher.path, recipe.teacher.family),
+            teacher=self.reference,
             text_encoder=info.encoding.text_encoder,
             autoencoder=info.encoding.autoencoder,
             latent_shape=next(iter(info.buckets("train"))),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from fewstep.errors import UserError
 from fewstep.models.heads import GMFlowSettings, PolicySettings
@@ -82,7 +82,7 @@ class ImitationSection(Section):
     from noised data (Algorithm 2). One sample of a batch then is one walk: nfe segments instead of one."""
     nfe: int = Field(4, ge=1)
     """Network evaluations of the student."""
-    more_nfes: tuple[int, ...] = ()
+    more_nfes: tuple[PositiveInt, ...] = ()
     """Further counts of evaluations that the same student learns, so that one model serves 2 to 8 steps. One of all
     counts is drawn per sample; with data_free they take turns over the steps."""
     final_step_scale: float = Field(0.5, gt=0, le=1)
