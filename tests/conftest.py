@@ -16,6 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs two at once: each, and what it starts, on one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that need the Ray node come first: they take minutes, and as the last would leave a core idle."""
+    slow = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
@@ -35,6 +44,7 @@ def ray_cluster() -> Iterator[str]:
         "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
     os.environ["RAY_AUTH_MODE"] = "disabled"  # as in the Makefile
+    os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nobody is served any more when the node is stopped
     path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
     node = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"PATH": path}, start_new_session=True, stdout=subprocess.DEVNULL,

@@ -134,7 +134,7 @@ def test_requests_at_once_share_batches_and_get_their_own_images(service: str, p
         f"{thing}, {style} style"
         for thing in ("owl", "red heart", "a flag of stripes")
         for style in ("noto", "fluent")
-    ]
+    ] * 4
     answers = ask(service, *({"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)))
     assert max(answer.body["data"][0]["batch_size"] for answer in answers) > 1
     for seed, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
