@@ -44,7 +44,7 @@ def ray_cluster() -> Iterator[str]:
         "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
     os.environ["RAY_AUTH_MODE"] = "disabled"  # as in the Makefile
-    os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nobody is served any more when the node is stopped
+    os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # at its end nobody is served any more
     path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
     node = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"PATH": path}, start_new_session=True, stdout=subprocess.DEVNULL,
