@@ -5,9 +5,11 @@ import argparse
 from pathlib import Path
 
 from fewstep.cli import add_student_options, run_job
+from fewstep.errors import UserError
 
 EPILOG = """\
-The folder holds the transformer, with the student's adapters merged into it, in diffusers' own class, and the head:
+The folder holds the student's adapters and head. Where it is loaded, the adapters are merged into the teacher that the
+student's card names; with --merged the folder holds the whole transformer instead, and needs no teacher:
 
   pipe = diffusers.DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
   pipe("red heart, noto style", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
@@ -17,7 +19,7 @@ fewstep must be installed where it is loaded; `trust_remote_code` lets diffusers
 
 examples
   jobs/export.py --out emoji                                     the bundled student
-  jobs/export.py --model models:/emoji-4step@champion --out emoji --dtype bfloat16"""
+  jobs/export.py --model models:/emoji-4step@champion --out emoji --merged --dtype bfloat16"""
 
 
 def main() -> None:
@@ -26,11 +28,17 @@ def main() -> None:
     )
     add_student_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it")
+    parser.add_argument("--merged", action="store_true", help="write the whole transformer, adapters merged")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
-        help="of the transformer's weights on disk; default: %(default)s",
-    )  # fmt: skip
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of a merged transformer on disk; default: float32",
+    )
     options = parser.parse_args()
+    if options.dtype and not options.merged:
+        raise UserError(
+            "--dtype is of a merged transformer: add --merged, or give torch_dtype where it is loaded."
+        )
 
     import torch
 
@@ -38,7 +46,8 @@ def main() -> None:
     from fewstep.export.diffusers import save_diffusers
 
     student = FewStepPipeline.from_pretrained(options.model, tracking_uri=options.tracking_uri)
-    save_diffusers(student, options.out, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype or "float32")
+    save_diffusers(student, options.out, merged=options.merged, dtype=dtype)
     print(options.out.absolute())
 
 

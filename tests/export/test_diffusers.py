@@ -21,10 +21,17 @@ def student() -> FewStepPipeline:
     return FewStepPipeline.from_pretrained("emoji-student")
 
 
-@pytest.fixture(scope="module")
-def folder(student, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["adapters", "merged"])
+def folder(request, student, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("diffusers") / "emoji"
-    save_diffusers(student, folder)
+    save_diffusers(student, folder, merged=request.param == "merged")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(student, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("diffusers") / "merged"
+    save_diffusers(student, folder, merged=True)
     return folder
 
 
@@ -45,11 +52,21 @@ def test_diffusers_draws_what_the_student_draws(student, pipe, steps) -> None:
     torch.testing.assert_close(drawn, torch.stack(expected), atol=1e-4, rtol=0)
 
 
-def test_the_transformer_is_diffusers_own(pipe, folder) -> None:
+def test_the_transformer_is_diffusers_own(pipe, merged) -> None:
     from diffusers import QwenImageTransformer2DModel
 
     assert type(pipe.transformer) is QwenImageTransformer2DModel
-    QwenImageTransformer2DModel.from_pretrained(folder / "transformer")
+    QwenImageTransformer2DModel.from_pretrained(merged / "transformer")
+
+
+def test_adapters_alone_are_small_and_want_the_very_teacher(student, merged, tmp_path) -> None:
+    save_diffusers(student, tmp_path)
+    size = {f: sum(x.stat().st_size for x in f.rglob("*.safetensors")) for f in (tmp_path, merged)}
+    assert size[tmp_path] < 0.5 * size[merged]
+    card = tmp_path / "transformer" / "fewstep.json"
+    card.write_text(card.read_text().replace(student.card.teacher.sha256, "0" * 64))
+    with pytest.raises(UserError, match="give the original teacher"):
+        DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
 
 
 def test_steps_are_shown_and_called_back_and_images_are_pictures(pipe, capfd) -> None:
@@ -91,18 +108,18 @@ def test_a_style_goes_on_top_and_off_again_by_diffusers_own_calls(pipe, tmp_path
     torch.testing.assert_close(latents(pipe), plain, atol=1e-6, rtol=0)
 
 
-def test_half_the_bytes_draw_nearly_the_same(student, folder, tmp_path) -> None:
-    save_diffusers(student, tmp_path / "half", torch.bfloat16)
+def test_half_the_bytes_draw_nearly_the_same(student, merged, tmp_path) -> None:
+    save_diffusers(student, tmp_path / "half", merged=True, dtype=torch.bfloat16)
     size = {
         f: sum(x.stat().st_size for x in (f / "transformer").glob("*.safetensors"))
-        for f in (folder, tmp_path / "half")
+        for f in (merged, tmp_path / "half")
     }
-    assert size[tmp_path / "half"] < 0.52 * size[folder]
+    assert size[tmp_path / "half"] < 0.52 * size[merged]
     half = DiffusionPipeline.from_pretrained(
         tmp_path / "half", torch_dtype=torch.bfloat16, trust_remote_code=True
     )
     assert half.transformer.dtype == torch.bfloat16
-    whole = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    whole = DiffusionPipeline.from_pretrained(merged, trust_remote_code=True)
     assert (latents(half) - latents(whole)).square().mean().sqrt() < 0.1
 
 

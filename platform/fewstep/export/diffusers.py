@@ -7,40 +7,44 @@
     pipe.load_lora_weights("some_style")
 
     model_index.json, pipeline.py     which pipeline it is, and the line of code that names it
-    transformer/                      diffusers' own class: the teacher with the student's adapters merged into it
+    transformer/                      the student's adapters and the name of the teacher that they are merged into when
+                                      it is loaded; or, as an option, the whole transformer with adapters merged
     head/                             the policy head, and the student's card
 
-The transformer is a plain one: whatever diffusers or peft can do with it (style LoRAs, `torch.compile`) they can do
-here. The head stays in float32. It takes what reaches the transformer's last norm; what that norm and the projection
-after it make of it is not looked at.
+Loaded, the transformer is a plain one of diffusers' own class: whatever diffusers or peft can do with it (style LoRAs,
+`torch.compile`) they can do here. The head stays in float32. It takes what reaches the transformer's last norm; what
+that norm and the projection after it make of it is not looked at.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.loaders import Flux2LoraLoaderMixin, FluxLoraLoaderMixin, QwenImageLoraLoaderMixin
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.export.adapter import HEAD, OUTPUT, adapter_state
 from fewstep.export.pipeline import FewStepPipeline, StudentCard, read_student_card, write_card
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.heads import PolicySettings, build_head
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import load_teacher, told_guidance
+from fewstep.models.teacher import check_reference, load_teacher, told_guidance
 from fewstep.policies import Policy
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+ADAPTERS = "adapters.safetensors"
+"""In `transformer/`: what the student adds to its teacher's transformer, where that is not merged on disk."""
 
 
 class PolicyHead(nn.Module):
@@ -91,6 +95,42 @@ class PolicyHead(nn.Module):
         save_file(self.head.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
         write_card(self.card, folder)
         (folder / "head.py").write_text(f"from {__name__} import {PolicyHead.__name__}  # noqa: F401\n")
+
+
+class TransformerOnTeacher:
+    """How diffusers loads a transformer that is not on disk as a whole: the teacher's, the adapters merged into it."""
+
+    @staticmethod
+    def from_pretrained(folder: str, torch_dtype: torch.dtype = torch.float32, **_: Any) -> nn.Module:
+        """The merged transformer, in diffusers' own class.
+
+        Args:
+            folder: what `save` wrote.
+            torch_dtype: of the weights.
+
+        Raises:
+            UserError: the teacher is not where the student's card says, or is another one.
+        """
+        card = read_student_card(Path(folder))
+        transformer, _, reference = load_teacher(
+            card.teacher.path, card.teacher.family, card.embedded_guidance
+        )
+        check_reference(reference, asdict(card.teacher))
+        merge(load_file(Path(folder) / ADAPTERS), transformer)
+        return transformer.to(torch_dtype)
+
+    @staticmethod
+    def save(state: Mapping[str, Tensor], card: StudentCard, folder: Path) -> None:
+        """Write the adapters of a student's published weights, its card, and the line of code that names this class."""
+        folder.mkdir(parents=True, exist_ok=True)
+        trunk = {
+            name: tensor for name, tensor in state.items() if not name.startswith(("norm_out", "proj_out"))
+        }
+        save_file(trunk, folder / ADAPTERS, metadata={"format": "pt"})
+        write_card(card, folder)
+        (folder / "transformer.py").write_text(
+            f"from {__name__} import {TransformerOnTeacher.__name__}  # noqa: F401\n"
+        )
 
 
 class FewStepDiffusionPipeline(DiffusionPipeline):
@@ -157,23 +197,27 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the folder that `DiffusionPipeline.from_pretrained` reads.
+        """Write the folder that `DiffusionPipeline.from_pretrained` reads, the transformer merged.
 
         Args:
             save_directory: made if it does not exist.
             options: of the transformer's own `save_pretrained`, such as `max_shard_size`.
         """
-        from diffusers import __version__
-
         folder = Path(save_directory)
         self.transformer.save_pretrained(folder / "transformer", **options)
+        self._save_beside(folder, ("diffusers", type(self.transformer).__name__))
+
+    def _save_beside(self, folder: Path, transformer: tuple[str, str]) -> None:
+        """All but the transformer; `transformer` names the library and class that read it."""
+        from diffusers import __version__
+
         self.head.save_pretrained(folder / "head")
         name = type(self).__name__
         (folder / "pipeline.py").write_text(f"from {__name__} import {name}  # noqa: F401\n")
         index = {
             "_class_name": ["pipeline", name],
             "_diffusers_version": __version__,
-            "transformer": ["diffusers", type(self.transformer).__name__],
+            "transformer": transformer,
             "head": ["head", PolicyHead.__name__],
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -218,44 +262,61 @@ def to_diffusers(student: FewStepPipeline, teacher: str | None = None) -> FewSte
     transformer, _, _ = load_teacher(
         teacher or card.teacher.path, card.teacher.family, card.embedded_guidance
     )
-    merge(network, transformer)
+    merge(_state(network), transformer)
     config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
     head = PolicyHead(card, network.policy_settings, config)
     head.head.load_state_dict(network.head.state_dict())
     return PIPELINES[card.teacher.family](transformer, head.eval().requires_grad_(False))
 
 
-def save_diffusers(student: FewStepPipeline, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_diffusers(
+    student: FewStepPipeline, folder: Path, *, merged: bool = False, dtype: torch.dtype = torch.float32
+) -> None:
     """Write the student as a folder that diffusers loads. Errors as for `to_diffusers`.
 
     Args:
         student: of a family in `PIPELINES`.
         folder: made if it does not exist.
-        dtype: of the transformer's weights on disk.
+        merged: write the whole transformer, so that the teacher is not needed where the folder is loaded; otherwise
+            the adapters alone.
+        dtype: of a merged transformer's weights on disk.
     """
     pipe = to_diffusers(student)
-    pipe.transformer.to(dtype)
-    pipe.save_pretrained(folder)
+    if merged:
+        pipe.transformer.to(dtype)
+        pipe.save_pretrained(folder)
+    else:
+        TransformerOnTeacher.save(_state(student.network), student.card, folder / "transformer")
+        pipe._save_beside(folder, ("transformer", TransformerOnTeacher.__name__))
 
 
 @torch.no_grad()
-def merge(network: PolicyNetwork, transformer: nn.Module) -> None:
-    """Give a plain transformer the student's trunk: its adapters added to the weights, or all of its weights.
+def merge(state: Mapping[str, Tensor], transformer: nn.Module) -> None:
+    """Give a plain transformer a student's trunk: adapters are added to its weights, whole weights replace them.
 
     Args:
-        network: the student.
-        transformer: another copy of its teacher; changed in place. Its last norm and projection stay the teacher's.
+        state: the student's weights by their published names (see `adapter.py`); its head is left aside.
+        transformer: its teacher's; changed in place. Its last norm and projection stay the teacher's.
     """
-    if network.teacher is not None:
-        trained = network.transformer.state_dict()
-        transformer.load_state_dict(
-            {name: trained.get(name, tensor) for name, tensor in transformer.state_dict().items()}
-        )
-        return
-    for name, layer in network.transformer.named_modules():
-        if isinstance(layer, BaseTunerLayer):
-            weight = transformer.get_submodule(name).weight
-            weight.add_(layer.get_delta_weight(layer.active_adapters[0]).to(weight))
+    weights = dict(transformer.named_parameters())
+    for name, tensor in state.items():
+        layer = name.removesuffix(".lora_A.weight")
+        if layer != name:
+            weight = weights[f"{layer}.weight"]
+            weight.add_((state[f"{layer}.lora_B.weight"] @ tensor).to(weight))
+        elif name in weights and not name.startswith(OUTPUT):
+            weights[name].copy_(tensor)
+
+
+def _state(network: PolicyNetwork) -> dict[str, Tensor]:
+    """The published weights of a student that is no longer trained."""
+    full = network.teacher is not None
+    own = {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if name.startswith(HEAD) or ".lora_" in name or (full and name.startswith("transformer."))
+    }
+    return adapter_state(network, own)
 
 
 class _Grafted(nn.Module):
