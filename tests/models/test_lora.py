@@ -8,7 +8,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from fewstep.distill import PowerEMA
+from fewstep.models.heads import GMFlowSettings
 from fewstep.models.lora import FoldedLoRALinear
+from fewstep.models.network import LoRASettings, PolicyNetwork
+from fewstep.models.registry import get_family
 
 
 def adapted(width: int, rank: int, dropout: float = 0.0) -> FoldedLoRALinear:
@@ -68,3 +72,17 @@ def test_weights_folded_once_give_the_very_same_output() -> None:
         with torch.no_grad():
             expected = network(x, t, conditioning, student=student)
             assert torch.equal(pipe.network(x, t, conditioning, student=student), expected)
+
+
+def test_teacher_student_and_average_together_cost_little_more_than_one_base() -> None:
+    """As narrow as Qwen-Image's adapters are for its width: rank 256 of 3,072, at an eighth of both."""
+    family = get_family("qwen_image")
+    transformer = family.build(
+        {"in_channels": 64, "out_channels": 16, "num_layers": 8, "attention_head_dim": 128, "num_attention_heads": 3,
+         "joint_attention_dim": 384}
+    )  # fmt: skip
+    base = sum(p.nbytes for p in transformer.parameters())
+    network = PolicyNetwork(transformer, family, GMFlowSettings(components=8), LoRASettings(rank=32))
+    average = PowerEMA(network.trainable())
+    held = {t.data_ptr(): t.nbytes for t in (*network.parameters(), *average.state_dict().values())}
+    assert 1 < sum(held.values()) / base <= 1.15

@@ -160,8 +160,8 @@ class Plan:
                 f"                      {verdict}",
                 f"operations per step   {(self.student + self.teacher) / 1e15:.3g} P "
                 f"(student {self.student / 1e15:.3g}, teacher {self.teacher / 1e15:.3g})",
-                f"storage               {self.cache / GB:.3g} GB of shards for {self.captions:,} captions; streamed "
-                f"into training {_text_bytes(self.captions, self.tokens) / GB:.2g} GB of text",
+                f"storage               {_gigabytes(self.cache)} of shards for {self.captions:,} captions; streamed "
+                f"into training {_gigabytes(_text_bytes(self.captions, self.tokens))} of text",
                 f"time                  {self.hours:.3g} h for {train.steps:,} steps of {seconds:.3g} s, at "
                 f"{machine.utilisation:.0%} of {machine.tflops:g} TFLOPS per GPU",
             ]
@@ -487,3 +487,7 @@ def _text_bytes(captions: int, tokens: int) -> int:
 
 def _amount(count: int) -> str:
     return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / GB:,.0f} GB" if count >= 100 * GB else f"{count / GB:.2g} GB"
