@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/emoji16", help="prepared dataset; default: %(default)s")
     parser.add_argument("--captions", type=int, default=384, help="default: %(default)s")
     parser.add_argument(
-        "--promise", choices=("quick", "full"), default="quick", help="which promises to check"
+        "--promise", choices=("quick", "full", "classes"), default="quick", help="which promises to check"
     )
     parser.add_argument("--gpu", action="store_true", help="draw on GPUs")
     parser.add_argument("--tracking-uri", help="where models:/… is looked up")

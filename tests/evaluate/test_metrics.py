@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from fewstep.evaluate.metrics import (
     KID_UNIT,
     diversity,
+    frechet_distance,
     kid,
     kid_difference,
     kid_interval,
@@ -109,3 +111,16 @@ def test_pixel_error_is_two_from_black_to_white():
 def test_diversity_is_the_mean_distance_of_two_different_images():
     triangle = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], dtype=np.float32)
     assert diversity(triangle) == pytest.approx((3 + 4 + 5) / 3)
+
+
+def test_the_frechet_distance_is_torchmetrics() -> None:
+    x, y = captioned_sets(np.random.default_rng(4), 200, shifts=(0.0, 0.3))
+    y = y * np.linspace(0.5, 2, WIDTH)
+    moments = [torch.tensor(value) for z in (x, y) for value in (z.mean(0), np.cov(z, rowvar=False))]
+    assert frechet_distance(x, y) == pytest.approx(float(_compute_fid(*moments)), rel=1e-6)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_frechet_distance_of_a_shift_is_its_square() -> None:
+    x = np.random.default_rng(5).normal(size=(64, WIDTH))
+    assert frechet_distance(x, x + 0.5) == pytest.approx(0.25 * WIDTH)

@@ -77,6 +77,42 @@ def test_a_promise_turns_exactly_at_its_bound(kind, name, at_bound, student, exp
     assert kept(report(student=student), kind, name) is expected
 
 
+JUDGED = {"frechet": 2.0, "accuracy": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("passes", "name", "student", "expected"),
+    [
+        (1, "frechet", {"frechet": 1.3 * 2.0}, True),
+        (1, "frechet", {"frechet": math.nextafter(1.3 * 2.0, 9)}, False),
+        (2, "frechet", {"frechet": 1.3 * 2.0}, False),
+        (2, "frechet", {"frechet": 1.1 * 2.0}, True),
+        (1, "kid_real", {"kid_real": 1.3 * 4.0}, True),
+        (2, "kid_real", {"kid_real": 1.2 * 4.0}, False),
+        (1, "accuracy", {"accuracy": 0.98 * 0.9}, True),
+        (1, "accuracy", {"accuracy": math.nextafter(0.98 * 0.9, 0)}, False),
+    ],
+)
+def test_a_class_conditional_student_is_held_to_its_number_of_evaluations(passes, name, student, expected):
+    measured = report(2048, student=JUDGED | student, teacher=JUDGED)
+    rows = tuple(replace(r, passes=passes) if r.name == "student_4" else r for r in measured.rows)
+    assert kept(replace(measured, rows=rows), "classes", name) is expected
+
+
+def test_classes_need_enough_samples_and_a_judge():
+    assert kept(report(2047, JUDGED, JUDGED), "classes", "captions") is False
+    assert kept(report(2048, JUDGED, JUDGED), "classes", "captions") is True
+    with pytest.raises(UserError, match="choose quick or full"):
+        report(2048).verdicts("classes")
+
+
+def test_the_judges_columns_are_shown_where_there_is_one():
+    assert "accuracy" not in report().table()
+    table = report(student=JUDGED, teacher=JUDGED).table()
+    assert "90.0%" in table
+    assert "2.000" in table
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "rung", "figures"),
     [

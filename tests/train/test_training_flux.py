@@ -1,4 +1,4 @@
-"""Distilling a guidance-distilled FLUX network, step by step and without a cluster."""
+"""Making a guidance-distilled FLUX network, and distilling it, step by step and without a cluster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fewstep.data.schema import Encoding
 from fewstep.data.stream import Batch
 from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
-from fewstep.train.objectives import Distillation
-from fewstep.train.recipe import DistillRecipe, load_recipe
-from fewstep.train.trainer import _check_pooled
+from fewstep.train.objectives import Distillation, GuidanceDistillation, build_objective
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
+from fewstep.train.trainer import _check_imitated, _check_pooled
 
 SHAPE = (3, 8, 8)
 
@@ -90,3 +91,52 @@ def test_data_without_the_whole_caption_s_vector_that_the_teacher_takes_is_refus
     info.encoding = Encoding("minilm", 384, "pixel", pooled_dim=768)
     with pytest.raises(UserError, match=r"vectors of width 768 .* takes 384"):
         _check_pooled(info, transformer, "tiny")
+
+
+SMALL = {
+    "in_channels": 12, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2,
+    "joint_attention_dim": 384, "pooled_projection_dim": 384, "axes_dims_rope": [8, 12, 12],
+}  # fmt: skip
+
+
+def test_a_network_learns_to_be_told_the_scale_of_another_ones_guidance() -> None:
+    settings = [
+        f"network={{family: flux, config: {SMALL | {'guidance_embeds': True}}}}",
+        "guidance_distillation={teacher: emoji, scales: [1, 4]}",
+    ]
+    recipe, null = load_recipe(TeacherRecipe, None, settings, Path()), torch.zeros(2, 384)
+    learner = build_objective(recipe, TextConditioning.collate([null]), torch.device("cpu"))
+    assert isinstance(learner, GuidanceDistillation)
+    optimizer = torch.optim.Adam(learner.parameters().values(), lr=3e-3)
+
+    def error(seed: int) -> Tensor:
+        return next(learner.losses(batch(), torch.Generator().manual_seed(seed), seed)).loss
+
+    with torch.no_grad():
+        before = sum(error(seed) for seed in range(1000, 1008))
+    for step in range(1, 121):
+        error(step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x, t, texts = torch.randn(4, *SHAPE), torch.full((4,), 0.8), batch().conditioning
+    with torch.no_grad():
+        assert sum(error(seed) for seed in range(1000, 1008)) < 0.5 * before
+        low, high = (learner.model(x, t, texts, torch.full((4,), scale)) for scale in (1.0, 4.0))
+        guided, plain = (
+            learner.imitated.velocity(x, t, condition) for condition in (texts, learner.null.expand(4))
+        )
+    similarity = torch.cosine_similarity((high - low).flatten(), (guided - plain).flatten(), dim=0)
+    assert similarity > 0.5, "a larger scale moves the velocity as guidance does"
+
+
+def test_guidance_distillation_needs_a_network_that_is_told_a_scale() -> None:
+    recipe = load_recipe(TeacherRecipe, None, ["guidance_distillation.teacher=emoji"], Path())
+    info, family = SimpleNamespace(root="data", encoding=Encoding("minilm", 384, "pixel")), get_family("flux")
+    with torch.device("meta"):
+        plain, told = (family.build(SMALL | {"guidance_embeds": embeds}) for embeds in (False, True))
+    _check_imitated(recipe, info, SHAPE, told, family)
+    with pytest.raises(UserError, match="add guidance_embeds: true"):
+        _check_imitated(recipe, info, SHAPE, plain, family)
+    info.encoding = Encoding("minilm", 768, "pixel")
+    with pytest.raises(UserError, match=r"width 768 .* takes 384"):
+        _check_imitated(recipe, info, SHAPE, told, family)

@@ -1,4 +1,4 @@
-"""Flow matching: how a teacher is trained."""
+"""Flow matching: how a teacher is trained, on data or on another teacher."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def flow_matching_loss(
     x_0: Tensor,
     generator: torch.Generator,
     shift: TimeShift = NO_SHIFT,
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> LossResult:
     """Regress u(x_t, t) on ε − x_0 at x_t = (1 − t)·x_0 + t·ε, t the warp of a uniform raw time.
 
@@ -24,11 +25,15 @@ def flow_matching_loss(
         x_0: clean latents, (B, C, H, W).
         generator: source of times and noise.
         shift: from raw time to t.
+        teacher: the velocity to regress on instead, such as another network's guided one (Meng et al. 2023, arXiv
+            2210.03142, equation 1); asked without autograd.
     """
     raw_t = draw_times(len(x_0), generator)
     t = shift.warp(raw_t).to(x_0.device)
     noise = draw_noise(x_0, generator)
     x_t = torch.lerp(x_0, noise, t.view(-1, *[1] * (x_0.ndim - 1)))
-    error = velocity(x_t, t).float() - (noise - x_0)
+    with torch.no_grad():
+        target = noise - x_0 if teacher is None else teacher(x_t, t).float()
+    error = velocity(x_t, t).float() - target
     per_sample = error.square().flatten(1).mean(1)
     return LossResult(per_sample.mean(), per_sample.detach(), raw_t)

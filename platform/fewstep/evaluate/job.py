@@ -11,6 +11,7 @@ import numpy as np
 from fewstep.data.autoencoder import load_autoencoder
 from fewstep.data.schema import DatasetInfo, read_shard
 from fewstep.data.stream import Batch, read_split
+from fewstep.evaluate.classifier import Classifier
 from fewstep.evaluate.features import FeatureExtractor
 from fewstep.evaluate.grid import GridRow, comparison_grid
 from fewstep.evaluate.plots import loss_plot, quality_plot
@@ -108,6 +109,8 @@ def evaluate(
         Method(row, nfe, student=True),
         *(Method(name, steps) for name, steps in ladder.items()),
     ]
+    device = "cuda" if gpu else "cpu"
+    classifier = Classifier.bundled(card.text_encoder, device)
     images = draw_images(student, batch, methods, gpu=gpu)
     decode = load_autoencoder(card.autoencoder).decode
     real = None if batch.latent is None else np.asarray(decode(batch.latent))
@@ -119,7 +122,9 @@ def evaluate(
         independent=images["independent"],
         real=real,
         passes={name: count * passes_per_step for name, count in steps.items()} | {row: nfe},
-        extractor=FeatureExtractor.load("cuda" if gpu else "cpu"),
+        extractor=FeatureExtractor.load(device),
+        classifier=classifier,
+        labels=None if classifier is None else batch.conditioning.states[:, 0, 0].long().numpy(),
         teacher=reference,
         student=row,
     )

@@ -66,6 +66,20 @@ def paired_distance(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.linalg.norm(x.astype(np.float64) - y, axis=1).mean())
 
 
+def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Fréchet distance of the normal distributions fitted to two sets of features (N, D), (M, D).
+
+    |μ_x − μ_y|² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½) (Heusel et al. 2017, arXiv 1706.08500, equation 6). Biased upwards
+    for few samples: compare only sets of equal size, and much larger than D.
+    """
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    # The product of two positive semi-definite matrices has real, non-negative eigenvalues, up to rounding.
+    roots = np.sqrt(np.linalg.eigvals(cov_x @ cov_y).real.clip(min=0))
+    means = np.square(x.mean(axis=0) - y.mean(axis=0)).sum()
+    return float(means + np.trace(cov_x) + np.trace(cov_y) - 2 * roots.sum())
+
+
 def pixel_rmse(x: np.ndarray, y: np.ndarray) -> float:
     """Root mean square difference of (N, H, W, 3) uint8 images, in units where pixels span [−1, 1]."""
     return float(np.sqrt(np.square(x.astype(np.float64) - y).mean()) / 127.5)

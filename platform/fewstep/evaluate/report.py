@@ -10,10 +10,12 @@ from typing import Literal
 import numpy as np
 
 from fewstep.errors import UserError
+from fewstep.evaluate.classifier import Classifier
 from fewstep.evaluate.features import FeatureExtractor
 from fewstep.evaluate.metrics import (
     Estimate,
     diversity,
+    frechet_distance,
     kid_difference,
     kid_interval,
     paired_distance,
@@ -29,7 +31,16 @@ CAPTIONS_NEEDED = 384
 DIVERSITY_KEPT = 0.97
 REAL_KID_ALLOWED = 1.05
 
-Kind = Literal["quick", "full"]
+SAMPLES_NEEDED = 2048
+"""For the Fréchet distance of 128 features."""
+ACCURACY_KEPT = 0.98
+
+Kind = Literal["quick", "full", "classes"]
+
+
+def distance_allowed(nfe: int) -> float:
+    """How many times the teacher's distance to the real images a class-conditional student's may be."""
+    return 1.3 if nfe == 1 else 1.1
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,10 @@ class Row:
     """Root mean square pixel error to the reference from the same noise, pixels in [−1, 1]."""
     diversity: float
     """Mean feature distance of two images of the set."""
+    frechet: float | None = None
+    """Fréchet distance to the real images in the features of the classes' own classifier; None without one."""
+    accuracy: float | None = None
+    """Share of images in which that classifier sees the class that was asked for."""
 
     @property
     def label(self) -> str:
@@ -101,12 +116,14 @@ class Report:
         )
 
     def verdicts(self, kind: Kind = "quick") -> list[Verdict]:
-        """The promises of the quick run, or those of the long recipe, in order.
+        """The promises of the quick run, of the long recipe, or of class-conditional students, in order.
 
         Raises:
-            UserError: a row that a promise compares with was not drawn.
+            UserError: a row that a promise compares with was not drawn, or no classifier judged the images.
         """
         student, teacher = self.row(self.student), self.row(self.teacher)
+        if kind == "classes":
+            return self._class_verdicts(student, teacher)
 
         def below_euler(figure: str, words: str, steps: int) -> Verdict:
             value, bound = getattr(student, figure), getattr(self.row(f"euler_{steps}"), figure)
@@ -154,9 +171,46 @@ class Report:
             promises.append(Verdict("kid_real", words, student.kid_real, most, student.kid_real <= most))
         return promises
 
+    def _class_verdicts(self, student: Row, teacher: Row) -> list[Verdict]:
+        figures = (student.frechet, teacher.frechet, student.accuracy, teacher.accuracy)
+        if None in (*figures, student.kid_real, teacher.kid_real):
+            raise UserError(
+                "evaluation.promise=classes is about real images and their classifier, and there is none for this "
+                "data: choose quick or full."
+            )
+        allowed = distance_allowed(student.passes)
+
+        def at_most(name: str, words: str, value: float, reference: float) -> Verdict:
+            bound = allowed * reference
+            return Verdict(
+                name, f"{words} at most {allowed} times the teacher's", value, bound, value <= bound
+            )
+
+        least = ACCURACY_KEPT * teacher.accuracy
+        return [
+            Verdict(
+                "captions",
+                f"measured on at least {SAMPLES_NEEDED} samples",
+                self.captions,
+                SAMPLES_NEEDED,
+                self.captions >= SAMPLES_NEEDED,
+            ),
+            at_most("frechet", "Fréchet distance to real", student.frechet, teacher.frechet),
+            at_most("kid_real", "KID to real", student.kid_real, teacher.kid_real),
+            Verdict(
+                "accuracy",
+                f"class accuracy at least {ACCURACY_KEPT} of the teacher's",
+                student.accuracy,
+                least,
+                student.accuracy >= least,
+            ),
+        ]
+
     def table(self) -> str:
         """The rows as plain text, with a legend."""
-        header = ("", "passes", "KID teacher", "95 % interval", "KID real", "paired", "pixel", "diversity")
+        judged = any(row.accuracy is not None for row in self.rows)
+        header = ("", "passes", "KID teacher", "95 % interval", "KID real", "paired", "pixel", "diversity",
+                  *(("Fréchet", "accuracy") if judged else ()))  # fmt: skip
         body = [
             (
                 row.label,
@@ -167,6 +221,7 @@ class Report:
                 f"{row.paired_distance:.2f}",
                 f"{row.pixel_rmse:.4f}",
                 f"{row.diversity:.2f}",
+                *((_optional(row.frechet, ".3f"), _optional(row.accuracy, ".1%")) if judged else ()),
             )
             for row in self.rows
         ]
@@ -184,6 +239,7 @@ class Report:
             "paired      mean feature distance to the teacher's image from the same noise; lower is better",
             "pixel       root mean square error to that image, pixels in [−1, 1]; lower is better",
             "diversity   mean feature distance of two images; the teacher's is the target",
+            *(_JUDGED if judged else []),
             *(["difference in KID to teacher, 95 % interval:", *differences] if differences else []),
         ])  # fmt: skip
 
@@ -207,6 +263,12 @@ class Report:
         return json.dumps(content, indent=2)
 
 
+_JUDGED = (
+    "Fréchet     distance to real images in the features of a classifier of these classes; lower is better",
+    "accuracy    share of images in which that classifier sees the class that was asked for",
+)
+
+
 def verdict_table(verdicts: list[Verdict]) -> str:
     """Promises as plain text, one line each: kept or missed, what, and the two numbers."""
     return "\n".join(
@@ -224,6 +286,8 @@ def build_report(
     real: np.ndarray | None,
     passes: Mapping[str, int],
     extractor: FeatureExtractor,
+    classifier: Classifier | None = None,
+    labels: np.ndarray | None = None,
     teacher: str = TEACHER,
     student: str = STUDENT,
 ) -> Report:
@@ -237,6 +301,8 @@ def build_report(
         real: the captions' real images; None where there are none.
         passes: network passes per image, for every row and for `teacher`.
         extractor: of the features.
+        classifier: of the classes that were asked for; None where captions are no classes.
+        labels: those classes' indices, (N,); with `classifier`.
         teacher: row name of `reference`.
         student: row name of the student.
 
@@ -249,6 +315,8 @@ def build_report(
     features = {name: extractor.features(pixels) for name, pixels in rows.items()}
     independent_features = extractor.features(independent)
     real_features = None if real is None else extractor.features(real)
+
+    own_real = None if classifier is None or real is None else classifier.features(real)
 
     def measure(name: str) -> Row:
         to_teacher = kid_interval(features[name], independent_features)
@@ -263,6 +331,10 @@ def build_report(
             paired_distance=paired_distance(features[name], features[teacher]),
             pixel_rmse=pixel_rmse(rows[name], reference),
             diversity=diversity(features[name]),
+            frechet=None if own_real is None else frechet_distance(classifier.features(rows[name]), own_real),
+            accuracy=None
+            if classifier is None
+            else float((classifier.classify(rows[name]) == labels).mean()),
         )
 
     order = [teacher, *sorted(images, key=lambda name: (passes[name], name))]
@@ -297,6 +369,10 @@ def _check(sets: Mapping[str, np.ndarray], passes: Mapping[str, int], rows: Mapp
 
 def _number(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
+
+
+def _optional(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
 
 
 def _signed(value: float) -> str:

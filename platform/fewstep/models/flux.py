@@ -18,10 +18,10 @@ class Flux(PackedTransformer):
 
     Args:
         embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.1 dev) is told beside the
-            time; None for networks that take none (FLUX.1 schnell).
+            time, one number or one per sample (B,); None for networks that take none (FLUX.1 schnell).
     """
 
-    embedded_guidance: float | None = None
+    embedded_guidance: float | Tensor | None = None
 
     name: ClassVar[str] = "flux"
     network: ClassVar[str] = "FluxTransformer2DModel"
@@ -79,6 +79,8 @@ def joint_mask(text: Tensor, image_tokens: int) -> Tensor:
     return torch.cat([text, text.new_ones(len(text), image_tokens)], dim=1)[:, None, None]
 
 
-def embedded(guidance: float | None, x: Tensor) -> Tensor | None:
+def embedded(guidance: float | Tensor | None, x: Tensor) -> Tensor | None:
     """The guidance scale as the network takes it, (B,)."""
+    if isinstance(guidance, Tensor):
+        return guidance.to(x)
     return None if guidance is None else x.new_full((len(x),), guidance)

@@ -21,10 +21,10 @@ class Flux2(PackedTransformer):
 
     Args:
         embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.2 dev) is told beside the
-            time; None for networks that take none.
+            time, one number or one per sample (B,); None for networks that take none.
     """
 
-    embedded_guidance: float | None = None
+    embedded_guidance: float | Tensor | None = None
 
     name: ClassVar[str] = "flux2"
     network: ClassVar[str] = "Flux2Transformer2DModel"

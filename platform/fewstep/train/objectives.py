@@ -1,8 +1,9 @@
-"""What a training run optimises: π-ID of a student, or flow matching of a teacher. One interface for the loop."""
+"""What a training run optimises: π-ID of a student, or a teacher's velocity. One interface for the loop."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +19,12 @@ from fewstep.distill import (
     imitation_walk,
     teacher_ratio,
 )
-from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate
+from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate, guided_velocity
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.network import GuidedTeacher, PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import load_teacher, open_teacher, read_card, reference_to
+from fewstep.models.teacher import load_teacher, open_teacher, read_card, reference_to, told_guidance
 from fewstep.policies import Policy
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
@@ -230,6 +231,44 @@ class FlowMatching:
         save_teacher(self.transformer, card, folder, dead | trained)
 
 
+class GuidanceDistillation(FlowMatching):
+    """A network that takes the guidance scale as an input learns another teacher's guided velocity.
+
+    So FLUX.1 dev was made from a network that is guided by a second pass. Arguments as above.
+    """
+
+    def __init__(self, recipe: TeacherRecipe, null: TextConditioning, device: torch.device) -> None:
+        super().__init__(recipe, null, device)
+        told = told_guidance(
+            self.family, self.transformer, recipe.flow_matching.guidance, recipe.network.family
+        )
+        self.family = self.model.family = told
+        self.teacher = GuidedTeacher(
+            self.model, None, scale=1
+        )  # of the sample grids: one pass, told the scale
+        settings = recipe.guidance_distillation
+        transformer, family, _ = load_teacher(settings.teacher, settings.family)
+        self.imitated = _VelocityNetwork(transformer.to(device).eval().requires_grad_(False), family)
+
+    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
+        least, most = self.recipe.guidance_distillation.scales
+        draw = torch.rand(len(batch), generator=generator, device=generator.device).to(batch.latent.device)
+        scale = torch.lerp(torch.full_like(draw, least), torch.full_like(draw, most), draw)
+        both = batch.conditioning.cat(self.null.expand(len(batch)))
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            positive, negative = self.imitated.velocity(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+            return guided_velocity(positive, negative, scale)
+
+        yield flow_matching_loss(
+            lambda x, t: self.model(x, t, batch.conditioning, scale),
+            batch.latent,
+            generator,
+            self.shift,
+            guided,
+        )
+
+
 class _VelocityNetwork(nn.Module):
     """A transformer as a velocity field on latents: the smallest thing FSDP and guidance can call."""
 
@@ -241,8 +280,9 @@ class _VelocityNetwork(nn.Module):
     def transformers(self) -> list[nn.Module]:
         return [self.transformer]
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        tokens = self.family.denoise(self.transformer, x, t, conditioning)
+    def forward(self, x: Tensor, t: Tensor, conditioning: Any, guidance: Tensor | None = None) -> Tensor:
+        family = self.family if guidance is None else replace(self.family, embedded_guidance=guidance)
+        tokens = family.denoise(self.transformer, x, t, conditioning)
         return self.family.unpack(tokens.float(), self.channels, x.shape[-2], x.shape[-1])[:, 0]
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
@@ -259,4 +299,5 @@ def build_objective(
     """The objective that a recipe describes. Arguments as for `Distillation`."""
     if isinstance(recipe, DistillRecipe):
         return Distillation(recipe, null, device, sharded)
-    return FlowMatching(recipe, null, device)
+    kind = FlowMatching if recipe.guidance_distillation.teacher is None else GuidanceDistillation
+    return kind(recipe, null, device)

@@ -117,6 +117,23 @@ class FlowMatchingSection(Section):
     """Guidance scale of sample grids, written to the teacher's card."""
 
 
+class GuidanceDistillationSection(Section):
+    """For a network that takes the guidance scale as an input: another teacher's guided velocity instead of data's."""
+
+    teacher: str | None = None
+    """The teacher to imitate: a bundled name, a folder or a hub id, on the same data; null is plain flow matching."""
+    family: str = "qwen_image"
+    """Its family."""
+    scales: tuple[float, float] = (1.0, 4.0)
+    """Least and largest guidance scale; one is drawn per sample."""
+
+    @model_validator(mode="after")
+    def _scales_ascend(self) -> GuidanceDistillationSection:
+        if not 0 <= self.scales[0] <= self.scales[1]:
+            raise ValueError("scales must be [least, largest], from 0 on")
+        return self
+
+
 class NetworkSection(Section):
     """A new network, or more training for an existing one."""
 
@@ -221,14 +238,15 @@ class EvaluationSection(Section):
     """Teacher steps of the reference."""
     ladder: tuple[int, ...] = (2, 4, 8, 16)
     """Euler steps of the teacher to compare with."""
-    promise: Literal["quick", "full"] = "quick"
-    """Which of the documented promises the verdict checks."""
+    promise: Literal["quick", "full", "classes"] = "quick"
+    """Which of the documented promises the verdict checks: of the quick run, of the long one, or of class-conditional
+    students."""
     enabled: bool = True
     """Whether the job evaluates at its end."""
 
     @model_validator(mode="after")
     def _ladder_has_the_rungs_of_the_promise(self) -> EvaluationSection:
-        if missing := {"quick": {4, 8}, "full": {4, 8, 16}}[self.promise] - set(self.ladder):
+        if missing := {"quick": {4, 8}, "full": {4, 8, 16}}.get(self.promise, set()) - set(self.ladder):
             raise ValueError(
                 f"the {self.promise} promise compares with {sorted(missing)} Euler steps: add to ladder"
             )
@@ -270,6 +288,7 @@ class TeacherRecipe(_Recipe):
     name: str = Field("emoji_teacher", pattern=r"^[A-Za-z0-9_.-]+$")
     network: NetworkSection = NetworkSection()
     flow_matching: FlowMatchingSection = FlowMatchingSection()
+    guidance_distillation: GuidanceDistillationSection = GuidanceDistillationSection()
 
 
 Recipe = TypeVar("Recipe", DistillRecipe, TeacherRecipe)

@@ -87,9 +87,31 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
         else:
             transformer, family, _ = open_teacher(network.start, network.family)
         _check_fit(info, shape, transformer, family, network.start or network.family)
+        _check_imitated(recipe, info, shape, transformer, family)
     check_reachable(recipe.tracking.uri)
     _check_cluster(recipe.train)
     return info
+
+
+def _check_imitated(
+    recipe: TeacherRecipe,
+    info: DatasetInfo,
+    shape: tuple[int, int, int],
+    transformer: nn.Module,
+    family: Family,
+) -> None:
+    """Refuse guidance distillation of a network without the input, or from a teacher of other data."""
+    imitated = recipe.guidance_distillation
+    if imitated.teacher is None:
+        return
+    if not getattr(getattr(transformer, "config", None), "guidance_embeds", False):
+        raise UserError(
+            f"guidance_distillation: a new network of the family {family.name!r} with this network.config takes no "
+            "guidance scale: add guidance_embeds: true (families flux and flux2), or leave "
+            "guidance_distillation.teacher null."
+        )
+    teacher, of_teacher, _ = open_teacher(imitated.teacher, imitated.family)
+    _check_fit(info, shape, teacher, of_teacher, imitated.teacher)
 
 
 def _check_start(recipe: DistillRecipe, transformer: nn.Module, family: Family) -> None:

@@ -6,6 +6,7 @@ uninterrupted run: bit for bit in float32 on a CPU.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from fewstep.train.objectives import Objective, build_objective
 from fewstep.train.parallel import average_gradients, drop_gathered, is_sharded, shard
 from fewstep.train.progress import Meter, progress_line
 from fewstep.train.recipe import DistillRecipe, OptimizerSection, TeacherRecipe
+
+NOISY = ("ray.train.v2._internal.execution.context", "ray.train.v2._internal.execution.storage")
+"""Loggers that print several lines per checkpoint, between the lines of progress and below the result."""
 
 EXPORT = "export"
 """Folder of the trained model inside the final checkpoint."""
@@ -55,6 +59,8 @@ def train_worker(job: WorkerJob) -> str | None:
     import ray.train.torch
     import torch.distributed as dist
 
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     recipe, settings = job.recipe, job.recipe.train
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
