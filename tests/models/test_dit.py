@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from fewstep.data.text import TextEncoder
+from fewstep.errors import UserError
 from fewstep.export.adapter import adapter_state, load_adapter, save_adapter
 from fewstep.flow import NO_SHIFT
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.dit import DiT
 from fewstep.models.heads import DXSettings, GMFlowSettings
 from fewstep.models.network import GuidedTeacher, LoRASettings, PolicyNetwork
+from fewstep.models.prediction import DiffusionPrediction
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import TeacherCard, load_teacher, save_teacher
 from fewstep.policies import rollout
@@ -78,6 +81,53 @@ def test_a_diffusers_folder_with_learned_variances_gives_its_own_first_channels(
         expected = stock(X, T * 1000, torch.tensor([0, 4, 5]), return_dict=False)[0][:, :3]
         ours = velocity(transformer.eval(), X, T, classes("0", "4", ""))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pipelines_noise_predictor_is_a_velocity_teacher_with_a_student(tmp_path: Path) -> None:
+    """The layout and the prediction of the first DiTs: noise and variances, under 1,000 linear betas."""
+    torch.manual_seed(0)
+    stock = DiTTransformer2DModel(**TINY | {"out_channels": 6}).eval()
+    for block in stock.transformer_blocks:
+        block.norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
+    stock.save_pretrained(tmp_path / "transformer")
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    transformer, family, _ = load_teacher(str(tmp_path), "dit")
+    numbers, t = torch.tensor([0, 4, 5]), torch.tensor([0.9, 0.3337, 0.1])
+    with torch.no_grad():
+        expected = DiffusionPrediction.from_scheduler(DDIMScheduler().config).velocity(
+            lambda z, timestep: stock(z, timestep, numbers, return_dict=False)[0][:, :3], X, t
+        )
+    network = PolicyNetwork(
+        transformer, family, GMFlowSettings(components=4, logstd_width=16), LoRASettings(rank=2)
+    )
+    labels = classes("0", "4", "")
+    torch.testing.assert_close(network.velocity(X, t, labels), expected, atol=1e-4, rtol=1e-4)
+    policy = network.policy(X, t, labels)
+    torch.testing.assert_close(policy.velocity(X, t).detach(), expected, atol=0.15, rtol=1e-3)
+    policy.velocity(X, t).square().sum().backward()
+    assert network.head.proj_out_means.weight.grad.any()
+    published = family.published(transformer, {**dict(stock.named_parameters()), **last_layer(network)})
+    assert torch.equal(published["proj_out_2.weight"], channels_of(stock.proj_out_2.weight))
+
+
+def last_layer(network: PolicyNetwork) -> dict[str, Tensor]:
+    return {f"proj_out.{name}": p for name, p in network.transformer.proj_out.teacher.named_parameters()}
+
+
+def channels_of(weight: Tensor) -> Tensor:
+    """The rows of a last layer (p·p·6, D) that give the first three channels."""
+    return weight.unflatten(0, (4, 6))[:, :3].flatten(0, 1)
+
+
+def test_a_scheduler_that_says_nothing_known_is_refused_and_a_flows_is_a_velocity(tmp_path: Path) -> None:
+    DiTTransformer2DModel(**TINY).save_pretrained(tmp_path / "transformer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    transformer, _, _ = load_teacher(str(tmp_path), "dit")
+    assert transformer.prediction is None
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", "prediction_type": "score"}))
+    with pytest.raises(UserError, match="prediction_type 'score'"):
+        load_teacher(str(tmp_path), "dit")
 
 
 def test_a_saved_teacher_opens_in_diffusers_itself(tiny_dit: nn.Module, tmp_path: Path) -> None:

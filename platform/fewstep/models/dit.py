@@ -1,5 +1,8 @@
 """DiT: class-conditional transformers in diffusers' layout (`DiTTransformer2DModel`), run in continuous time.
 
+A flow-matching network (SiT, REPA) gives the velocity itself. One beside a diffusion scheduler (the first DiTs predict
+noise) is asked about that schedule's states, and its answer converted (`prediction.py`).
+
 diffusers' forward takes whole time steps, embeds time and class anew in every block (with a copy of the same
 embedder in each) and ends in an image. A velocity network that students grow on has one embedder, and ends in
 tokens behind `norm_out` and `proj_out`, as the other families do. `_restructured` turns the one into the other, in
@@ -19,6 +22,9 @@ from torch.nn import functional as F
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
+from fewstep.models.prediction import DiffusionPrediction, is_flow
+from fewstep.models.pretrained import SCHEDULER, network_folder, scheduler_config
+from fewstep.policies.base import per_latent
 
 TIME_SCALE = 1000.0
 """The embedder's unit is one of the 1,000 steps of a diffusion schedule; t in [0, 1] spans them, fractions too."""
@@ -37,17 +43,27 @@ class DiT(Family):
     name = "dit"
 
     def load(self, path: str) -> nn.Module:
+        """The transformer of a pipeline, or one in a folder of its own; with the scheduler that lies beside it."""
         from diffusers import DiTTransformer2DModel
 
-        return _restructured(DiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32))
+        folder = network_folder(path)
+        transformer = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+        own = DiTTransformer2DModel.load_config(folder)
+        return _restructured(transformer, own.get(SCHEDULER) or scheduler_config(folder))
 
     def build(self, config: dict[str, Any]) -> nn.Module:
+        """A new network, from its class's keyword arguments and, unless it is a flow's, a `scheduler`."""
         from diffusers import DiTTransformer2DModel
 
-        return _initialised(_restructured(DiTTransformer2DModel(**config)))
+        own = {key: value for key, value in config.items() if key != SCHEDULER}
+        return _initialised(_restructured(DiTTransformer2DModel(**own), config.get(SCHEDULER)))
 
     def published(self, transformer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        config = transformer.config
+        config, width = transformer.config, transformer.inner_dim
+        if transformer.prediction is not None:  # back from a map of states, too: see `_converting`
+            last = weights["proj_out.weight"]
+            plain = {"proj_out.weight": last[:, :width], "proj_out.bias": last[:, -1]}
+            weights = {**weights, **plain}
         state: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             if name.startswith("embedding."):
@@ -107,6 +123,18 @@ class _AdaptiveNorm(nn.Module):
         return self.norm(hidden) * (1 + scale[:, None]) + shift[:, None]
 
 
+class _ConvertingNorm(_AdaptiveNorm):
+    """The same where the network predicts no velocity: tokens [hidden, a·x, b] → [b·normed, a·x, b].
+
+    So that the velocity a·x + b·prediction is one linear map of them, of which a policy head begins as copies.
+    """
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        width = self.linear.in_features
+        hidden, state, b = hidden.split([width, hidden.shape[-1] - width - 1, 1], dim=-1)
+        return torch.cat([b * super().forward(hidden, embedding[:, :width]), state, b], dim=-1)
+
+
 class _Given(nn.Module):
     """In place of a block's own embedder: the embedding comes in where diffusers' blocks take the time."""
 
@@ -114,36 +142,65 @@ class _Given(nn.Module):
         return embedding
 
 
-def _restructured(dit: nn.Module) -> nn.Module:
-    """A `DiTTransformer2DModel` with one embedder for all blocks, `norm_out`, `proj_out` and `_forward`."""
+def _restructured(dit: nn.Module, scheduler: Mapping[str, Any] | None = None) -> nn.Module:
+    """A `DiTTransformer2DModel` with one embedder for all blocks, `norm_out`, `proj_out` and `_forward`.
+
+    Args:
+        dit: modified in place.
+        scheduler: diffusers' configuration of it, which says what the network predicts; None is a velocity.
+    """
     config = dit.config
     dit.embedding = dit.transformer_blocks[0].norm1.emb
     dit.embedding.class_embedder.dropout_prob = 0.0  # whoever trains it drops conditions, reproducibly
     for block in dit.transformer_blocks:
         block.norm1.emb = _Given()
-    dit.norm_out = _AdaptiveNorm(dit.norm_out, dit.proj_out_1)
-    last = dit.proj_out_2
-    dit.proj_out = nn.Linear(
-        last.in_features, config.in_channels * config.patch_size**2, device=last.weight.device
+    dit.prediction = None
+    if scheduler is not None and not is_flow(scheduler):
+        dit.prediction = DiffusionPrediction.from_scheduler(scheduler)
+        dit.register_to_config(**{SCHEDULER: dict(scheduler)})
+    norm = _AdaptiveNorm if dit.prediction is None else _ConvertingNorm
+    dit.norm_out = norm(dit.norm_out, dit.proj_out_1)
+    dit.proj_out = _projection(
+        dit.proj_out_2, config.patch_size, config.in_channels, dit.prediction is not None
     )
-    for name, parameter in last.named_parameters():
-        rows = _channel_first(parameter.detach(), config.patch_size, config.in_channels)
-        setattr(dit.proj_out, name, nn.Parameter(rows))
     del dit.proj_out_1, dit.proj_out_2
     dit.register_to_config(out_channels=config.in_channels)
     dit.forward = MethodType(_forward, dit)
     return dit
 
 
+def _projection(last: nn.Linear, patch: int, channels: int, converts: bool) -> nn.Linear:
+    """DiT's last layer, channel-major and without variances: D → C·p²; of `_ConvertingNorm`'s tokens if it converts."""
+    weight, bias = (
+        _channel_first(parameter.detach(), patch, channels) for parameter in (last.weight, last.bias)
+    )
+    if converts:
+        identity = torch.eye(len(bias), dtype=bias.dtype, device=bias.device)
+        weight, bias = torch.cat([weight, identity, bias[:, None]], dim=1), torch.zeros_like(bias)
+    projection = nn.Linear(weight.shape[1], len(bias), device="meta")
+    projection.weight, projection.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return projection
+
+
 def _forward(self: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
     """(B, C, H, W), (B,) in [0, 1], (B,) class indices → packed velocity (B, L, C·p²), channel-major."""
-    hidden = self.pos_embed(x)
-    embedding = self.embedding(t.float() * TIME_SCALE, labels, hidden_dtype=hidden.dtype)
+    state, timestep = (
+        (x, t.float() * TIME_SCALE) if self.prediction is None else self.prediction.question(x, t)
+    )
+    hidden = self.pos_embed(state)
+    embedding = self.embedding(timestep, labels, hidden_dtype=hidden.dtype)
     for block in self.transformer_blocks:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             hidden = self._gradient_checkpointing_func(block, hidden, None, None, None, embedding)
         else:
             hidden = block(hidden, timestep=embedding)
+    if self.prediction is not None:
+        a, b = (per_latent(c, hidden).to(hidden) for c in self.prediction.coefficients(t))
+        cells = F.pixel_unshuffle(x, self.config.patch_size).flatten(2).mT.to(hidden)
+        hidden = torch.cat([hidden, a * cells, b.expand(-1, hidden.shape[1], 1)], dim=-1)
+        embedding = F.pad(
+            embedding, (0, hidden.shape[-1] - embedding.shape[-1])
+        )  # heads want one width for both
     return self.proj_out(self.norm_out(hidden, embedding))
 
 

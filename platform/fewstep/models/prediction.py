@@ -53,8 +53,13 @@ class DiffusionPrediction:
         """From the configuration of a diffusers scheduler (`scheduler_config.json`).
 
         Raises:
-            UserError: a prediction type or schedule of betas that is not known.
+            UserError: a prediction type or schedule of betas that is not known, or no diffusion schedule at all.
         """
+        if is_flow(config):
+            raise UserError(
+                f"the teacher's scheduler is {config['_class_name']}, a flow's: its network needs no conversion, and "
+                "families of one's own (fewstep.models.register) take it without a prediction."
+            )
         kind = config.get("prediction_type", "epsilon")
         if kind not in get_args(PredictionType):
             raise UserError(
@@ -115,6 +120,11 @@ class DiffusionPrediction:
 
     def _within(self, t: Tensor) -> Tensor:
         return t.double().clamp(float(self.times[0]), float(self.times[-1]))
+
+
+def is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a diffusers scheduler is of flow matching: its network gives a velocity as it is."""
+    return scheduler.get("_class_name", "").startswith("FlowMatch")
 
 
 def _log_snr(t: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*")
-"""What is fetched of a hub repository: a network's own files, or those of a pipeline's transformer."""
+PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
+"""What is fetched of a hub repository: a network's own files, or those of a pipeline's transformer and scheduler."""
+
+SCHEDULER = "scheduler"
+"""Folder of a pipeline's scheduler; in a network's configuration, the key of the scheduler's."""
 
 
 def network_folder(path: str) -> Path:
@@ -33,6 +37,14 @@ def network_folder(path: str) -> Path:
         if (candidate / "config.json").exists():
             return candidate
     raise OSError(f"{path} has no config.json, and no transformer/config.json")
+
+
+def scheduler_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the scheduler that lies in a network's folder or in its pipeline's; None without one."""
+    for place in (folder, folder / SCHEDULER, folder.parent / SCHEDULER):
+        if (file := place / "scheduler_config.json").exists():
+            return json.loads(file.read_text())
+    return None
 
 
 def from_pretrained(kind: type[Any], path: str) -> nn.Module:

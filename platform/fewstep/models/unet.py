@@ -7,7 +7,6 @@ and its activation.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.models.own import ModuleFamily, OwnNetwork
 from fewstep.models.prediction import DiffusionPrediction
-
-SCHEDULER = "scheduler"
-"""Key of the scheduler's configuration in that of a teacher; diffusers keeps it in a folder of that name."""
+from fewstep.models.pretrained import SCHEDULER, scheduler_config
 
 
 def _unet(_class_name: str = "UNet2DModel", **config: Any) -> nn.Module:
@@ -90,16 +87,13 @@ class UNet(ModuleFamily):
 
 
 def _scheduler_config(path: str) -> dict[str, Any]:
-    """The scheduler of a pipeline's folder or hub id; a UNet's own folder holds it, or lies beside it."""
+    """The scheduler of a UNet's folder, of its pipeline's, or of a hub id."""
     folder = Path(path)
-    if folder.is_dir():
-        places = (folder, folder / SCHEDULER, folder.parent / SCHEDULER)
-        found = [
-            place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").exists()
-        ]
-        if not found:
-            raise ValueError(f"{path} has no scheduler/scheduler_config.json to say what its UNet predicts")
-        return json.loads(found[0].read_text())
-    from diffusers import DDPMScheduler
+    if not folder.is_dir():
+        from diffusers import DDPMScheduler
 
-    return DDPMScheduler.load_config(path, subfolder=SCHEDULER)
+        return DDPMScheduler.load_config(path, subfolder=SCHEDULER)
+    config = scheduler_config(folder)
+    if config is None:
+        raise ValueError(f"{path} has no scheduler/scheduler_config.json to say what its UNet predicts")
+    return config
