@@ -4,7 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderTiny,
+    Flux2Pipeline,
+)
 
 from fewstep.data import text
 from fewstep.data.autoencoder import load_autoencoder
@@ -26,7 +32,7 @@ def encoder() -> TextEncoder:
     return TextEncoder.load()
 
 
-@pytest.fixture(params=[1, 2, 4])
+@pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -124,3 +130,54 @@ def test_a_kl_autoencoder_gives_latents_in_the_teacher_s_units(tmp_path):
     assert (loaded.decode(latents).float() - expected).abs().max() <= 1
     with pytest.raises(UserError, match=r"9x8 pixels doesn't fit .* multiples of 2"):
         loaded.latent_shape(8, 9)
+
+
+def test_qwen_images_autoencoder_gives_latents_of_mean_0_and_deviation_1_by_its_own_figures(tmp_path):
+    torch.manual_seed(0)
+    mean, std = [0.5, -0.25], [2.0, 4.0]
+    model = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=2, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=mean, latents_std=std
+    ).eval()
+    model.save_pretrained(tmp_path / "vae")
+    loaded = load_autoencoder(f"{tmp_path}:vae")
+    assert loaded.latent_shape(16, 24) == (2, 2, 3)
+    images = torch.randint(0, 256, (2, 16, 24, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        frames = images.permute(0, 3, 1, 2).float().div(127.5).sub(1)[:, :, None]
+        raw = model.encode(frames).latent_dist.mode()
+        drawn = model.decode(raw).sample[:, :, 0]
+    figures = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+    latents = loaded.encode(images)
+    torch.testing.assert_close(latents, (raw[:, :, 0] - next(figures)) / next(figures), atol=1e-5, rtol=1e-4)
+    expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
+    assert (loaded.decode(latents).float() - expected).abs().max() <= 1
+
+
+def test_flux_2s_autoencoder_normalises_patches_as_its_pipeline_does(tmp_path):
+    torch.manual_seed(0)
+    model = AutoencoderKLFlux2(
+        block_out_channels=(4, 4), layers_per_block=1, latent_channels=2, norm_num_groups=2,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).eval()  # fmt: skip
+    model.bn.running_mean.normal_()
+    model.bn.running_var.uniform_(0.5, 2)
+    model.save_pretrained(tmp_path / "vae")
+    loaded = load_autoencoder(f"{tmp_path}:vae")
+    assert loaded.latent_shape(8, 12) == (2, 4, 6)
+    with pytest.raises(UserError, match="multiples of 4"):
+        loaded.latent_shape(8, 10)
+    images = torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        raw = model.encode(images.permute(0, 3, 1, 2).float().div(127.5).sub(1)).latent_dist.mode()
+        drawn = model.decode(raw).sample
+        patches = model.bn(Flux2Pipeline._patchify_latents(raw))
+    latents = loaded.encode(images)
+    torch.testing.assert_close(Flux2Pipeline._patchify_latents(latents), patches, atol=1e-5, rtol=1e-4)
+    expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
+    assert (loaded.decode(latents).float() - expected).abs().max() <= 1
+
+
+def test_an_autoencoder_of_another_kind_is_refused(tmp_path):
+    AutoencoderTiny().save_config(tmp_path)
+    with pytest.raises(UserError, match="it is AutoencoderTiny, and known are AutoencoderKL,"):
+        load_autoencoder(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Images ↔ latents: pixels as they are, or a diffusers AutoencoderKL."""
+"""Images ↔ latents: pixels as they are, or the autoencoders of diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fewstep.data.schema import Shape
 from fewstep.errors import UserError
@@ -60,19 +61,19 @@ class KLAutoencoder:
     """A diffusers AutoencoderKL, latents in the teacher's units: (mode − shift_factor) · scaling_factor."""
 
     def __init__(self, name: str, model: Any) -> None:
-        self.name, self._model = name, model
-        self._factor = 2 ** (len(model.config.block_out_channels) - 1)
-        self._shift = model.config.shift_factor or 0.0
-        self._scale = model.config.scaling_factor
+        self.name, self._model, self._config = name, model, model.config
+        self._factor = self._reduction()
+        self._multiple = self._factor
+        """What sides in pixels must be multiples of."""
 
     def latent_shape(self, height: int, width: int) -> Shape:
         """Raises UserError where a side isn't divisible by the model's reduction."""
-        if height % self._factor or width % self._factor:
+        if height % self._multiple or width % self._multiple:
             raise UserError(
                 f"an image of {width}x{height} pixels doesn't fit the autoencoder {self.name!r}: "
-                f"both sides must be multiples of {self._factor}."
+                f"both sides must be multiples of {self._multiple}."
             )
-        return (self._model.config.latent_channels, height // self._factor, width // self._factor)
+        return (self._channels(), height // self._factor, width // self._factor)
 
     def image_size(self, height: int, width: int) -> tuple[int, int]:
         return (height * self._factor, width * self._factor)
@@ -80,40 +81,121 @@ class KLAutoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         pixels = _signed(images).to(self._model.device, self._model.dtype)
-        mode = self._model.encode(pixels).latent_dist.mode()
-        return ((mode.float() - self._shift) * self._scale).cpu()
+        return self._normalised(self._mode(pixels).float()).cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents.float() / self._scale + self._shift
-        return _pixels(self._model.decode(scaled.to(self._model.device, self._model.dtype)).sample)
+        raw = self._raw(latents.to(self._model.device).float())
+        return _pixels(self._picture(raw.to(self._model.dtype)))
+
+    def _reduction(self) -> int:
+        return 2 ** (len(self._config.block_out_channels) - 1)
+
+    def _channels(self) -> int:
+        return self._config.latent_channels
+
+    def _mode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) → the likeliest latents (B, C, h, w), in the model's own units."""
+        return self._model.encode(pixels).latent_dist.mode()
+
+    def _picture(self, raw: Tensor) -> Tensor:
+        """The way back."""
+        return self._model.decode(raw).sample
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        """The model's units → the teacher's."""
+        return (raw - (self._config.shift_factor or 0.0)) * self._config.scaling_factor
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        """The way back."""
+        return latents / self._config.scaling_factor + (self._config.shift_factor or 0.0)
+
+
+class QwenImageAutoencoder(KLAutoencoder):
+    """Qwen-Image's AutoencoderKLQwenImage, made for video: of one frame, each channel by its mean and deviation."""
+
+    def _reduction(self) -> int:
+        return 2 ** len(self._config.temperal_downsample)
+
+    def _channels(self) -> int:
+        return self._config.z_dim
+
+    def _mode(self, pixels: Tensor) -> Tensor:
+        return super()._mode(pixels.unsqueeze(2)).squeeze(2)
+
+    def _picture(self, raw: Tensor) -> Tensor:
+        return super()._picture(raw.unsqueeze(2)).squeeze(2)
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        mean, std = self._statistics(raw)
+        return (raw - mean) / std
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> list[Tensor]:
+        values = (self._config.latents_mean, self._config.latents_std)
+        return [like.new_tensor(value).view(1, -1, 1, 1) for value in values]
+
+
+class Flux2Autoencoder(KLAutoencoder):
+    """FLUX.2's AutoencoderKLFlux2: each of a patch's 4·C values by the running statistics of a batch norm."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        super().__init__(name, model)
+        self._multiple = 2 * self._factor
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        mean, std = self._statistics()
+        return F.pixel_shuffle((F.pixel_unshuffle(raw, 2) - mean) / std, 2)
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics()
+        return F.pixel_shuffle(F.pixel_unshuffle(latents, 2) * std + mean, 2)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        norm = self._model.bn
+        std = (norm.running_var + self._config.batch_norm_eps).sqrt()
+        return norm.running_mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
+
+
+KINDS = {
+    "AutoencoderKL": KLAutoencoder,
+    "AutoencoderKLQwenImage": QwenImageAutoencoder,
+    "AutoencoderKLFlux2": Flux2Autoencoder,
+}
+"""By diffusers' class."""
 
 
 def load_autoencoder(name: str = PIXEL, *, device: torch.device | str = "cpu") -> Autoencoder:
-    """Load "pixel", "grey", or an AutoencoderKL from a local folder or a hub id (`folder:vae` for a pipeline's part).
+    """Load "pixel", "grey", or one of `KINDS` from a local folder or a hub id (`folder:vae` for a pipeline's part).
 
     Raises:
         UserError: nothing loads under that name.
     """
     if name in (PIXEL, GREY):
         return PixelAutoencoder(name)
-    from diffusers import AutoencoderKL
+    import diffusers
 
     location, _, subfolder = name.partition(":")
     folder = Path(location).expanduser()
+    where = {
+        "pretrained_model_name_or_path": str(folder) if folder.is_dir() else location,
+        "subfolder": subfolder or None,
+        "local_files_only": folder.is_dir(),
+    }
     try:
-        model = AutoencoderKL.from_pretrained(
-            str(folder) if folder.is_dir() else location,
-            subfolder=subfolder or None,
-            local_files_only=folder.is_dir(),
-            torch_dtype=torch.float32,
-        )
+        kind = diffusers.AutoencoderKL.load_config(**where).get("_class_name")
+        if kind not in KINDS:
+            raise ValueError(f"it is {kind}, and known are {', '.join(KINDS)}")
+        model = getattr(diffusers, kind).from_pretrained(**where, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(
             f"the autoencoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): give {PIXEL!r}, {GREY!r}, "
             "a folder of a diffusers AutoencoderKL (`folder:vae` for a pipeline's), or a hub id."
         ) from error
-    return KLAutoencoder(name, model.eval().requires_grad_(False).to(device))
+    return KINDS[kind](name, model.eval().requires_grad_(False).to(device))
 
 
 def _signed(images: Tensor) -> Tensor:

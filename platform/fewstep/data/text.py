@@ -30,8 +30,8 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 LABELS = "labels:"
 """What names begin with that stand for classes instead of text (see `labels.py`)."""
-FLUX = "flux:"
-"""Before the folder or hub id of a FLUX.1 pipeline: its two text encoders together (see `flux_text.py`)."""
+PIPELINES = ("flux", "flux2", "qwen-image")
+"""Before ":" and the folder or hub id of a diffusers pipeline: its own text encoders (see `pipeline_text.py`)."""
 
 MAX_TOKENS = 64
 """Default limit on a caption's length, in tokens with the encoder's start and end marks."""
@@ -56,14 +56,14 @@ class TextEncoder(CaptionEncoder):
 
     def __init__(self, name: str, tokenizer: Any, model: torch.nn.Module, max_tokens: int) -> None:
         self.name, self.max_tokens = name, max_tokens
-        self.dim: int = model.config.hidden_size
+        self.dim: int = model.config.get_text_config().hidden_size
         self._tokenizer, self._model = tokenizer, model
 
     @classmethod
     def load(
         cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """Load "minilm", "labels:…", "flux:…", or a folder or hub id that transformers' AutoModel opens.
+        """Load "minilm", "labels:…", a pipeline's, or a folder or hub id that transformers' AutoModel opens.
 
         Raises:
             UserError: the package is missing or was changed, or nothing loads under that name.
@@ -75,10 +75,10 @@ class TextEncoder(CaptionEncoder):
         from transformers import AutoModel, AutoTokenizer, logging
 
         logging.disable_progress_bar()
-        if name.startswith(FLUX):
-            from fewstep.data.flux_text import load_flux_encoders
+        if of_pipeline(name):
+            from fewstep.data.pipeline_text import load_pipeline_encoder
 
-            return load_flux_encoders(name, device)
+            return load_pipeline_encoder(name, max_tokens, device)
         with loading(name) as where:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModel.from_pretrained(**where, dtype=torch.float32)
@@ -169,28 +169,35 @@ def token_dim(name: str) -> int:
     """
     if name.startswith(LABELS):
         return TextEncoder.load(name).dim
-    return _width(name, "text_encoder_2")
+    if of_pipeline(name):
+        from fewstep.data.pipeline_text import pipeline_widths
+
+        return pipeline_widths(name)[0]
+    from transformers import AutoConfig
+
+    with loading(name) as where:
+        return AutoConfig.from_pretrained(**where).get_text_config().hidden_size
 
 
 def pooled_dim(name: str) -> int | None:
     """P of a text encoder; raises as `token_dim`."""
-    return _width(name, "text_encoder") if name.startswith(FLUX) else None
+    if not of_pipeline(name):
+        return None
+    from fewstep.data.pipeline_text import pipeline_widths
+
+    return pipeline_widths(name)[1]
 
 
-def _width(name: str, part: str) -> int:
-    """Width of an encoder; of that part of it, where it is a FLUX pipeline's."""
-    from transformers import AutoConfig
-
-    with loading(name) as where:
-        return AutoConfig.from_pretrained(
-            **where, subfolder=part if name.startswith(FLUX) else ""
-        ).hidden_size
+def of_pipeline(name: str) -> str | None:
+    """Which of `PIPELINES` a name belongs to; None for other encoders."""
+    kind, colon, _ = name.partition(":")
+    return kind if colon and kind in PIPELINES else None
 
 
 @contextmanager
 def loading(name: str) -> Iterator[dict[str, Any]]:
     """Where transformers finds an encoder, as arguments of `from_pretrained`; its errors as one sentence."""
-    place = name.removeprefix(FLUX)
+    place = name.partition(":")[2] if of_pipeline(name) else name
     folder = _minilm_folder() if name == MINILM else Path(place).expanduser()
     local = folder.is_dir()
     try:
@@ -199,7 +206,7 @@ def loading(name: str) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"the text encoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): "
             f"give {MINILM!r}, a folder that transformers' AutoModel opens, a hub id reachable from here, or "
-            f"{FLUX}PIPELINE for the two encoders of a FLUX.1 pipeline."
+            f"flux:PIPELINE, flux2:PIPELINE or qwen-image:PIPELINE for a pipeline's own."
         ) from error
 
 

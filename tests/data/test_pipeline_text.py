@@ -1,4 +1,4 @@
-"""FLUX.1's two text encoders, tiny and with random weights, in the layout of its pipeline."""
+"""The text encoders of pipelines, tiny and with random weights, in the pipelines' layout; they do as diffusers does."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, QwenImagePipeline
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
 
 from fewstep.data.encode import EncodeText, Settings, ShardPlan
-from fewstep.data.flux_text import FLUX_TOKENS
+from fewstep.data.pipeline_text import FLUX_TOKENS
 from fewstep.data.sources import Size
 from fewstep.data.text import TextEncoder, pooled_dim, token_dim
 from fewstep.errors import UserError
@@ -122,3 +130,76 @@ def test_a_folder_without_the_encoders_is_refused(tmp_path):
     with pytest.raises(UserError, match="can't be loaded") as caught:
         TextEncoder.load(f"flux:{tmp_path}")
     assert "\n" not in str(caught.value)
+
+
+CHAT = (
+    "{% for message in messages %}<s> {% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{{ message['content'][0]['text'] }}{% endif %} </s>{% endfor %}"
+    "{% if add_generation_prompt %} <s> a{% endif %}"
+)
+DECODER = {
+    "vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+
+
+def language_model(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "qwen-image":
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
+        text = DECODER | {"num_hidden_layers": 2, "rope_parameters": rope}
+        vision = {"depth": 1, "hidden_size": 8, "num_heads": 1, "out_hidden_size": 16, "intermediate_size": 8}
+        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    if kind == "klein":
+        return Qwen3ForCausalLM(Qwen3Config(**DECODER, head_dim=8, num_hidden_layers=28))
+    text = DECODER | {"model_type": "mistral", "head_dim": 8, "num_hidden_layers": 31}
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=text, vision_config=VISION | {"model_type": "pixtral"})
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen-image", "klein", "dev"])
+def pipeline(request, tmp_path_factory):
+    """(kind, name of the encoder, its model, its tokenizer), the model as it was saved."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = language_model(request.param).eval()
+    model.save_pretrained(folder / "text_encoder")
+    tokenizer("$A", folder / "tokenizer")
+    side = "left" if request.param == "dev" else "right"
+    words = AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side=side)
+    words.chat_template = CHAT
+    words.save_pretrained(folder / "tokenizer")
+    prefix = "qwen-image" if request.param == "qwen-image" else "flux2"
+    return request.param, f"{prefix}:{folder}", model, words
+
+
+@torch.no_grad()
+def by_diffusers(kind: str, model: torch.nn.Module, words, caption: str) -> torch.Tensor:
+    """(L, D): what the pipeline itself would give its transformer."""
+    if kind == "qwen-image":
+        pipe = QwenImagePipeline(
+            scheduler=None, vae=None, text_encoder=model, tokenizer=words, transformer=None
+        )
+        return pipe._get_qwen_prompt_embeds(caption, device="cpu")[0][0]
+    if kind == "klein":
+        return Flux2KleinPipeline._get_qwen3_prompt_embeds(model, words, caption)[0]
+    return Flux2Pipeline._get_mistral_3_small_prompt_embeds(model, words, caption)[0]
+
+
+def test_a_caption_becomes_what_the_pipeline_gives_its_transformer(pipeline):
+    kind, name, model, words = pipeline
+    encoder = TextEncoder.load(name)
+    for caption, ours in zip(CAPTIONS, encoder.encode(CAPTIONS), strict=True):
+        expected = by_diffusers(kind, model, words, caption)
+        torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
+    assert token_dim(name) == encoder.dim == expected.shape[1]
+    assert pooled_dim(name) is None
+
+
+def test_longer_captions_than_the_pipeline_takes_are_refused(pipeline):
+    kind, name, *_ = pipeline
+    encoder = TextEncoder.load(name, max_tokens=8)
+    encoder.check(["dog " * 7])
+    with pytest.raises(UserError, match="is too long"):
+        encoder.check(["dog " * (9 if kind == "qwen-image" else 600)])
