@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
 
 from fewstep.errors import UserError
 from serve.settings import Access, Offer, Settings
@@ -47,3 +49,14 @@ def test_a_keys_file_that_gives_no_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("# none yet\n")
     with pytest.raises(UserError, match="holds no key"):
         Access(api_keys_file=str(tmp_path / "empty")).api_keys()
+
+
+@pytest.mark.parametrize("where", ["serve/config.yaml", "infra/kuberay-service.yaml"])
+def test_the_configurations_that_ship_are_valid(where: str) -> None:
+    tree = yaml.safe_load((ROOT / where).read_text())
+    config = yaml.safe_load(tree["spec"]["serveConfigV2"]) if "spec" in tree else tree
+    [application] = ServeDeploySchema.model_validate(config).applications
+    Settings.model_validate(application.args)
+    [generator] = application.deployments
+    assert generator.name == "Generator"
+    Offer.model_validate(generator.user_config)
