@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import secrets
@@ -20,11 +21,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fewstep.errors import UserError
 from serve.metrics import RequestMetrics
 from serve.schema import (
     Delivery,
@@ -83,7 +86,7 @@ class Service:
         self._generator = generator
         self._keys = [_digest(key) for key in settings.access.api_keys()]
         if not self._keys and not settings.access.open_to_all:
-            _require_loopback()
+            require_loopback(str(_get_global_client().http_config.host))
         self._metrics = RequestMetrics()
         self._replicas, self._replicas_known_at = 0, 0.0
         self._counting = asyncio.Lock()
@@ -614,19 +617,15 @@ def _running_replicas(deployment: str) -> int:
     return application.deployments[deployment].replica_states.get("RUNNING", 0)
 
 
-def _require_loopback() -> None:
+def require_loopback(host: str) -> None:
     """Refuse to serve everybody by oversight.
 
+    Args:
+        host: where HTTP listens, an address or a name.
+
     Raises:
-        UserError: HTTP listens beyond loopback, and no key is set.
+        UserError: beyond loopback, and no key is set.
     """
-    import ipaddress
-
-    from ray.serve.context import _get_global_client
-
-    from fewstep.errors import UserError
-
-    host = str(_get_global_client().http_config.host)
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

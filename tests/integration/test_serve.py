@@ -479,16 +479,6 @@ def test_an_idle_service_may_have_no_replica_and_a_request_starts_one(address: s
     serve.delete("idle")
 
 
-def test_the_configuration_file_holds_known_settings_only() -> None:
-    from serve.settings import Offer, Settings
-
-    config = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
-    [application] = config["applications"]
-    Settings.model_validate(application["args"])
-    Offer.model_validate(application["deployments"][0]["user_config"])
-    assert config["http_options"]["host"] == "127.0.0.1"
-
-
 def test_fuzzing_from_the_schema_finds_no_server_error(service: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [

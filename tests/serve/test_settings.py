@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from fewstep.errors import UserError
+from serve.http import require_loopback
 from serve.settings import Access, Offer, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -60,3 +61,11 @@ def test_the_configurations_that_ship_are_valid(where: str) -> None:
     [generator] = application.deployments
     assert generator.name == "Generator"
     Offer.model_validate(generator.user_config)
+
+
+def test_without_keys_http_listens_on_loopback_alone() -> None:
+    for host in ("127.0.0.1", "::1", "localhost"):
+        require_loopback(host)
+    for host in ("0.0.0.0", "::", "10.0.0.7", "images.example.org"):
+        with pytest.raises(UserError, match=f"http_options.host is {host}.*access.api_keys_file"):
+            require_loopback(host)
