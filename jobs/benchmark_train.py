@@ -146,8 +146,8 @@ def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str
 
 def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     """Seconds of steps in a row, and of a step and its parts in turns."""
+    from fewstep.data.encoder import load_encoder
     from fewstep.data.schema import DatasetInfo
-    from fewstep.data.text import TextEncoder
     from fewstep.distill import PowerEMA, imitation
     from fewstep.flow import gaussian_noise
     from fewstep.train.objectives import Distillation
@@ -156,7 +156,7 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     torch.set_num_threads(recipe.train.threads)
     torch.set_flush_denormal(True)
     info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size
-    null = TextEncoder.load(info.encoding.text_encoder).conditioning([""])
+    null = load_encoder(info.encoding.text_encoder).conditioning([""])
     objective = Distillation(recipe, null, torch.device("cpu"))
     parameters, settings = objective.parameters(), objective.settings
     optimizer = build_optimizer(parameters, recipe.optimizer)

@@ -34,11 +34,11 @@ class Encoder:
             return await asyncio.to_thread(self._encode, name, prompts)
 
     def _encode(self, name: str, prompts: list[str]) -> list[TextConditioning] | str:
-        from fewstep.data.text import TextEncoder
+        from fewstep.data.encoder import load_encoder
         from fewstep.errors import UserError
 
         if name not in self._loaded:
-            self._loaded[name] = TextEncoder.load(name, device=_device())
+            self._loaded[name] = load_encoder(name, device=_device())
         try:
             return self._loaded[name].each(prompts)
         except UserError as error:

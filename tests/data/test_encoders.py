@@ -14,7 +14,7 @@ from diffusers import (
 
 from fewstep.data import text
 from fewstep.data.autoencoder import load_autoencoder
-from fewstep.data.text import TextEncoder, token_dim
+from fewstep.data.encoder import CaptionEncoder, encoder_widths, load_encoder
 from fewstep.errors import UserError
 
 CAPTIONS = [
@@ -28,8 +28,8 @@ CAPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def encoder() -> TextEncoder:
-    return TextEncoder.load()
+def encoder() -> CaptionEncoder:
+    return load_encoder()
 
 
 @pytest.fixture(params=[1, 2])
@@ -62,7 +62,7 @@ def test_captions_encoded_for_drawing_are_those_of_shards_to_the_last_digits(enc
 def test_states_are_the_ones_that_float16_shards_hold(encoder):
     for states in encoder.encode(CAPTIONS):
         assert states.dtype == torch.float32
-        assert states.shape[1] == encoder.dim == token_dim("minilm") == 384
+        assert states.shape[1] == encoder.dim == encoder_widths("minilm")[0] == 384
         assert torch.equal(states, states.half().float())
 
 
@@ -86,14 +86,14 @@ def test_changed_weights_of_the_packaged_encoder_are_refused(monkeypatch):
     text._minilm_folder.cache_clear()
     try:
         with pytest.raises(UserError, match="have SHA-256 53aa5117"):
-            TextEncoder.load()
+            load_encoder()
     finally:
         text._minilm_folder.cache_clear()
 
 
 def test_an_encoder_in_a_folder_loads_like_the_packaged_one(encoder):
     folder = str(text._minilm_folder())
-    other = TextEncoder.load(folder, max_tokens=8)
+    other = load_encoder(folder, max_tokens=8)
     assert other.name == folder
     assert torch.equal(other.encode(["a dog"])[0], encoder.encode(["a dog"])[0])
     with pytest.raises(UserError, match="at most 8"):

@@ -10,18 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from fewstep.data.encode import EncodeText, Settings
+from fewstep.data.encoder import encoder_widths, load_encoder
 from fewstep.data.labels import FASHION_MNIST, MOST_CLASSES
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, encode_table
 from fewstep.data.sources import Size
 from fewstep.data.storage import Storage
 from fewstep.data.stream import read_split
-from fewstep.data.text import TextEncoder, token_dim
 from fewstep.errors import UserError
 
 
 def index(encoder: str, caption: str) -> float:
-    [states] = TextEncoder.load(encoder).encode([caption])
-    assert states.shape == (1, token_dim(encoder))
+    [states] = load_encoder(encoder).encode([caption])
+    assert states.shape == (1, encoder_widths(encoder)[0])
     return states.item()
 
 
@@ -39,10 +39,10 @@ def test_a_class_is_its_index_by_name_or_number_and_nothing_is_the_null_class() 
 def test_every_label_survives_a_shard(tmp_path: Path) -> None:
     name, shape = f"labels:{MOST_CLASSES}", (1, 2, 2)
     captions = [*map(str, range(MOST_CLASSES)), ""]
-    encoder = TextEncoder.load(name)
+    encoder = load_encoder(name)
     tokens = [states.numpy().astype(np.float16) for states in encoder.encode(captions)]
     rows = pa.table({"key": [f"{i:05d}" for i in range(len(captions))], "caption": captions})
-    encoding = Encoding(name, token_dim(name), "grey")
+    encoding = Encoding(name, encoder_widths(name)[0], "grey")
     table = encode_table(rows, tokens, np.zeros((len(captions), *shape), np.float32), shape, "train")
     (tmp_path / "train/1x2x2").mkdir(parents=True)
     path = "train/1x2x2/part-00000.parquet"
@@ -55,7 +55,7 @@ def test_every_label_survives_a_shard(tmp_path: Path) -> None:
 
 
 def test_what_is_no_class_is_refused_with_the_nearest() -> None:
-    encoder = TextEncoder.load("labels:fashion-mnist")
+    encoder = load_encoder("labels:fashion-mnist")
     encoder.check(["sneaker", ""])
     for refuse in (encoder.check, encoder.encode):
         with pytest.raises(
@@ -92,7 +92,7 @@ def test_a_row_of_no_class_is_skipped_and_listed() -> None:
     ],
 )
 def test_label_sets_that_cannot_be_are_refused(name: str, message: str) -> None:
-    for use in (TextEncoder.load, token_dim):
+    for use in (load_encoder, encoder_widths):
         with pytest.raises(UserError, match=message) as caught:
             use(name)
         assert "\n" not in str(caught.value)

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from fewstep.data.encode import EncodeText, Settings, ShardPlan
+from fewstep.data.encoder import CaptionEncoder, encoder_widths, load_encoder
 from fewstep.data.pipeline_text import FLUX_TOKENS
 from fewstep.data.sources import Size
-from fewstep.data.text import TextEncoder, pooled_dim, token_dim
 from fewstep.errors import UserError
 
 WORDS = {
@@ -68,8 +68,8 @@ def name(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def encoder(name: str) -> TextEncoder:
-    return TextEncoder.load(name)
+def encoder(name: str) -> CaptionEncoder:
+    return load_encoder(name)
 
 
 def test_every_caption_has_flux_s_own_length_padding_included(encoder):
@@ -107,12 +107,12 @@ def test_a_batch_carries_both(encoder):
     conditioning = encoder.conditioning(CAPTIONS)
     assert conditioning.mask.all()
     assert torch.equal(conditioning.summary(), torch.stack(encoder.pooled(CAPTIONS)))
-    assert TextEncoder.load().conditioning(["a dog"]).pooled is None
+    assert load_encoder().conditioning(["a dog"]).pooled is None
 
 
 def test_widths_are_known_without_the_weights(name, encoder):
-    assert (token_dim(name), pooled_dim(name)) == (encoder.dim, encoder.pooled_dim) == (12, 10)
-    assert pooled_dim("minilm") is None
+    assert encoder_widths(name) == (encoder.dim, encoder.pooled_dim) == (12, 10)
+    assert encoder_widths("minilm") == (384, None)
 
 
 def test_the_encoding_stage_adds_the_vectors(name, encoder):
@@ -128,7 +128,7 @@ def test_the_encoding_stage_adds_the_vectors(name, encoder):
 
 def test_a_folder_without_the_encoders_is_refused(tmp_path):
     with pytest.raises(UserError, match="can't be loaded") as caught:
-        TextEncoder.load(f"flux:{tmp_path}")
+        load_encoder(f"flux:{tmp_path}")
     assert "\n" not in str(caught.value)
 
 
@@ -189,17 +189,16 @@ def by_diffusers(kind: str, model: torch.nn.Module, words, caption: str) -> torc
 
 def test_a_caption_becomes_what_the_pipeline_gives_its_transformer(pipeline):
     kind, name, model, words = pipeline
-    encoder = TextEncoder.load(name)
+    encoder = load_encoder(name)
     for caption, ours in zip(CAPTIONS, encoder.encode(CAPTIONS), strict=True):
         expected = by_diffusers(kind, model, words, caption)
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
-    assert token_dim(name) == encoder.dim == expected.shape[1]
-    assert pooled_dim(name) is None
+    assert encoder_widths(name) == (encoder.dim, encoder.pooled_dim) == (expected.shape[1], None)
 
 
 def test_longer_captions_than_the_pipeline_takes_are_refused(pipeline):
     kind, name, *_ = pipeline
-    encoder = TextEncoder.load(name, max_tokens=8)
+    encoder = load_encoder(name, max_tokens=8)
     encoder.check(["dog " * 7])
     with pytest.raises(UserError, match="is too long"):
         encoder.check(["dog " * (9 if kind == "qwen-image" else 600)])

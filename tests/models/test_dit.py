@@ -12,7 +12,7 @@ import torch.distributed as dist
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from fewstep.data.text import TextEncoder
+from fewstep.data.encoder import load_encoder
 from fewstep.errors import UserError
 from fewstep.export.adapter import adapter_state, load_adapter, save_adapter
 from fewstep.flow import NO_SHIFT
@@ -57,7 +57,7 @@ def lone_process_group() -> Iterator[None]:
 
 
 def classes(*labels: str) -> TextConditioning:
-    return TextConditioning.collate(TextEncoder.load("labels:5").encode(labels))
+    return TextConditioning.collate(load_encoder("labels:5").encode(labels))
 
 
 def velocity(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:

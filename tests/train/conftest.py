@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from fewstep.data.encoder import load_encoder
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, bucket_folder, encode_table
 from fewstep.data.storage import Storage
-from fewstep.data.text import TextEncoder
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import TeacherCard, save_teacher
 
@@ -53,7 +53,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SHARDS training shards of ROWS rows and one held-out shard, real captions, random images."""
     root = tmp_path_factory.mktemp("tiny-data")
     storage, rng = Storage.at(root), np.random.default_rng(0)
-    encoding, encoder, shards = Encoding("minilm", 384, "pixel"), TextEncoder.load("minilm"), []
+    encoding, encoder, shards = Encoding("minilm", 384, "pixel"), load_encoder("minilm"), []
     for split, count in (("train", SHARDS), ("held_out", 1)):
         for index in range(count):
             keys = [f"{split}-{index}-{row}" for row in range(ROWS)]

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
+from fewstep.data.encoder import load_encoder
 from fewstep.data.stream import read_split
-from fewstep.data.text import TextEncoder
 from fewstep.train.objectives import build_objective
 from fewstep.train.parallel import shard
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 
 def test_compiled_blocks_learn_the_same(tiny_data: Path, tiny_teacher: Path) -> None:
-    batch, null = read_split(str(tiny_data), "train", 4), TextEncoder.load().conditioning([""])
+    batch, null = read_split(str(tiny_data), "train", 4), load_encoder().conditioning([""])
     results = []
     for backend in ("null", "aot_eager"):
         overrides = [f"teacher.path={tiny_teacher}", "student.lora={rank: 4}", f"train.compile={backend}"]

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from fewstep.data.encoder import load_encoder
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, bucket_folder, encode_table
 from fewstep.data.storage import Storage
-from fewstep.data.text import TextEncoder
 from fewstep.errors import UserError
 from fewstep.export import FewStepPipeline
 from fewstep.models.dit import DiT
@@ -37,7 +37,7 @@ FIXED = [
 def labelled_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two training shards and one held-out shard; a class's images are its own shade of grey, and noise."""
     root = tmp_path_factory.mktemp("labelled-data")
-    rng, encoder, shards = np.random.default_rng(0), TextEncoder.load(CLASSES), []
+    rng, encoder, shards = np.random.default_rng(0), load_encoder(CLASSES), []
     encoding = Encoding(CLASSES, 1, "grey")
     for split, part in (("train", 0), ("train", 1), ("held_out", 0)):
         captions = [encoder.classes[row % 3] for row in range(ROWS)]

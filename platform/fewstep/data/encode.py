@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from fewstep.data.autoencoder import GREY, PIXEL, load_autoencoder
+from fewstep.data.encoder import MAX_TOKENS, MINILM, CaptionEncoder, encoder_widths, load_encoder
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.schema import (
     SCHEMA,
@@ -36,7 +37,6 @@ from fewstep.data.schema import (
 from fewstep.data.seeds import stable_hash
 from fewstep.data.sources import Rejection, Size, Source, fit, measure, open_image
 from fewstep.data.storage import Storage
-from fewstep.data.text import MAX_TOKENS, MINILM, TextEncoder, pooled_dim, token_dim
 from fewstep.errors import UserError
 
 PLAN = "plan.json"
@@ -115,7 +115,7 @@ def prepare(
             away, or no row is left.
     """
     storage = Storage.at(out)
-    dim, pooled = token_dim(settings.text_encoder), pooled_dim(settings.text_encoder)
+    dim, pooled = encoder_widths(settings.text_encoder)
     claim(storage, source, settings)
     plans, rejected = plan(source, settings)
     present = storage.list()
@@ -178,11 +178,9 @@ class EncodeText:
         self.settings = settings
 
     @functools.cached_property
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> CaptionEncoder:
         # Loaded on first use: an error in an actor's constructor reaches the user as a dead actor only.
-        return TextEncoder.load(
-            self.settings.text_encoder, max_tokens=self.settings.max_tokens, device=_device()
-        )
+        return load_encoder(self.settings.text_encoder, max_tokens=self.settings.max_tokens, device=_device())
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         rows = _unpack(item["rows"])

@@ -1,20 +1,55 @@
-"""What every encoder of captions gives, whatever is behind it."""
+"""Encoders of captions: what each gives, whatever is behind it, and which there are, by name.
+
+A dataset is prepared with one; whoever generates must use the same one again.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fewstep.models.conditioning import TextConditioning
 
+MINILM = "minilm"
+"""The text encoder that comes as a package: all-MiniLM-L6-v2, 22.7M parameters, D = 384, Apache-2.0."""
+
+LABELS = "labels:"
+"""What names begin with that stand for classes instead of text (see `labels.py`)."""
+
+PIPELINES = ("flux", "flux2", "qwen-image")
+"""Before ":" and the folder or hub id of a diffusers pipeline: its own text encoders (see `pipeline_text.py`)."""
+
+MAX_TOKENS = 64
+"""Default limit on a caption's length, in tokens with the encoder's start and end marks."""
+
 
 class CaptionEncoder(ABC):
-    """Captions → what a network is conditioned on. Encoders derive from this one and define `encode`."""
+    """Captions → what a network is conditioned on.
 
+    Attributes:
+        name: what `load_encoder` was given; a dataset's manifest keeps it.
+        dim: D, the width of the token states.
+    """
+
+    name: str
+    dim: int
     pooled_dim: int | None = None
     """P, the width of vectors of whole captions; None for encoders that have none."""
+
+    @abstractmethod
+    def refusals(self, captions: Sequence[str]) -> list[tuple[str, str] | None]:
+        """Per caption: None if it can be encoded, otherwise the kind of trouble, and what exactly."""
+
+    @abstractmethod
+    def check(self, captions: Sequence[str]) -> None:
+        """Refuse captions that can't be encoded, before any work is done for them.
+
+        Raises:
+            UserError: a sentence about the first of them.
+        """
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -37,3 +72,52 @@ class CaptionEncoder(ABC):
         states, pooled = self.encode_apart(captions), self.pooled(captions)
         vectors = [None] * len(states) if pooled is None else [[vector] for vector in pooled]
         return [TextConditioning.collate([s], v) for s, v in zip(states, vectors, strict=True)]
+
+
+def load_encoder(
+    name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
+) -> CaptionEncoder:
+    """Load "minilm", "labels:…", a pipeline's own (`PIPELINES`), or a transformers model from a folder or hub id.
+
+    Args:
+        name: of the encoder.
+        max_tokens: longest caption of encoders that do not pad to a length of their own.
+        device: where it runs.
+
+    Raises:
+        UserError: nothing loads under that name.
+    """
+    if name.startswith(LABELS):
+        from fewstep.data.labels import LabelEncoder
+
+        return LabelEncoder(name)
+    if of_pipeline(name):
+        from fewstep.data.pipeline_text import load_pipeline_encoder
+
+        return load_pipeline_encoder(name, max_tokens, device)
+    from fewstep.data.text import TextEncoder
+
+    return TextEncoder.load(name, max_tokens=max_tokens, device=device)
+
+
+def encoder_widths(name: str) -> tuple[int, int | None]:
+    """(D of token states, P of vectors of whole captions or None) of an encoder, without its weights.
+
+    Raises:
+        UserError: as `load_encoder`.
+    """
+    if name.startswith(LABELS):
+        return load_encoder(name).dim, None
+    if of_pipeline(name):
+        from fewstep.data.pipeline_text import pipeline_widths
+
+        return pipeline_widths(name)
+    from fewstep.data.text import text_width
+
+    return text_width(name), None
+
+
+def of_pipeline(name: str) -> str | None:
+    """Which of `PIPELINES` a name belongs to; None for other encoders."""
+    kind, colon, _ = name.partition(":")
+    return kind if colon and kind in PIPELINES else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fewstep.data.text import LABELS, TextEncoder
+from fewstep.data.encoder import LABELS, CaptionEncoder
 from fewstep.errors import UserError
 
 MOST_CLASSES = 2048
@@ -63,7 +63,7 @@ def class_names(name: str) -> tuple[str, ...]:
     return classes
 
 
-class LabelEncoder(TextEncoder):
+class LabelEncoder(CaptionEncoder):
     """Classes by name, letter case aside, or by number.
 
     The empty caption "" is the null class of guidance, whose index is the number of classes.
@@ -73,18 +73,13 @@ class LabelEncoder(TextEncoder):
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.dim, self.max_tokens = name, 1, 1
+        self.name, self.dim = name, 1
         self.classes = class_names(name)
         numbers = {str(index): index for index in range(len(self.classes))}
         names = {label.casefold(): index for index, label in enumerate(self.classes)}
         self._index = {**numbers, **names, "": len(self.classes)}
 
-    def token_counts(self, captions: Sequence[str]) -> list[int]:
-        """One token each, class or not."""
-        return [1] * len(captions)
-
     def refusals(self, captions: Sequence[str]) -> list[tuple[str, str] | None]:
-        """Per caption: None if it is a class, otherwise the kind of trouble, and what exactly."""
         return [
             None if _key(caption) in self._index else ("unknown class", self._unknown(caption))
             for caption in captions
@@ -108,9 +103,6 @@ class LabelEncoder(TextEncoder):
         """
         self.check(captions)
         return [torch.tensor([[float(self._index[_key(caption)])]]) for caption in captions]
-
-    def encode_apart(self, captions: Sequence[str]) -> list[Tensor]:
-        return self.encode(captions)
 
     def _unknown(self, caption: str) -> str:
         near = difflib.get_close_matches(_key(caption), [n for n in self._index if n], 1, cutoff=0)[0]

@@ -1,4 +1,4 @@
-"""Captions → token states: the text encoders a dataset can be prepared with and a server must use again.
+"""Captions → token states of a transformer.
 
 States are rounded through float16, the type that shards store: training and serving see the very same
 numbers. Captions are encoded in groups of equal length, without padding, so that a caption's states do not
@@ -19,22 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data.encoder import CaptionEncoder
+from fewstep.data.encoder import MAX_TOKENS, MINILM, CaptionEncoder, of_pipeline
 from fewstep.errors import UserError
-
-MINILM = "minilm"
-"""The text encoder that comes as a package: all-MiniLM-L6-v2, 22.7M parameters, D = 384, Apache-2.0."""
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of the package's model.safetensors: it is a third party's upload."""
-
-LABELS = "labels:"
-"""What names begin with that stand for classes instead of text (see `labels.py`)."""
-PIPELINES = ("flux", "flux2", "qwen-image")
-"""Before ":" and the folder or hub id of a diffusers pipeline: its own text encoders (see `pipeline_text.py`)."""
-
-MAX_TOKENS = 64
-"""Default limit on a caption's length, in tokens with the encoder's start and end marks."""
 
 GROUP = 64
 """Captions of one length encoded at a time."""
@@ -49,8 +38,6 @@ class TextEncoder(CaptionEncoder):
     The empty caption "" encodes to the tokenizer's start and end marks: the null condition of guidance.
 
     Attributes:
-        name: what `load` was given; a dataset's manifest keeps it.
-        dim: D, the width of the token states.
         max_tokens: longest caption accepted.
     """
 
@@ -63,22 +50,14 @@ class TextEncoder(CaptionEncoder):
     def load(
         cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """Load "minilm", "labels:…", a pipeline's, or a folder or hub id that transformers' AutoModel opens.
+        """The one that comes as a package, or what transformers' AutoModel opens in a folder or hub id.
 
         Raises:
             UserError: the package is missing or was changed, or nothing loads under that name.
         """
-        if name.startswith(LABELS):
-            from fewstep.data.labels import LabelEncoder
-
-            return LabelEncoder(name)
         from transformers import AutoModel, AutoTokenizer, logging
 
         logging.disable_progress_bar()
-        if of_pipeline(name):
-            from fewstep.data.pipeline_text import load_pipeline_encoder
-
-            return load_pipeline_encoder(name, max_tokens, device)
         with loading(name) as where:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModel.from_pretrained(**where, dtype=torch.float32)
@@ -161,37 +140,12 @@ class TextEncoder(CaptionEncoder):
         return states[:count].half().float().cpu()
 
 
-def token_dim(name: str) -> int:
-    """D of a text encoder, from its configuration alone.
-
-    Raises:
-        UserError: as `TextEncoder.load`.
-    """
-    if name.startswith(LABELS):
-        return TextEncoder.load(name).dim
-    if of_pipeline(name):
-        from fewstep.data.pipeline_text import pipeline_widths
-
-        return pipeline_widths(name)[0]
+def text_width(name: str) -> int:
+    """D of a text encoder, from its configuration alone; raises as `TextEncoder.load`."""
     from transformers import AutoConfig
 
     with loading(name) as where:
         return AutoConfig.from_pretrained(**where).get_text_config().hidden_size
-
-
-def pooled_dim(name: str) -> int | None:
-    """P of a text encoder; raises as `token_dim`."""
-    if not of_pipeline(name):
-        return None
-    from fewstep.data.pipeline_text import pipeline_widths
-
-    return pipeline_widths(name)[1]
-
-
-def of_pipeline(name: str) -> str | None:
-    """Which of `PIPELINES` a name belongs to; None for other encoders."""
-    kind, colon, _ = name.partition(":")
-    return kind if colon and kind in PIPELINES else None
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from fewstep.models.teacher import BUNDLED, TeacherReference, check_reference, l
 
 if TYPE_CHECKING:
     from fewstep.data.autoencoder import Autoencoder
-    from fewstep.data.text import TextEncoder
+    from fewstep.data.encoder import CaptionEncoder
 
 CARD = "fewstep.json"
 DEFAULT_TRACKING = "sqlite:///mlflow.db"
@@ -130,10 +130,10 @@ class FewStepPipeline:
     # Encoder, autoencoder and teacher load when they are first used: a server may run them elsewhere, or never.
 
     @cached_property
-    def text_encoder(self) -> TextEncoder:
-        from fewstep.data.text import TextEncoder
+    def text_encoder(self) -> CaptionEncoder:
+        from fewstep.data.encoder import load_encoder
 
-        return TextEncoder.load(self.card.text_encoder)
+        return load_encoder(self.card.text_encoder)
 
     @cached_property
     def autoencoder(self) -> Autoencoder:

@@ -165,7 +165,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from fewstep.data.text import TextEncoder
+    from fewstep.data.encoder import load_encoder
     from fewstep.export.pipeline import read_student_card, write_card
     from fewstep.tracking.run import Tracker
     from fewstep.tracking.version import run_tags
@@ -192,7 +192,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
 
     job = WorkerJob(
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
-        null=TextEncoder.load(info.encoding.text_encoder).conditioning([""]),
+        null=load_encoder(info.encoding.text_encoder).conditioning([""]),
         preview=_preview(info),
         code=code_of(_network(recipe).family),
         tracking={
