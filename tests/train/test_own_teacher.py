@@ -104,7 +104,7 @@ def test_another_process_finds_the_family(student: TrainedModel, home: Path) -> 
 def test_fewstep_trains_such_a_teacher(home: Path, tiny_data: Path) -> None:
     settings = [
         f"data.path={tiny_data}", f"network.module={EXAMPLE}", "network.family=conv_flow",
-        f"network.config={CONFIG}", *SHORT,
+        f"network.config={CONFIG}", *SHORT, "train.sample_every=0",
     ]  # fmt: skip
     trained = fit(load_recipe(TeacherRecipe, None, settings, ROOT / "jobs" / "recipes"))
     transformer, _, _ = load_teacher(str(trained.folder), "conv_flow")

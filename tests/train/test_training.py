@@ -40,7 +40,7 @@ def recipe(data: Path, teacher: Path, *overrides: str) -> DistillRecipe:
     fixed = [
         f"data.path={data}", "data.batch_size=8", f"teacher.path={teacher}", f"train.steps={STEPS}",
         "train.threads=1", "train.cpus_per_worker=0.5", "train.log_every=1", "train.checkpoint_every=4",
-        "train.sample_every=5", "student.lora={rank: 4, dropout: 0.1}",
+        "train.sample_every=0", "student.lora={rank: 4, dropout: 0.1}",
         "student.policy={type: gmflow, components: 3, logstd_width: 16}", "imitation.window=2",
     ]  # fmt: skip
     return load_recipe(DistillRecipe, None, [*fixed, *overrides], RECIPES)
@@ -97,7 +97,7 @@ def uninterrupted(tiny_data, tiny_teacher, tmp_path_factory):
     before = Path.cwd()
     os.chdir(home)
     try:
-        trained = fit(recipe(tiny_data, tiny_teacher))
+        trained = fit(recipe(tiny_data, tiny_teacher, "train.sample_every=5"))
         return home, trained, exported(trained, home)
     finally:
         os.chdir(before)
@@ -129,7 +129,8 @@ def test_a_killed_worker_continues_the_same_run_with_the_very_same_losses(
     reference_home, reference, weights = uninterrupted
     # Slow enough that a kill lands in the middle: a checkpoint at every step, killed after the fifth.
     killer = kill_worker_after(home, 5)
-    trained = fit(recipe(tiny_data, tiny_teacher, "train.checkpoint_every=1", "train.keep_checkpoints=20"))
+    trained = fit(recipe(tiny_data, tiny_teacher, "train.checkpoint_every=1", "train.keep_checkpoints=20",
+                         "train.sample_every=5"))  # fmt: skip
     killer.join()
     ours, theirs = losses(home, trained.mlflow_run), losses(reference_home, reference.mlflow_run)
     assert ours == theirs, "replayed steps, too, have bit for bit the uninterrupted run's losses"

@@ -29,7 +29,7 @@ NETWORK = (
     "sample_size: 8, patch_size: 4, num_embeds_ada_norm: 3}"
 )
 FIXED = [
-    "data.batch_size=8", "train.threads=1", "train.cpus_per_worker=0.5", "train.log_every=5", "train.sample_every=5",
+    "data.batch_size=8", "train.threads=1", "train.cpus_per_worker=0.5", "train.log_every=50", "train.sample_every=0",
 ]  # fmt: skip
 
 
