@@ -41,3 +41,10 @@ def test_features_are_each_images_own(classifier: Classifier) -> None:
 def test_captions_that_are_no_classes_have_none() -> None:
     assert Classifier.bundled("minilm") is None
     assert Classifier.bundled("labels:cat,dog") is None
+
+
+def test_the_bundled_one_knows_its_classes() -> None:
+    bundled = Classifier.bundled("labels:fashion-mnist")
+    blank = np.zeros((3, 28, 28, 3), np.uint8)
+    assert bundled(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert np.isfinite(bundled.features(blank)).all()

@@ -27,9 +27,6 @@ from fewstep.train.parallel import average_gradients, drop_gathered, is_sharded,
 from fewstep.train.progress import Meter, progress_line
 from fewstep.train.recipe import DistillRecipe, OptimizerSection, TeacherRecipe
 
-NOISY = ("ray.train.v2._internal.execution.context", "ray.train.v2._internal.execution.storage")
-"""Loggers that print several lines per checkpoint, between the lines of progress and below the result."""
-
 EXPORT = "export"
 """Folder of the trained model inside the final checkpoint."""
 
@@ -59,8 +56,7 @@ def train_worker(job: WorkerJob) -> str | None:
     import ray.train.torch
     import torch.distributed as dist
 
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quiet_reports()
     recipe, settings = job.recipe, job.recipe.train
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -268,3 +264,11 @@ def _non_finite(step: int, metrics: dict[str, float]) -> str:
         f"gradient norm {metrics['train/gradient_norm']:.4g}): lower optimizer.rate or optimizer.clip_norm; the last "
         "good checkpoint is kept."
     )
+
+
+def _quiet_reports() -> None:
+    """Silence Ray Train's several lines per checkpoint, between the lines of progress and below the result."""
+    from ray.train.v2._internal.execution import context, storage
+
+    for module in (context, storage):
+        module.logger.setLevel(logging.WARNING)
