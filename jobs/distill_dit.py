@@ -8,11 +8,11 @@ from fewstep.cli import distill, run_job
 DESCRIPTION = """\
 Distil a frozen class-conditional teacher of diffusers' DiT layout into a student that draws in one or two network
 evaluations (π-Flow), on the connected Ray cluster. Tracks to MLflow; ends with a comparison against the teacher, a
-picture and a registered model. Without options it distils a Fashion-MNIST teacher to one evaluation: train that
-first with jobs/train_teacher.py --recipe fashion_teacher. Its pictures come with the Debian package
-dataset-fashion-mnist."""
+picture and a registered model. Without options it distils the bundled Fashion-MNIST teacher to one evaluation; the
+set's pictures come with the Debian package dataset-fashion-mnist, or from a folder of its four idx files that
+jobs/prepare_data.py --source fashion-mnist was given."""
 EXAMPLES = """\
-  ray job submit jobs/distill_dit.py -- --set teacher.path=.fewstep/models/fashion_teacher-20260101-120000
+  ray job submit jobs/distill_dit.py
   ray job submit --working-dir . -- python jobs/distill_dit.py --recipe fashion_dit_2nfe
   python jobs/distill_dit.py --recipe imagenet_1nfe --set teacher.path=./models/dit-xl-2-flow --set train.workers=16"""
 
