@@ -35,7 +35,7 @@ def main() -> None:
     from fewstep.data.labels import LabelEncoder, is_labels
     from fewstep.data.stream import Batch, read_split
     from fewstep.errors import UserError
-    from fewstep.evaluate.classifier import train_classifier
+    from fewstep.evaluate.classifier import brightness_of, train_classifier
     from fewstep.train.recipe import DataSection
     from fewstep.train.trainer import open_data
 
@@ -53,9 +53,12 @@ def main() -> None:
         return batch.conditioning.states[:, 0, 0].long()
 
     train, held_out = (read_split(options.data, split) for split in ("train", "held_out"))
-    pixels = decode(train.latent).float().mean(-1).div(127.5).sub(1).unsqueeze(1)
     epochs = train_classifier(
-        pixels, labels(train), len(encoder.classes), epochs=options.epochs, seed=options.seed
+        brightness_of(decode(train.latent)),
+        labels(train),
+        len(encoder.classes),
+        epochs=options.epochs,
+        seed=options.seed,
     )
     with tqdm(total=options.epochs, unit=" epochs") as bar:
         for classifier, loss in epochs:  # noqa: B007 — the last one is kept

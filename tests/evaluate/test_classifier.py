@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.evaluate.classifier import WIDTHS, Classifier, train_classifier
+from fewstep.evaluate.classifier import WIDTHS, Classifier, brightness_of, train_classifier
 
 
 def striped(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -21,7 +21,7 @@ def striped(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
     images, labels = striped(512, np.random.default_rng(0))
-    brightness = torch.from_numpy(images).float().mean(-1).div(127.5).sub(1).unsqueeze(1)
+    brightness = brightness_of(torch.from_numpy(images))
     *_, (classifier, _) = train_classifier(brightness, torch.from_numpy(labels), 2, epochs=6)
     return classifier.eval()
 

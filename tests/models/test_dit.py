@@ -44,6 +44,15 @@ def random_dit() -> nn.Module:
     return transformer.eval().requires_grad_(False)
 
 
+def with_variances() -> nn.Module:
+    """diffusers' own network as DiTs were published: six channels out of three, one embedder copied to every block."""
+    torch.manual_seed(0)
+    stock = DiTTransformer2DModel(**TINY | {"out_channels": 6}).eval()
+    for block in stock.transformer_blocks:
+        block.norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
+    return stock
+
+
 @pytest.fixture
 def tiny_dit() -> nn.Module:
     return random_dit()
@@ -70,10 +79,7 @@ def test_the_family_is_registered() -> None:
 
 
 def test_a_diffusers_folder_with_learned_variances_gives_its_own_first_channels(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    stock = DiTTransformer2DModel(**TINY | {"out_channels": 6}).eval()
-    for block in stock.transformer_blocks:  # as in published weights: one embedder, copied to every block
-        block.norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
+    stock = with_variances()
     stock.save_pretrained(tmp_path)
     transformer, family, _ = load_teacher(str(tmp_path), "dit")
     assert family.latent_channels(transformer) == 3
@@ -85,10 +91,7 @@ def test_a_diffusers_folder_with_learned_variances_gives_its_own_first_channels(
 
 def test_a_pipelines_noise_predictor_is_a_velocity_teacher_with_a_student(tmp_path: Path) -> None:
     """The layout and the prediction of the first DiTs: noise and variances, under 1,000 linear betas."""
-    torch.manual_seed(0)
-    stock = DiTTransformer2DModel(**TINY | {"out_channels": 6}).eval()
-    for block in stock.transformer_blocks:
-        block.norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
+    stock = with_variances()
     stock.save_pretrained(tmp_path / "transformer")
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     transformer, family, _ = load_teacher(str(tmp_path), "dit")

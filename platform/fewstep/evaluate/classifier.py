@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.assets import asset
+from fewstep.data.autoencoder import GREY, load_autoencoder
 from fewstep.data.labels import class_names
 
 BUNDLED = {"labels:fashion-mnist": "fashion_classifier/model.safetensors"}
@@ -66,12 +67,21 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def classify(self, images: np.ndarray) -> np.ndarray:
         """The likeliest class of each of (N, H, W, 3) uint8 images, (N,) int64."""
-        return torch.cat([self(batch).argmax(1).cpu() for batch in self._batches(images)]).numpy()
+        return self.classes_of(self.features(images))
+
+    @torch.inference_mode()
+    def classes_of(self, features: np.ndarray) -> np.ndarray:
+        """The same from the images' features, (N, 128)."""
+        return self.head(torch.from_numpy(features).to(self.head.weight.device)).argmax(1).cpu().numpy()
 
     def _batches(self, images: np.ndarray) -> Iterator[Tensor]:
-        device = self.head.weight.device
         for batch in torch.from_numpy(np.ascontiguousarray(images)).split(BATCH):
-            yield batch.to(device).float().mean(-1).div(127.5).sub(1).unsqueeze(1)
+            yield brightness_of(batch).to(self.head.weight.device)
+
+
+def brightness_of(images: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 → what a classifier sees, (N, 1, H, W) in [−1, 1]."""
+    return load_autoencoder(GREY).encode(images)
 
 
 def train_classifier(

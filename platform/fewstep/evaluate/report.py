@@ -316,9 +316,10 @@ def build_report(
     independent_features = extractor.features(independent)
     real_features = None if real is None else extractor.features(real)
 
-    own_real = None if classifier is None or real is None else classifier.features(real)
+    judged_real = None if classifier is None or real is None else classifier.features(real)
 
     def measure(name: str) -> Row:
+        judged = None if classifier is None else classifier.features(rows[name])
         to_teacher = kid_interval(features[name], independent_features)
         to_real = None if real_features is None else kid_interval(features[name], real_features)
         return Row(
@@ -331,10 +332,8 @@ def build_report(
             paired_distance=paired_distance(features[name], features[teacher]),
             pixel_rmse=pixel_rmse(rows[name], reference),
             diversity=diversity(features[name]),
-            frechet=None if own_real is None else frechet_distance(classifier.features(rows[name]), own_real),
-            accuracy=None
-            if classifier is None
-            else float((classifier.classify(rows[name]) == labels).mean()),
+            frechet=None if judged_real is None else frechet_distance(judged, judged_real),
+            accuracy=None if judged is None else float((classifier.classes_of(judged) == labels).mean()),
         )
 
     order = [teacher, *sorted(images, key=lambda name: (passes[name], name))]

@@ -60,7 +60,7 @@ class DiT(Family):
 
     def published(self, transformer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         config, width = transformer.config, transformer.inner_dim
-        if transformer.prediction is not None:  # back from a map of states, too: see `_converting`
+        if transformer.prediction is not None:  # the inverse of `_projection`
             last = weights["proj_out.weight"]
             plain = {"proj_out.weight": last[:, :width], "proj_out.bias": last[:, -1]}
             weights = {**weights, **plain}
@@ -198,9 +198,8 @@ def _forward(self: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         a, b = (per_latent(c, hidden).to(hidden) for c in self.prediction.coefficients(t))
         cells = F.pixel_unshuffle(x, self.config.patch_size).flatten(2).mT.to(hidden)
         hidden = torch.cat([hidden, a * cells, b.expand(-1, hidden.shape[1], 1)], dim=-1)
-        embedding = F.pad(
-            embedding, (0, hidden.shape[-1] - embedding.shape[-1])
-        )  # heads want one width for both
+        # Heads want one width for both.
+        embedding = F.pad(embedding, (0, hidden.shape[-1] - embedding.shape[-1]))
     return self.proj_out(self.norm_out(hidden, embedding))
 
 

@@ -243,9 +243,8 @@ class GuidanceDistillation(FlowMatching):
             self.family, self.transformer, recipe.flow_matching.guidance, recipe.network.family
         )
         self.family = self.model.family = told
-        self.teacher = GuidedTeacher(
-            self.model, None, scale=1
-        )  # of the sample grids: one pass, told the scale
+        # Of the sample grids: one pass, told the scale.
+        self.teacher = GuidedTeacher(self.model, None, scale=1)
         settings = recipe.guidance_distillation
         transformer, family, _ = load_teacher(settings.teacher, settings.family)
         self.imitated = _VelocityNetwork(transformer.to(device).eval().requires_grad_(False), family)
