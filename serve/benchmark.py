@@ -249,7 +249,7 @@ def _row(name: str, offered: float | None, answers: list[Answer], elapsed: float
         images_per_s=len(images) / elapsed,
         p50_ms=float(np.percentile(milliseconds, 50)),
         p99_ms=float(np.percentile(milliseconds, 99)),
-        # Each batch counts once: an image of a batch of b stands for 1/b of it.
+        # Each evaluation counts once: an image that shared it with b − 1 others stands for 1/b of it.
         mean_batch=len(images) / sum(1 / image["batch_size"] for image in images) if images else 0.0,
         outside_engine=1 - statistics.fmean(inside) / float(milliseconds.mean()) if good else None,
         refused=statuses[429],

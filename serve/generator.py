@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -167,13 +168,12 @@ class Generator:
         encode = partial(encode_image, output_format=order.output_format, quality=order.output_compression)
         drawn = []
         for index, image in enumerate(images):
-            self._metrics.image(image)
-            seconds = {
-                "queue_ms": image.queue_s, "encode_ms": image.encode_s, "network_ms": image.batch.network_s,
-                "policy_ms": image.batch.policy_s, "decode_ms": image.decode_s,
-            }  # fmt: skip
-            timings = {name: round(value * 1000, 3) for name, value in seconds.items()}
-            drawn.append(Drawn(index, image.seed, encode(image.pixels), image.batch.size, timings))
+            self._metrics.image(model, image)
+            timings = {
+                f"{name.removesuffix('_s')}_ms": round(seconds * 1000, 3)
+                for name, seconds in asdict(image.timings).items()
+            }
+            drawn.append(Drawn(index, image.seed, encode(image.pixels), round(image.batch_size, 2), timings))
         return Delivery(model.name, model.version, images[0].pixels.shape[:2], steps, drawn)
 
     def _start(self, sources: dict[str, Any]) -> tuple[ModelStore, Engine]:
@@ -199,7 +199,7 @@ class Generator:
             max_wait_s=batching.max_wait_ms / 1000,
             max_pending=batching.max_pending,
             stages=self._stages,
-            on_batch=self._metrics.batch,
+            on_evaluation=self._metrics.evaluation,
         )
         return store, engine
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 if TYPE_CHECKING:
-    from fewstep.engine.engine import BatchReport, GeneratedImage
+    from fewstep.engine.engine import EvaluationReport, GeneratedImage
+    from fewstep.engine.models import LoadedModel
 
 MILLISECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000, 60000]
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -25,34 +26,39 @@ class EngineMetrics:
         by_model = ("model", "version")
         self._images = Counter("fewstep_images_total", "Images drawn.", tag_keys=by_model)
         self._batch_size = Histogram(
-            "fewstep_batch_size", "Images of a batch.", boundaries=SIZES, tag_keys=by_model
+            "fewstep_batch_size", "Images of an evaluation.", boundaries=SIZES, tag_keys=by_model
         )
-        self._queue = milliseconds("queue", "Time an image waited for its batch.")
+        self._queue = milliseconds("queue", "Time an image waited for its turns.")
         self._encode = milliseconds("encode", "Time until an image's prompt was encoded.")
-        self._network = milliseconds("network", "Time of a batch in the network.")
-        self._policy = milliseconds("policy", "Time of a batch in policies and their rollouts.")
+        self._network = milliseconds("network", "Time of an evaluation in the network.")
+        self._policy = milliseconds("policy", "Time of an evaluation in policies and their rollouts.")
         self._decode = milliseconds("decode", "Time until an image's latent was decoded.")
         self._rate = Gauge(
-            "fewstep_images_per_second", "Images per second of the last batch.", tag_keys=by_model
+            "fewstep_images_per_second", "Images per second at the last evaluation's rate.", tag_keys=by_model
         )
-        self._pending = Gauge("fewstep_pending_images", "Images that wait for a batch.")
+        self._pending = Gauge("fewstep_pending_images", "Images that wait for a turn.")
 
-    def batch(self, report: BatchReport) -> None:
-        tags = {"model": report.model.name, "version": report.model.version}
-        self._images.inc(report.size, tags)
+    def evaluation(self, report: EvaluationReport) -> None:
+        tags = _tags(report.model)
         self._batch_size.observe(report.size, tags)
         self._network.observe(report.network_s * 1000, tags)
         self._policy.observe(report.policy_s * 1000, tags)
-        self._rate.set(report.size / max(report.network_s + report.policy_s, 1e-9), tags)
+        seconds = report.steps * (report.network_s + report.policy_s)
+        self._rate.set(report.size / max(seconds, 1e-9), tags)
 
-    def image(self, image: GeneratedImage) -> None:
-        tags = {"model": image.batch.model.name, "version": image.batch.model.version}
-        self._encode.observe(image.encode_s * 1000, tags)
-        self._queue.observe(image.queue_s * 1000, tags)
-        self._decode.observe(image.decode_s * 1000, tags)
+    def image(self, model: LoadedModel, image: GeneratedImage) -> None:
+        tags = _tags(model)
+        self._images.inc(1, tags)
+        self._encode.observe(image.timings.encode_s * 1000, tags)
+        self._queue.observe(image.timings.queue_s * 1000, tags)
+        self._decode.observe(image.timings.decode_s * 1000, tags)
 
     def pending(self, images: int) -> None:
         self._pending.set(images)
+
+
+def _tags(model: LoadedModel) -> dict[str, str]:
+    return {"model": model.name, "version": model.version}
 
 
 class RequestMetrics:

@@ -82,8 +82,8 @@ class Timings(BaseModel):
 class ImageData(BaseModel):
     b64_json: str
     seed: int
-    batch_size: int
-    """Images that were drawn together with this one, itself included."""
+    batch_size: float
+    """Images that were drawn together with this one, itself included: the harmonic mean over its evaluations."""
     timings: Timings
 
 
@@ -175,7 +175,7 @@ class Drawn:
     seed: int
     image: bytes
     """A file in the format that was asked for."""
-    batch_size: int
+    batch_size: float
     timings: dict[str, float]
 
 

@@ -135,7 +135,7 @@ async function run(entry, body, sampler) {
   const milliseconds = Math.round(performance.now() - begin);
   const network = Math.round(last.timings.network_ms);
   strip.querySelector(".facts").textContent =
-    `${milliseconds} ms, of which ${network} in the network · batch of ${last.batch_size} · ${last.model} ${short(last.version)}`;
+    `${milliseconds} ms, of which ${network} in the network · batch of ${Math.round(last.batch_size)} · ${last.model} ${short(last.version)}`;
   return `${sampler} in ${milliseconds} ms`;
 }
 

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.flow import SamplerSchedule, TimeShift, auto_temperature, euler, gaussian_noise, generate
+from fewstep.flow import (
+    SamplerSchedule,
+    TimeShift,
+    auto_temperature,
+    euler,
+    euler_step,
+    gaussian_noise,
+    generate,
+    generate_step,
+)
 from fewstep.policies import DXPolicy, GMFlowPolicy
 
 SHIFT = TimeShift(3.2)
@@ -110,7 +119,23 @@ def test_temperature_spares_the_last_step() -> None:
         return policy
 
     generate(recording, noise(), two_steps, temperature=0.3)
-    assert temperatures == [0.3]
+    assert [one.tolist() for one in temperatures] == [pytest.approx([0.3, 0.3]), [1.0, 1.0]]
+
+
+def test_a_batch_at_different_steps_advances_each_sample_as_alone() -> None:
+    schedule, x = SamplerSchedule(3, SHIFT, 0.5), noise(3)
+    together, clean = generate_step(student, x, schedule, torch.tensor([0, 1, 2]), temperature=0.3)
+    for i in range(3):
+        alone, alone_clean = generate_step(
+            student, x[i : i + 1], schedule, torch.tensor([i]), temperature=0.3
+        )
+        torch.testing.assert_close(together[i : i + 1], alone)
+        torch.testing.assert_close(clean()[i : i + 1], alone_clean())
+
+    step = torch.tensor([0, 3, 6])
+    together = euler_step(to_target, x, 7, step, SHIFT)
+    alone = [euler_step(to_target, x[i : i + 1], 7, step[i : i + 1], SHIFT) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_automatic_temperature_follows_the_steps() -> None:

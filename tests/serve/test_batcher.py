@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from fewstep.engine.batcher import DynamicBatcher, Overloaded
+from fewstep.engine.batcher import DynamicBatcher, Overloaded, Turn
 
 
 class Recorder:
@@ -39,12 +39,70 @@ def test_items_of_one_key_share_batches_up_to_the_limit() -> None:
     asyncio.run(scenario())
 
 
-def test_keys_never_mix_and_the_oldest_goes_first() -> None:
+def test_keys_never_mix_and_take_turns() -> None:
     async def scenario() -> None:
         recorder = Recorder()
-        batcher = recorder.batcher()
-        await asyncio.gather(*(batcher.submit(key, [i]) for i, key in enumerate("abab")))
-        assert recorder.batches == [("a", [0, 2]), ("b", [1, 3])]
+        batcher = recorder.batcher(max_batch_size=2)
+        await asyncio.gather(*(batcher.submit(key, [i]) for i, key in enumerate("ababaa")))
+        assert recorder.batches == [("a", [0, 2]), ("b", [1, 3]), ("a", [4, 5])]
+
+    asyncio.run(scenario())
+
+
+class Countdown:
+    """Items are numbers of turns; a result is the sizes of the batches that the item was in."""
+
+    def __init__(self) -> None:
+        self.turns: list[tuple[str, list[str]]] = []
+        self.sizes: dict[str, list[int]] = {}
+        self.second_turn = asyncio.Event()
+
+    async def run(self, key, entries):
+        self.turns.append((key, [name for name, _ in (entry.item for entry in entries)]))
+        if len(self.turns) == 2:
+            self.second_turn.set()
+        await asyncio.sleep(0.01)
+        results = []
+        for name, count in (entry.item for entry in entries):
+            sizes = self.sizes.setdefault(name, [])
+            sizes.append(len(entries))
+            results.append(sizes if len(sizes) == count else Turn.UNFINISHED)
+        return results
+
+
+def test_who_arrives_joins_at_the_next_turn_within_the_limit() -> None:
+    async def scenario() -> None:
+        countdown = Countdown()
+        batcher = DynamicBatcher(countdown.run, max_batch_size=2, max_wait_s=0, max_pending=9)
+        early = asyncio.create_task(batcher.submit("a", [("early", 3)]))
+        await countdown.second_turn.wait()
+        late = asyncio.create_task(batcher.submit("a", [("late", 3), ("last", 1)]))
+        assert await early == [[1, 1, 2]]
+        assert await late == [[2, 2, 1], [2]]
+        assert [items for _, items in countdown.turns[2:]] == [["early", "late"], ["late", "last"], ["late"]]
+
+    asyncio.run(scenario())
+
+
+def test_a_long_item_and_a_short_one_of_another_key_take_turns() -> None:
+    async def scenario() -> None:
+        countdown = Countdown()
+        batcher = DynamicBatcher(countdown.run, max_batch_size=2, max_wait_s=0, max_pending=9)
+        await asyncio.gather(batcher.submit("a", [("long", 5)]), batcher.submit("b", [("short", 2)]))
+        assert [key for key, _ in countdown.turns] == ["a", "b", "a", "b", "a", "a", "a"]
+
+    asyncio.run(scenario())
+
+
+def test_an_item_whose_caller_left_takes_no_further_turn() -> None:
+    async def scenario() -> None:
+        countdown = Countdown()
+        batcher = DynamicBatcher(countdown.run, max_batch_size=2, max_wait_s=0, max_pending=9)
+        gone = asyncio.create_task(batcher.submit("a", [("gone", 1000)]))
+        await countdown.second_turn.wait()
+        gone.cancel()
+        await batcher.submit("a", [("kept", 2)])
+        assert [items for _, items in countdown.turns] == [["gone"], ["gone"], ["kept"], ["kept"]]
 
     asyncio.run(scenario())
 

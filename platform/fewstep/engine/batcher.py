@@ -1,4 +1,4 @@
-"""Dynamic batching: items wait until their batch is full, their time is up, or the worker is free."""
+"""Dynamic batching of items that take one or several turns: who arrives joins at the next turn."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from enum import Enum
+from typing import Generic, Literal, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Turn(Enum):
+    """What a batch gives for an item instead of a result."""
+
+    UNFINISHED = "unfinished"
+    """It needs another turn."""
 
 
 class Overloaded(Exception):
@@ -47,12 +55,12 @@ class Waiting(Generic[Item, Result]):
 class DynamicBatcher(Generic[Key, Item, Result]):
     """Gathers items of one key into batches, and runs one batch at a time.
 
-    The oldest item decides whose turn it is, so no key starves. While a batch runs, arrivals gather for the
-    next one; an idle worker waits `max_wait_s` from the oldest arrival for others to share its batch.
-    Belongs to one event loop.
+    While a batch runs, arrivals gather for the next one; an idle worker waits `max_wait_s` for others to share the
+    first item's batch. Items that need several turns keep their places, so that arrivals join them between two turns
+    instead of waiting for their end. Keys take turns, so none starves. Belongs to one event loop.
 
     Args:
-        run: computes a batch; gets its key and its items, gives one result per item.
+        run: computes a batch; gets its key and its items, gives one result per item, or `Turn.UNFINISHED`.
         max_batch_size: most items of a batch.
         max_wait_s: how long an item waits for company while the worker is idle.
         max_pending: bound on waiting items.
@@ -60,7 +68,9 @@ class DynamicBatcher(Generic[Key, Item, Result]):
 
     def __init__(
         self,
-        run: Callable[[Key, list[Waiting[Item, Result]]], Awaitable[Sequence[Result]]],
+        run: Callable[
+            [Key, list[Waiting[Item, Result]]], Awaitable[Sequence[Result | Literal[Turn.UNFINISHED]]]
+        ],
         *,
         max_batch_size: int,
         max_wait_s: float,
@@ -68,13 +78,13 @@ class DynamicBatcher(Generic[Key, Item, Result]):
     ) -> None:
         self.max_batch_size, self.max_wait_s, self.max_pending = max_batch_size, max_wait_s, max_pending
         self._run = run
-        self._queues: dict[Key, list[Waiting[Item, Result]]] = {}
+        self._queues: dict[Key, list[Waiting[Item, Result]]] = {}  # in the order of their turns
         self._arrival = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
     @property
     def pending(self) -> int:
-        """Items that wait for a batch."""
+        """Items that wait for a batch, or for their next turn."""
         return sum(map(len, self._queues.values()))
 
     async def submit(self, key: Key, items: Sequence[Item]) -> list[Result]:
@@ -117,33 +127,29 @@ class DynamicBatcher(Generic[Key, Item, Result]):
 
     async def _work(self) -> None:
         while True:
-            self._arrival.clear()
-            if not self._queues:
-                await self._arrival.wait()
-            if key := await self._next_key():
-                batch = self._queues[key][: self.max_batch_size]
-                self._queues[key] = self._queues[key][self.max_batch_size :]
-                self._forget_abandoned(key)
-                await self._finish(key, batch)
+            await self._gather()
+            while self._queues:
+                key = next(iter(self._queues))
+                queue = self._queues.pop(key)
+                batch, rest = queue[: self.max_batch_size], queue[self.max_batch_size :]
+                if rest:
+                    self._queues[key] = rest  # after all other keys
+                await self._run_turn(key, batch)
 
-    async def _next_key(self) -> Key | None:
-        """The oldest item's key, once its batch is full or its wait is over; None if it left meanwhile."""
+    async def _gather(self) -> None:
+        """Wait, idle, for a first item, and then for its batch to fill or its wait to end."""
         if not self._queues:
-            return None
-        key = min(self._queues, key=lambda key: self._queues[key][0].arrived)
-        give_up = self._queues[key][0].arrived + self.max_wait_s
-        while key in self._queues and len(self._queues[key]) < self.max_batch_size:
-            left = give_up - time.monotonic()
-            if left <= 0:
-                break
+            self._arrival.clear()
+            await self._arrival.wait()
+        give_up = time.monotonic() + self.max_wait_s
+        while self._queues and all(len(queue) < self.max_batch_size for queue in self._queues.values()):
             self._arrival.clear()
             try:
-                await asyncio.wait_for(self._arrival.wait(), left)
+                await asyncio.wait_for(self._arrival.wait(), give_up - time.monotonic())
             except TimeoutError:
                 break
-        return key if key in self._queues else None
 
-    async def _finish(self, key: Key, batch: list[Waiting[Item, Result]]) -> None:
+    async def _run_turn(self, key: Key, batch: list[Waiting[Item, Result]]) -> None:
         try:
             results = await self._run(key, batch)
         except Exception as error:
@@ -151,6 +157,13 @@ class DynamicBatcher(Generic[Key, Item, Result]):
                 if not entry.abandoned:
                     entry.result.set_exception(error)
             return
+        unfinished = []
         for entry, result in zip(batch, results, strict=True):
-            if not entry.abandoned:
+            if entry.abandoned:
+                continue
+            if result is Turn.UNFINISHED:
+                unfinished.append(entry)
+            else:
                 entry.result.set_result(result)
+        if unfinished:
+            self._queues[key] = unfinished + self._queues.pop(key, [])

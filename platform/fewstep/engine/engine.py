@@ -1,5 +1,8 @@
 """The engine: image tasks in, pixels out, batched by what can share a batch.
 
+Batches are made anew for every network evaluation: an image that arrives while others are half-way joins them at
+their next evaluation, each at its own point of the schedule, and nobody waits for a batch to end (continuous batching).
+
 An image depends on its own seed and prompt alone: its noise comes from its own generator, and prompts are
 padded together with masked tokens. In float32 a batch moves a latent by rounding only (below 1e-4).
 """
@@ -7,18 +10,19 @@ padded together with masked tokens. In float32 a batch moves a latent by roundin
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.engine.batcher import DynamicBatcher, Overloaded, Waiting
+from fewstep.engine.batcher import DynamicBatcher, Overloaded, Turn, Waiting
 from fewstep.engine.models import LoadedModel
 from fewstep.flow import gaussian_noise
 from fewstep.models.conditioning import TextConditioning
@@ -26,10 +30,6 @@ from fewstep.models.conditioning import TextConditioning
 Sampler = Literal["student", "teacher"]
 REMEMBERED_PROMPTS = 512
 """Prompts whose token states are remembered."""
-
-
-class Abandoned(Exception):
-    """Everyone who waited for a running batch has gone."""
 
 
 class Preview(NamedTuple):
@@ -51,15 +51,6 @@ class ImageTask:
     """Called on the engine's event loop after each evaluation."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A task with its encoded prompt."""
-
-    task: ImageTask
-    text: TextConditioning
-    """B = 1, on the CPU."""
-
-
 class BatchKey(NamedTuple):
     """What images must have in common to share a batch."""
 
@@ -72,23 +63,44 @@ class BatchKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BatchReport:
-    """What one batch took, in seconds."""
+class EvaluationReport:
+    """What one network evaluation of a batch took, in seconds."""
 
     model: LoadedModel
     size: int
+    """Images in the batch."""
+    steps: int
+    """Evaluations that each of them takes."""
     network_s: float
     policy_s: float
     """Rollouts, and the rest of sampling outside the network."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What the network gives for one image."""
+@dataclass(eq=False)
+class Drawing:
+    """An image on its way from noise to data."""
 
+    task: ImageTask
+    text: TextConditioning
+    """Its encoded prompt, B = 1."""
     latent: Tensor
+    """x at the next evaluation, (1, C, H, W) float32; the clean latent at the end."""
+    evaluations: list[EvaluationReport] = field(default_factory=list)
+    """Those it has had."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where one image's time went, in seconds."""
+
+    encode_s: float
+    """Until its prompt was encoded."""
     queue_s: float
-    batch: BatchReport
+    """Waiting for its turns."""
+    network_s: float
+    policy_s: float
+    """Of its batches, rollouts and the rest of sampling outside the network."""
+    decode_s: float
 
 
 @dataclass(frozen=True)
@@ -100,12 +112,9 @@ class GeneratedImage:
     """(H, W, 3) uint8."""
     latent: Tensor
     """(C, H, W) float32 on the CPU."""
-    encode_s: float
-    """Until its prompt was encoded."""
-    queue_s: float
-    """From then until its batch began."""
-    decode_s: float
-    batch: BatchReport
+    batch_size: float
+    """Images that shared its evaluations, itself included: their harmonic mean, so that 1/batch_size is its share."""
+    timings: Timings
 
 
 class Stages(Protocol):
@@ -172,7 +181,7 @@ class Engine:
         max_wait_s: how long an idle worker waits for a batch to fill.
         max_pending: bound on waiting images.
         stages: where prompts are encoded and latents decoded; in threads of this process by default.
-        on_batch: told of each finished batch.
+        on_evaluation: told of each network evaluation.
     """
 
     def __init__(
@@ -182,19 +191,19 @@ class Engine:
         max_wait_s: float = 0.004,
         max_pending: int = 256,
         stages: Stages | None = None,
-        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_evaluation: Callable[[EvaluationReport], None] = lambda report: None,
     ) -> None:
         self.max_pending = max_pending
-        self._stages, self._on_batch = stages or LocalStages(), on_batch
+        self._stages, self._on_evaluation = stages or LocalStages(), on_evaluation
         self._encoding = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-network")
-        self.batcher: DynamicBatcher[BatchKey, Encoded, Drawn] = DynamicBatcher(
+        self.batcher: DynamicBatcher[BatchKey, Drawing, float] = DynamicBatcher(
             self._run, max_batch_size=max_batch_size, max_wait_s=max_wait_s, max_pending=1 << 30
         )
 
     @property
     def pending(self) -> int:
-        """Images that wait for their batch."""
+        """Images that wait for their prompt, or for a turn."""
         return self._encoding + self.batcher.pending
 
     async def generate(
@@ -230,63 +239,83 @@ class Engine:
         finally:
             self._encoding -= len(tasks)
         encode_s = time.perf_counter() - begin
-        drawn = await self.batcher.submit(key, list(map(Encoded, tasks, texts)))
+        drawings = [Drawing(task, text, _noise(task, key)) for task, text in zip(tasks, texts, strict=True)]
+        drawing_s = await self.batcher.submit(key, drawings)
         begin = time.perf_counter()
-        pixels = await self._stages.decode(model, torch.stack([one.latent for one in drawn]))
+        latents = torch.cat([drawing.latent for drawing in drawings])
+        pixels = await self._stages.decode(model, latents)
         decode_s = time.perf_counter() - begin
         return [
-            GeneratedImage(task.seed, image, one.latent, encode_s, one.queue_s, decode_s, one.batch)
-            for task, image, one in zip(tasks, pixels, drawn, strict=True)
+            _finished(drawing, image, encode_s, elapsed, decode_s)
+            for drawing, image, elapsed in zip(drawings, pixels, drawing_s, strict=True)
         ]
 
     async def close(self) -> None:
         await self.batcher.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, key: BatchKey, batch: list[Waiting[Encoded, Drawn]]) -> list[Drawn]:
+    async def _run(
+        self, key: BatchKey, batch: list[Waiting[Drawing, float]]
+    ) -> list[float | Literal[Turn.UNFINISHED]]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._draw, loop, key, batch)
+        drawings = [entry.item for entry in batch]
+        previews = await loop.run_in_executor(self._thread, self._evaluate, key, drawings)
+        for entry in batch:
+            if (preview := previews.get(entry.item)) is not None and not entry.abandoned:
+                entry.item.task.on_preview(preview)
+        return [
+            entry.waited_s if len(entry.item.evaluations) == key.steps else Turn.UNFINISHED for entry in batch
+        ]
 
-    def _draw(
-        self, loop: asyncio.AbstractEventLoop, key: BatchKey, batch: list[Waiting[Encoded, Drawn]]
-    ) -> list[Drawn]:
-        queue_s = [entry.waited_s for entry in batch]
+    def _evaluate(self, key: BatchKey, drawings: list[Drawing]) -> dict[Drawing, Preview]:
+        """One network evaluation of a batch, each image at its own step; previews of those who asked."""
         pipeline, watch = key.model.pipeline, key.model.stopwatch
         begin = time.perf_counter()
-        conditioning = TextConditioning.join([entry.item.text for entry in batch]).to(pipeline.device)
-        generators = [torch.Generator().manual_seed(entry.item.task.seed) for entry in batch]
-        noise = gaussian_noise((len(batch), *key.shape), generators)
-
-        def stop_if_abandoned() -> None:
-            if all(entry.abandoned for entry in batch):
-                raise Abandoned
-
-        with watch.measuring(stop_if_abandoned):
+        conditioning = TextConditioning.join([drawing.text for drawing in drawings]).to(pipeline.device)
+        step = torch.tensor([len(drawing.evaluations) for drawing in drawings])
+        x = torch.cat([drawing.latent for drawing in drawings]).to(pipeline.device)
+        clean = None
+        with watch.measuring():
             if key.sampler == "teacher":
-                latents = pipeline.sample_teacher(noise, conditioning, key.steps)
+                x = pipeline.sample_teacher_step(x, conditioning, key.steps, step)
             else:
-                latents = pipeline.sample(
-                    noise, conditioning, key.steps, temperature=key.temperature,
-                    on_step=self._previews(loop, key, batch),
-                )  # fmt: skip
-            latents = latents.float().cpu()
+                x, clean = pipeline.sample_step(x, conditioning, key.steps, step, temperature=key.temperature)
+            x = x.float().cpu()
         elapsed = time.perf_counter() - begin
-        report = BatchReport(key.model, len(batch), watch.network_s, elapsed - watch.network_s)
-        self._on_batch(report)
-        return [Drawn(latent, waited, report) for latent, waited in zip(latents, queue_s, strict=True)]
+        report = EvaluationReport(
+            key.model, len(drawings), key.steps, watch.network_s, elapsed - watch.network_s
+        )
+        for drawing, latent in zip(drawings, x.split(1), strict=True):
+            drawing.latent = latent
+            drawing.evaluations.append(report)
+        self._on_evaluation(report)
+        return {} if clean is None else self._previews(key, drawings, clean)
 
+    @torch.inference_mode()
     def _previews(
-        self, loop: asyncio.AbstractEventLoop, key: BatchKey, batch: list[Waiting[Encoded, Drawn]]
-    ) -> Callable[[int, Tensor, Tensor], None] | None:
-        """Decodes x̂_0 of those who asked, and of nobody else; None where nobody did."""
-        rows = [row for row, entry in enumerate(batch) if entry.item.task.on_preview is not None]
+        self, key: BatchKey, drawings: list[Drawing], clean: Callable[[], Tensor]
+    ) -> dict[Drawing, Preview]:
+        """Decodes x̂_0 of those who asked, and of nobody else."""
+        rows = [row for row, drawing in enumerate(drawings) if drawing.task.on_preview is not None]
         if not rows:
-            return None
+            return {}
+        shown = zip(rows, key.model.pipeline.decode(clean()[rows]), strict=True)
+        return {drawings[row]: Preview(len(drawings[row].evaluations), pixels) for row, pixels in shown}
 
-        def show(step: int, state: Tensor, clean: Tensor) -> None:
-            for row, pixels in zip(rows, key.model.pipeline.decode(clean[rows]), strict=True):
-                if not batch[row].abandoned:
-                    callback: Any = batch[row].item.task.on_preview
-                    loop.call_soon_threadsafe(callback, Preview(step + 1, pixels))
 
-        return show
+def _noise(task: ImageTask, key: BatchKey) -> Tensor:
+    return gaussian_noise((1, *key.shape), torch.Generator().manual_seed(task.seed))
+
+
+def _finished(
+    drawing: Drawing, pixels: np.ndarray, encode_s: float, drawing_s: float, decode_s: float
+) -> GeneratedImage:
+    network_s = sum(report.network_s for report in drawing.evaluations)
+    policy_s = sum(report.policy_s for report in drawing.evaluations)
+    return GeneratedImage(
+        seed=drawing.task.seed,
+        pixels=pixels,
+        latent=drawing.latent[0],
+        batch_size=statistics.harmonic_mean(report.size for report in drawing.evaluations),
+        timings=Timings(encode_s, drawing_s - network_s - policy_s, network_s, policy_s, decode_s),
+    )

@@ -32,23 +32,22 @@ class UnknownModel(Exception):
 
 
 class Stopwatch:
-    """Time inside the network during one batch, by the module's hooks.
+    """Time inside the network during one evaluation, by the module's hooks.
 
     On a GPU the network's time is what the device spent, measured with events.
     """
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._before: Callable[[], None] = lambda: None
         self._marks: list[Any] = []
         self.network_s = 0.0
-        module.register_forward_pre_hook(self._enter)
-        module.register_forward_hook(self._leave)
+        module.register_forward_pre_hook(self._mark)
+        module.register_forward_hook(self._mark)
 
     @contextmanager
-    def measuring(self, before_network: Callable[[], None]) -> Iterator[None]:
-        """Measure what runs inside; `before_network` runs before each evaluation and may raise to stop it."""
-        self._before, self._marks = before_network, []
+    def measuring(self) -> Iterator[None]:
+        """Measure what runs inside."""
+        self._marks = []
         try:
             yield
             if self._on_gpu:
@@ -58,16 +57,9 @@ class Stopwatch:
                 begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin for begin, end in pairs
             )
         finally:
-            self._before, self._marks = (lambda: None), []
+            self._marks = []
 
-    def _enter(self, module: torch.nn.Module, arguments: Any) -> None:
-        self._before()
-        self._mark()
-
-    def _leave(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        self._mark()
-
-    def _mark(self) -> None:
+    def _mark(self, *hook_arguments: Any) -> None:
         if self._on_gpu:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record()

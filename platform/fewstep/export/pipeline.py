@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,15 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.export.adapter import load_adapter, save_adapter
-from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate
+from fewstep.flow import (
+    SamplerSchedule,
+    TimeShift,
+    euler,
+    euler_step,
+    gaussian_noise,
+    generate,
+    generate_step,
+)
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.network import GuidedTeacher, PolicyNetwork
@@ -245,28 +253,55 @@ class FewStepPipeline:
         on_step: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """The student: (B, C, H, W) noise → latents, in `steps` network evaluations."""
-        card = self.card
-        schedule = SamplerSchedule(
-            nfe=steps, shift=TimeShift(card.shift), final_step_scale=card.final_step_scale
-        )
         return generate(
-            lambda x, sigma: self.network.policy(x, sigma, conditioning),
+            partial(self.network.policy, conditioning=conditioning),
             noise.to(self.device),
-            schedule,
-            temperature=card.temperature if temperature is None else temperature,
-            substeps=card.substeps,
+            self._schedule(steps),
+            temperature=self.card.temperature if temperature is None else temperature,
+            substeps=self.card.substeps,
             on_step=on_step,
+        )
+
+    @torch.inference_mode()
+    def sample_step(
+        self,
+        x: Tensor,
+        conditioning: TextConditioning,
+        steps: int,
+        step: Tensor,
+        *,
+        temperature: float | Literal["auto"] | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """One network evaluation of `sample`, each sample at a step of its own (see `generate_step`)."""
+        return generate_step(
+            partial(self.network.policy, conditioning=conditioning),
+            x,
+            self._schedule(steps),
+            step,
+            temperature=self.card.temperature if temperature is None else temperature,
+            substeps=self.card.substeps,
         )
 
     @torch.inference_mode()
     def sample_teacher(self, noise: Tensor, conditioning: TextConditioning, steps: int) -> Tensor:
         """The teacher's own guided Euler sampler from the same noise; `steps × teacher.passes` passes."""
-        return euler(
-            lambda x, sigma: self.teacher.velocity(x, sigma, conditioning),
-            noise.to(self.device),
-            steps=steps,
-            shift=TimeShift(self.card.teacher_shift or self.card.shift),
-        )
+        velocity = partial(self.teacher.velocity, conditioning=conditioning)
+        return euler(velocity, noise.to(self.device), steps, self._teacher_shift)
+
+    @torch.inference_mode()
+    def sample_teacher_step(
+        self, x: Tensor, conditioning: TextConditioning, steps: int, step: Tensor
+    ) -> Tensor:
+        """One step of `sample_teacher`, each sample at a step of its own."""
+        velocity = partial(self.teacher.velocity, conditioning=conditioning)
+        return euler_step(velocity, x, steps, step, self._teacher_shift)
+
+    def _schedule(self, steps: int) -> SamplerSchedule:
+        return SamplerSchedule(steps, TimeShift(self.card.shift), self.card.final_step_scale)
+
+    @property
+    def _teacher_shift(self) -> TimeShift:
+        return TimeShift(self.card.teacher_shift or self.card.shift)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of a latent of that many cells; as trained by default.

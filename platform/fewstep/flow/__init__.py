@@ -6,8 +6,10 @@ from fewstep.flow.sampler import (
     SamplerSchedule,
     auto_temperature,
     euler,
+    euler_step,
     gaussian_noise,
     generate,
+    generate_step,
 )
 from fewstep.flow.time import NO_SHIFT, TEXT_TO_IMAGE_SHIFT, Segments, TimeShift
 
@@ -21,7 +23,9 @@ __all__ = [
     "TimeShift",
     "auto_temperature",
     "euler",
+    "euler_step",
     "gaussian_noise",
     "generate",
+    "generate_step",
     "guided_velocity",
 ]

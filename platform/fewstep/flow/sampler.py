@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.flow.time import NO_SHIFT, Segments, TimeShift
 from fewstep.policies import SUBSTEPS, Policy, rollout
+from fewstep.policies.base import per_latent
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for a batch, one per sample, or torch's own."""
@@ -107,20 +108,48 @@ def generate(
     Returns:
         The clean latent, (B, C, H, W).
     """
+    for i in range(schedule.nfe):
+        step = torch.full((len(x),), i)
+        x, clean = generate_step(
+            policy_at, x, schedule, step, temperature=temperature, substeps=substeps, generator=generator
+        )
+        if on_step is not None:
+            on_step(i, x, clean())
+    return x
+
+
+def generate_step(
+    policy_at: Callable[[Tensor, Tensor], Policy],
+    x: Tensor,
+    schedule: SamplerSchedule,
+    step: Tensor,
+    *,
+    temperature: float | Literal["auto"] = 1.0,
+    substeps: int = SUBSTEPS,
+    generator: Generators = None,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """One step of `generate`, in which each sample may be at a step of its own.
+
+    Args:
+        step: the samples' indices in the schedule, (B,) int64 on the CPU.
+
+    Returns:
+        The next state (B, C, H, W), and a function that gives the policy's x̂_0 (B, C, H, W) at the end of its rollout.
+    """
     if temperature == "auto":
         temperature = auto_temperature(schedule.nfe)
-    batch = len(x)
-    for i in range(schedule.nfe):
-        policy = policy_at(x, schedule.sigma_src[i].expand(batch).to(x.device))
-        if i < schedule.nfe - 1:
-            policy = policy.with_temperature(temperature)
-        raw_src, raw_dst = schedule.raw_src[i].expand(batch), schedule.raw_dst[i].expand(batch)
-        x_dst, sigma_dst = rollout(policy, x, raw_src, raw_dst, schedule.shift, substeps)
-        x = _renoise(x_dst, float(schedule.sigma_to[i]), float(schedule.renoise[i]), generator)
-        if on_step is not None:
-            sigma = sigma_dst.view(-1, *[1] * (x.ndim - 1))
-            on_step(i, x, x_dst - sigma * policy.velocity(x_dst, sigma_dst))
-    return x
+    is_last = step == schedule.nfe - 1
+    policy = policy_at(x, schedule.sigma_src[step].to(x.device, non_blocking=True)).with_temperature(
+        torch.where(is_last, 1.0, temperature).to(x.device, non_blocking=True)
+    )
+    x_dst, sigma_dst = rollout(
+        policy, x, schedule.raw_src[step], schedule.raw_dst[step], schedule.shift, substeps
+    )
+
+    def clean() -> Tensor:
+        return x_dst - per_latent(sigma_dst, x_dst) * policy.velocity(x_dst, sigma_dst)
+
+    return _renoise(x_dst, schedule.sigma_to[step], schedule.renoise[step], generator), clean
 
 
 def auto_temperature(nfe: int) -> float:
@@ -142,10 +171,13 @@ def gaussian_noise(
     return torch.randn(tuple(shape), generator=generator, device=source).to(device)
 
 
-def _renoise(x_dst: Tensor, sigma_to: float, m: float, generator: Generators) -> Tensor:
-    fresh = sigma_to * (1 - m**2) ** 0.5
-    x = (1 - sigma_to + sigma_to * m) * x_dst
-    return x + fresh * gaussian_noise(x.shape, generator, x.device) if fresh else x
+def _renoise(x_dst: Tensor, sigma_to: Tensor, m: Tensor, generator: Generators) -> Tensor:
+    kept, fresh = 1 - sigma_to + sigma_to * m, sigma_to * (1 - m.square()).sqrt()
+    x = per_latent(kept.to(x_dst.device, non_blocking=True), x_dst) * x_dst
+    if not fresh.any():  # on the CPU: no accelerator is waited for
+        return x
+    noise = gaussian_noise(x.shape, generator, x.device)
+    return x + per_latent(fresh.to(x.device, non_blocking=True), x) * noise
 
 
 def euler(
@@ -159,7 +191,19 @@ def euler(
         steps: number of network evaluations.
         shift: from raw time to σ.
     """
-    sigmas = shift.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).float()
-    for sigma, change in zip(sigmas[:-1], sigmas.diff().tolist(), strict=True):
-        x = x + change * velocity(x, sigma.expand(len(x)).to(x.device))
+    for i in range(steps):
+        x = euler_step(velocity, x, steps, torch.full((len(x),), i), shift)
     return x
+
+
+def euler_step(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    steps: int,
+    step: Tensor,
+    shift: TimeShift = NO_SHIFT,
+) -> Tensor:
+    """One step of `euler`, in which each sample may be at a step of its own: `step` is (B,) int64 on the CPU."""
+    sigmas = shift.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).float()
+    sigma, change = (table.to(x.device, non_blocking=True) for table in (sigmas[step], sigmas.diff()[step]))
+    return x + per_latent(change, x) * velocity(x, sigma)

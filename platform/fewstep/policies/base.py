@@ -45,8 +45,8 @@ class Policy(Protocol):
         """The same policy, cut from the graph of the network that predicted it."""
         ...
 
-    def with_temperature(self, temperature: float) -> Self:
-        """The policy sharpened for inference (`temperature` in (0, 1]); 1 changes nothing."""
+    def with_temperature(self, temperature: float | Tensor) -> Self:
+        """The policy sharpened for inference: `temperature` in (0, 1], one or per sample (B,); 1 changes nothing."""
         ...
 
     def with_dropout(self, p: float, generator: torch.Generator | None = None) -> Self:

@@ -113,7 +113,7 @@ class DXPolicy:
         """The same policy without gradient to the head."""
         return self._like(self.output.detach(), self.x_src.detach())
 
-    def with_temperature(self, temperature: float) -> DXPolicy:
+    def with_temperature(self, temperature: float | Tensor) -> DXPolicy:
         """Itself: DX has no mixture to sharpen."""
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -84,11 +83,13 @@ class GMFlowPolicy:
             self.sigma_src,
         )
 
-    def with_temperature(self, temperature: float) -> GMFlowPolicy:
-        """GM temperature T > 0: weights ∝ A_k^(1/T), variance ×T."""
+    def with_temperature(self, temperature: float | Tensor) -> GMFlowPolicy:
+        """GM temperature T > 0, one or per sample (B,): weights ∝ A_k^(1/T), variance ×T."""
+        temperature = torch.as_tensor(temperature, device=self.means.device)
+        temperature = temperature.view(-1, *[1] * (self.means.ndim - 1))
         return GMFlowPolicy(
             self.means,
-            self.logstds + 0.5 * math.log(temperature),
+            self.logstds + 0.5 * temperature.log(),
             (self.logweights / temperature).log_softmax(1),
             self.x_src,
             self.sigma_src,
