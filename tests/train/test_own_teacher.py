@@ -78,6 +78,8 @@ def test_samplers_on_the_cluster_find_the_family(student: TrainedModel, tiny_dat
     images = draw_images(student.folder, read_split(str(tiny_data), "held_out", 4), methods)
     assert all(pixels.shape == (4, 8, 8, 3) for pixels in images.values())
     assert not np.array_equal(images["student"], images["teacher"])
+    [kept] = Path(".fewstep/teacher_images").iterdir()
+    assert np.array_equal(np.load(kept), images["teacher"])
 
 
 def test_another_process_finds_the_family(student: TrainedModel, home: Path) -> None:

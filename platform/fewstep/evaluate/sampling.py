@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fewstep.data.stream import Batch
+from fewstep.evaluate.teacher_images import TeacherImages
 from fewstep.export.pipeline import read_student_card
 from fewstep.models.family_code import CODE, FamilyCode, find_code
 
@@ -73,6 +74,8 @@ def draw_images(
 ) -> dict[str, np.ndarray]:
     """Images of every method for every caption of `batch`, on all CPUs (or GPUs) of the cluster.
 
+    What the teacher drew for them before is kept in `.fewstep/teacher_images`, and not drawn again.
+
     Args:
         student: exported folder on this machine; its files travel through Ray. Its teacher must be found
             under the same path or hub id on every node.
@@ -91,11 +94,14 @@ def draw_images(
     import ray.data
     from tqdm.auto import tqdm
 
-    teacher = read_student_card(student).teacher
-    find_code(teacher.family, teacher.code_sha256, student)
+    card = read_student_card(student)
+    find_code(card.teacher.family, card.teacher.code_sha256, student)
+    kept = TeacherImages.of(card, batch, seed)
+    known = {m.name: None if m.student else kept.load(m.steps, m.noise) for m in methods}
+    to_draw = {method.name: method for method in methods if known[method.name] is None}
     work = [
         {**asdict(method), "start": start, "stop": min(start + CHUNK, len(batch))}
-        for method in sorted(methods, key=lambda m: -m.steps)
+        for method in sorted(to_draw.values(), key=lambda m: -m.steps)
         for start in range(0, len(batch), CHUNK)
     ]
     files = {file.name: file.read_bytes() for file in student.iterdir() if file.is_file()}
@@ -106,18 +112,18 @@ def draw_images(
         **({"num_gpus": 1} if gpu else {"num_cpus": 1}),
     )
     dataset.context.enable_progress_bars = False
-    images: dict[str, list[tuple[int, np.ndarray]]] = {method.name: [] for method in methods}
-    steps = {method.name: method.steps for method in methods}
-    total = sum(method.steps * len(batch) for method in methods)
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in to_draw}
+    total = sum(method.steps * len(batch) for method in to_draw.values())
     with tqdm(total=total, unit=" steps", desc="drawing", mininterval=5) as bar:
         for row in dataset.iter_rows():
             pixels = np.asarray(row["pixels"], dtype=np.uint8)
-            images[row["name"]].append((int(row["start"]), pixels))
-            bar.update(steps[row["name"]] * len(pixels))
-    return {
-        name: np.concatenate([pixels for _, pixels in sorted(parts, key=lambda part: part[0])])
-        for name, parts in images.items()
-    }
+            parts[row["name"]].append((int(row["start"]), pixels))
+            bar.update(to_draw[row["name"]].steps * len(pixels))
+    for name, method in to_draw.items():
+        known[name] = np.concatenate([pixels for _, pixels in sorted(parts[name], key=lambda part: part[0])])
+        if not method.student:
+            kept.save(method.steps, method.noise, known[name])
+    return known
 
 
 def _places(gpu: bool) -> int:

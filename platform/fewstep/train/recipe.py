@@ -7,8 +7,9 @@ the nearest known name. The resolved recipe is logged to MLflow and stored in ev
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -294,19 +295,21 @@ class TeacherRecipe(_Recipe):
 Recipe = TypeVar("Recipe", DistillRecipe, TeacherRecipe)
 
 
-def load_recipe(kind: type[Recipe], source: str | None, overrides: Sequence[str], folder: Path) -> Recipe:
+def load_recipe(
+    kind: type[Recipe], source: str | Mapping[str, Any] | None, overrides: Sequence[str], folder: Path
+) -> Recipe:
     """Read, override and validate a recipe.
 
     Args:
         kind: which recipe.
-        source: a YAML file, or the name of one in `folder`; None for the defaults.
+        source: a YAML file, or the name of one in `folder`; a recipe's tree; None for the defaults.
         overrides: `section.key=value` strings, values in YAML.
         folder: where named recipes live (`jobs/recipes`).
 
     Raises:
         UserError: no such recipe, or a key that is unknown or ill-typed.
     """
-    tree = _read(source, folder, (source,)) if source else {}
+    tree = _read(source, folder, (source,)) if isinstance(source, str) else copy.deepcopy(dict(source or {}))
     for override in overrides:
         _set(tree, override)
     try:
