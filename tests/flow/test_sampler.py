@@ -120,6 +120,9 @@ def test_temperature_spares_the_last_step() -> None:
 
     generate(recording, noise(), two_steps, temperature=0.3)
     assert [one.tolist() for one in temperatures] == [pytest.approx([0.3, 0.3]), [1.0, 1.0]]
+    temperatures.clear()
+    generate(recording, noise(), two_steps, temperature=0.3, final_temperature=0.5)
+    assert [one[0].item() for one in temperatures] == [pytest.approx(0.3), 0.5]
 
 
 def test_a_batch_at_different_steps_advances_each_sample_as_alone() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
+import torch
 
 from fewstep.data.autoencoder import load_autoencoder
 from fewstep.data.schema import DatasetInfo, read_shard
@@ -115,6 +117,7 @@ def evaluate(
     decode = load_autoencoder(card.autoencoder).decode
     real = None if batch.latent is None else np.asarray(decode(batch.latent))
     steps = {reference: settings.reference_steps, **ladder}
+    torch.set_num_threads(os.cpu_count() or 1)  # the samplers are done; Ray gives a job's driver one
     print(f"measuring {len(images) + (real is not None)} sets of {len(batch)} images", flush=True)
     report = build_report(
         {name: images[name] for name in (*ladder, row)},

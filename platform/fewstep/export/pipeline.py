@@ -70,6 +70,8 @@ class StudentCard:
     """Range of σ in which the teacher's guidance acts."""
     embedded_guidance: float | None = None
     """Guidance scale that teacher and student take as an input, where they are guidance-distilled."""
+    final_temperature: float = 1.0
+    """Mixture temperature of the last step; `temperature` is that of all others."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe it was trained with."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -258,6 +260,7 @@ class FewStepPipeline:
             noise.to(self.device),
             self._schedule(steps),
             temperature=self.card.temperature if temperature is None else temperature,
+            final_temperature=self.card.final_temperature,
             substeps=self.card.substeps,
             on_step=on_step,
         )
@@ -279,6 +282,7 @@ class FewStepPipeline:
             self._schedule(steps),
             step,
             temperature=self.card.temperature if temperature is None else temperature,
+            final_temperature=self.card.final_temperature,
             substeps=self.card.substeps,
         )
 

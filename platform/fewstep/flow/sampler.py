@@ -89,6 +89,7 @@ def generate(
     schedule: SamplerSchedule,
     *,
     temperature: float | Literal["auto"] = 1.0,
+    final_temperature: float = 1.0,
     substeps: int = SUBSTEPS,
     generator: Generators = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -100,6 +101,8 @@ def generate(
         x: noise at σ = 1, (B, C, H, W).
         schedule: the segments and how much noise is renewed between them.
         temperature: GM temperature of every step but the last; "auto" follows the number of steps.
+        final_temperature: GM temperature of the last step. The paper's is 1; a student of one evaluation has no other
+            step to sharpen.
         substeps: substeps of the rollouts per unit of raw time.
         generator: source of the re-noise; one per sample makes a sample independent of its batch. Not
             drawn from where the schedule renews nothing (h = 0).
@@ -111,8 +114,9 @@ def generate(
     for i in range(schedule.nfe):
         step = torch.full((len(x),), i)
         x, clean = generate_step(
-            policy_at, x, schedule, step, temperature=temperature, substeps=substeps, generator=generator
-        )
+            policy_at, x, schedule, step,
+            temperature=temperature, final_temperature=final_temperature, substeps=substeps, generator=generator,
+        )  # fmt: skip
         if on_step is not None:
             on_step(i, x, clean())
     return x
@@ -125,6 +129,7 @@ def generate_step(
     step: Tensor,
     *,
     temperature: float | Literal["auto"] = 1.0,
+    final_temperature: float = 1.0,
     substeps: int = SUBSTEPS,
     generator: Generators = None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -140,7 +145,7 @@ def generate_step(
         temperature = auto_temperature(schedule.nfe)
     is_last = step == schedule.nfe - 1
     policy = policy_at(x, schedule.sigma_src[step].to(x.device, non_blocking=True)).with_temperature(
-        torch.where(is_last, 1.0, temperature).to(x.device, non_blocking=True)
+        torch.where(is_last, final_temperature, temperature).to(x.device, non_blocking=True)
     )
     x_dst, sigma_dst = rollout(
         policy, x, schedule.raw_src[step], schedule.raw_dst[step], schedule.shift, substeps

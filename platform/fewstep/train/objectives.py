@@ -144,6 +144,7 @@ class Distillation:
             noise,
             schedule,
             temperature=self.recipe.imitation.temperature,
+            final_temperature=self.recipe.imitation.final_temperature,
             substeps=self.settings.substeps,
         )
 
@@ -163,6 +164,7 @@ class Distillation:
             final_step_scale=imitation.final_step_scale,
             substeps=imitation.substeps,
             temperature=imitation.temperature,
+            final_temperature=imitation.final_temperature,
             guidance=recipe.teacher.guidance,
             embedded_guidance=recipe.teacher.embedded_guidance,
             teacher_shift=recipe.teacher.shift or (teacher.shift if teacher else None),

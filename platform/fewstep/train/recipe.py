@@ -100,6 +100,8 @@ class ImitationSection(Section):
     """Dropout of mixture components in the rollout."""
     temperature: float | Literal["auto"] = 1.0
     """Mixture temperature at inference, not on the last step; "auto" = clamp(0.1·(nfe − 1), 0, 1)."""
+    final_temperature: float = Field(1.0, gt=0, le=1)
+    """Mixture temperature of the last step; below 1 it takes speckle out of students of one or two evaluations."""
     loss_scale: float = Field(30.0, gt=0)
     """Factor on the mean squared error."""
     mixing_steps: int = Field(0, ge=0)
