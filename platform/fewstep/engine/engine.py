@@ -216,7 +216,7 @@ class Engine:
         temperature: float | Literal["auto"] | None = None,
         sampler: Sampler = "student",
     ) -> list[GeneratedImage]:
-        """Images of `tasks`, in order. Cancelling the call stops what has not begun, and what runs for it alone.
+        """Images of `tasks`, in order. Cancelling the call stops them at their next evaluation.
 
         Args:
             size: (height, width) in pixels; as trained by default.
