@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +35,12 @@ class TextConditioning:
 
     @classmethod
     def join(cls, parts: Sequence[TextConditioning]) -> TextConditioning:
-        """Several batches as one, padded to the longest text among them."""
-        return functools.reduce(cls.cat, parts)
+        """Several batches of one text encoder as one, padded to the longest text among them."""
+        length = max(part.mask.shape[1] for part in parts)
+        padded = [part._padded(length) for part in parts]
+        states, mask = torch.cat([part.states for part in padded]), torch.cat([part.mask for part in padded])
+        pooled = None if padded[0].pooled is None else torch.cat([part.pooled for part in padded])
+        return cls(states, mask, pooled)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -68,26 +71,26 @@ class TextConditioning:
 
     def where(self, keep: Tensor, other: TextConditioning) -> TextConditioning:
         """Samples of this batch where `keep` (B,) is True, and of `other` (B = 1 or B) where it is not."""
-        return self._with(
-            other, lambda ours, theirs: torch.where(keep.view(-1, *[1] * (ours.ndim - 1)), ours, theirs)
-        )
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        ours, theirs = self._padded(length), other._padded(length)
+
+        def choose(one: Tensor, another: Tensor) -> Tensor:
+            return torch.where(keep.view(-1, *[1] * (one.ndim - 1)), one, another)
+
+        pooled = None if ours.pooled is None else choose(ours.pooled, theirs.pooled)
+        return TextConditioning(choose(ours.states, theirs.states), choose(ours.mask, theirs.mask), pooled)
 
     def cat(self, other: TextConditioning) -> TextConditioning:
         """Stack two batches, padding the shorter one's tokens."""
-        return self._with(other, lambda ours, theirs: torch.cat([ours, theirs]))
+        return TextConditioning.join([self, other])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TextConditioning:
         pooled = None if self.pooled is None else change(self.pooled)
         return TextConditioning(change(self.states), change(self.mask), pooled)
 
-    def _with(self, other: TextConditioning, join: Callable[[Tensor, Tensor], Tensor]) -> TextConditioning:
-        """Join two batches of one text encoder: both have pooled vectors, or neither."""
-        length = max(self.mask.shape[1], other.mask.shape[1])
-        first, second = self._padded(length), other._padded(length)
-        pooled = None if self.pooled is None else join(self.pooled, other.pooled)
-        return TextConditioning(join(first.states, second.states), join(first.mask, second.mask), pooled)
-
     def _padded(self, length: int) -> TextConditioning:
         extra = length - self.mask.shape[1]
+        if not extra:
+            return self
         states, mask = F.pad(self.states, (0, 0, 0, extra)), F.pad(self.mask, (0, extra))
         return TextConditioning(states, mask, self.pooled)
