@@ -40,8 +40,8 @@ class Batching(Section):
 
     max_batch_size: int = Field(16, ge=1)
     """Most images of a batch; 1 turns batching off."""
-    max_wait_ms: float = Field(4.0, ge=0)
-    """How long an idle replica waits for a batch to fill."""
+    max_wait_ms: float = Field(0.0, ge=0)
+    """How long an idle replica waits for a batch to fill; arrivals join at the next evaluation anyway."""
     max_pending: int = Field(256, ge=1)
     """Images that may wait at one replica; beyond them requests are answered 429."""
 

@@ -136,7 +136,8 @@ class Stages(Protocol):
 class LocalStages:
     """Encodes in a thread of its own, while the network works in another.
 
-    Prompts that arrive while others are being encoded are encoded together; the latest are remembered.
+    Prompts are encoded one by one, so that their digits depend on no other, and each goes on as soon as it is; the
+    latest are remembered.
     """
 
     def __init__(self) -> None:
@@ -144,7 +145,7 @@ class LocalStages:
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="fewstep-decoder")
         self._remembered: OrderedDict[tuple[str, str], TextConditioning] = OrderedDict()
         self._batcher: DynamicBatcher[LoadedModel, str, TextConditioning] = DynamicBatcher(
-            self._encode_batch, max_batch_size=64, max_wait_s=0, max_pending=1 << 30
+            self._encode_batch, max_batch_size=1, max_wait_s=0, max_pending=1 << 30
         )
 
     async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[TextConditioning]:
@@ -188,7 +189,7 @@ class Engine:
         self,
         *,
         max_batch_size: int = 16,
-        max_wait_s: float = 0.004,
+        max_wait_s: float = 0.0,
         max_pending: int = 256,
         stages: Stages | None = None,
         on_evaluation: Callable[[EvaluationReport], None] = lambda report: None,
