@@ -69,11 +69,14 @@ class Countdown:
             results.append(sizes if len(sizes) == count else Turn.UNFINISHED)
         return results
 
+    def batcher(self):
+        return DynamicBatcher(self.run, max_batch_size=2, max_wait_s=0, max_pending=9)
+
 
 def test_who_arrives_joins_at_the_next_turn_within_the_limit() -> None:
     async def scenario() -> None:
         countdown = Countdown()
-        batcher = DynamicBatcher(countdown.run, max_batch_size=2, max_wait_s=0, max_pending=9)
+        batcher = countdown.batcher()
         early = asyncio.create_task(batcher.submit("a", [("early", 3)]))
         await countdown.second_turn.wait()
         late = asyncio.create_task(batcher.submit("a", [("late", 3), ("last", 1)]))
@@ -87,7 +90,7 @@ def test_who_arrives_joins_at_the_next_turn_within_the_limit() -> None:
 def test_a_long_item_and_a_short_one_of_another_key_take_turns() -> None:
     async def scenario() -> None:
         countdown = Countdown()
-        batcher = DynamicBatcher(countdown.run, max_batch_size=2, max_wait_s=0, max_pending=9)
+        batcher = countdown.batcher()
         await asyncio.gather(batcher.submit("a", [("long", 5)]), batcher.submit("b", [("short", 2)]))
         assert [key for key, _ in countdown.turns] == ["a", "b", "a", "b", "a", "a", "a"]
 
@@ -97,7 +100,7 @@ def test_a_long_item_and_a_short_one_of_another_key_take_turns() -> None:
 def test_an_item_whose_caller_left_takes_no_further_turn() -> None:
     async def scenario() -> None:
         countdown = Countdown()
-        batcher = DynamicBatcher(countdown.run, max_batch_size=2, max_wait_s=0, max_pending=9)
+        batcher = countdown.batcher()
         gone = asyncio.create_task(batcher.submit("a", [("gone", 1000)]))
         await countdown.second_turn.wait()
         gone.cancel()

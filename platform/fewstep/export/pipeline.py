@@ -259,9 +259,7 @@ class FewStepPipeline:
             partial(self.network.policy, conditioning=conditioning),
             noise.to(self.device),
             self._schedule(steps),
-            temperature=self.card.temperature if temperature is None else temperature,
-            final_temperature=self.card.final_temperature,
-            substeps=self.card.substeps,
+            **self._sampling(temperature),
             on_step=on_step,
         )
 
@@ -281,9 +279,7 @@ class FewStepPipeline:
             x,
             self._schedule(steps),
             step,
-            temperature=self.card.temperature if temperature is None else temperature,
-            final_temperature=self.card.final_temperature,
-            substeps=self.card.substeps,
+            **self._sampling(temperature),
         )
 
     @torch.inference_mode()
@@ -299,6 +295,14 @@ class FewStepPipeline:
         """One step of `sample_teacher`, each sample at a step of its own."""
         velocity = partial(self.teacher.velocity, conditioning=conditioning)
         return euler_step(velocity, x, steps, step, self._teacher_shift)
+
+    def _sampling(self, temperature: float | Literal["auto"] | None) -> dict[str, Any]:
+        card = self.card
+        return {
+            "temperature": card.temperature if temperature is None else temperature,
+            "final_temperature": card.final_temperature,
+            "substeps": card.substeps,
+        }
 
     def _schedule(self, steps: int) -> SamplerSchedule:
         return SamplerSchedule(steps, TimeShift(self.card.shift), self.card.final_step_scale)

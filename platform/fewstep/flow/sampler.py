@@ -209,6 +209,7 @@ def euler_step(
     shift: TimeShift = NO_SHIFT,
 ) -> Tensor:
     """One step of `euler`, in which each sample may be at a step of its own: `step` is (B,) int64 on the CPU."""
-    sigmas = shift.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).float()
-    sigma, change = (table.to(x.device, non_blocking=True) for table in (sigmas[step], sigmas.diff()[step]))
-    return x + per_latent(change, x) * velocity(x, sigma)
+    sigma, after = (
+        shift.warp(1 - i.double() / steps).float().to(x.device, non_blocking=True) for i in (step, step + 1)
+    )
+    return x + per_latent(after - sigma, x) * velocity(x, sigma)
