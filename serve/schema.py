@@ -209,3 +209,11 @@ class Refusal:
     code: str
     param: str | None = None
     retry_after_s: int | None = None
+
+
+class Refused(Exception):
+    """Ends a request with an error response."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal

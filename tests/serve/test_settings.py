@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from fewstep.errors import UserError
-from serve.http import require_loopback
+from serve.service import require_loopback
 from serve.settings import Access, Offer, Settings
 
 ROOT = Path(__file__).parents[2]

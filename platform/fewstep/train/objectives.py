@@ -21,6 +21,7 @@ from fewstep.distill import (
 )
 from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate, guided_velocity
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.dual_stream import start_from_dual_stream
 from fewstep.models.family import Family
 from fewstep.models.network import GuidedTeacher, PolicyNetwork
 from fewstep.models.registry import get_family
@@ -250,6 +251,8 @@ class GuidanceDistillation(FlowMatching):
         settings = recipe.guidance_distillation
         transformer, family, _ = load_teacher(settings.teacher, settings.family)
         self.imitated = _VelocityNetwork(transformer.to(device).eval().requires_grad_(False), family)
+        if settings.from_teacher:
+            start_from_dual_stream(self.transformer, transformer, null.states.square().mean().sqrt().item())
 
     def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
         least, most = self.recipe.guidance_distillation.scales

@@ -129,6 +129,8 @@ class GuidanceDistillationSection(Section):
     """Its family."""
     scales: tuple[float, float] = (1.0, 4.0)
     """Least and largest guidance scale; one is drawn per sample."""
+    from_teacher: bool = False
+    """Start from the teacher's weights, as FLUX.1 dev did; a FLUX can start from a Qwen-Image network of its size."""
 
     @model_validator(mode="after")
     def _scales_ascend(self) -> GuidanceDistillationSection:

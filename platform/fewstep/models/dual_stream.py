@@ -1,0 +1,79 @@
+"""Qwen-Image's blocks are FLUX's dual-stream blocks under other names: a FLUX can start from a Qwen-Image network."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fewstep.errors import UserError
+from fewstep.models.registry import get_family
+
+NAMES = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_text_embed.timestep_embedder": "time_text_embed.timestep_embedder",
+    "norm_out": "norm_out",
+    "proj_out": "proj_out",
+}
+"""Modules outside the blocks, Qwen-Image's → FLUX's."""
+
+BLOCK_NAMES = {
+    "img_mod.1": "norm1.linear",
+    "txt_mod.1": "norm1_context.linear",
+    "attn": "attn",
+    "img_mlp": "ff",
+    "txt_mlp": "ff_context",
+}
+"""The same within a block; both keep (shift, scale, gate) of the attention before those of the MLP."""
+
+
+@torch.no_grad()
+def start_from_dual_stream(flux: nn.Module, qwen: nn.Module, text_rms: float) -> None:
+    """Give a FLUX the weights of a Qwen-Image network, and have all that is FLUX's alone contribute nothing yet.
+
+    Its single-stream blocks, pooled text and guidance scale start at zero output and are learned from there; so is what
+    Qwen-Image's last block does to the text, which never reached an output. A difference remains: text stands at
+    position 0 instead of behind the image, and each text token keeps its own root mean square instead of 1.
+
+    Args:
+        flux: diffusers' `FluxTransformer2DModel`, with as many dual-stream blocks as `qwen` has blocks and of its
+            width; changed in place.
+        qwen: diffusers' `QwenImageTransformer2DModel`.
+        text_rms: root mean square of the text encoder's token states, which `flux` does not normalise.
+
+    Raises:
+        UserError: the two are of other classes, or of different sizes.
+    """
+    classes = type(flux).__name__, type(qwen).__name__
+    if classes != ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
+        raise UserError(
+            "guidance_distillation.from_teacher: only a network of family flux can start from a teacher of family "
+            f"qwen_image, and these are {classes[0]} and {classes[1]}: set it to false."
+        )
+    names = dict(NAMES)
+    for index in range(len(qwen.transformer_blocks)):
+        block = f"transformer_blocks.{index}"
+        names |= {f"{block}.{old}": f"{block}.{new}" for old, new in BLOCK_NAMES.items()}
+    untrained = get_family("qwen_image").unused_parameters(qwen)
+    source = {key: tensor for key, tensor in qwen.state_dict().items() if key not in untrained}
+    source["txt_in.weight"] = source["txt_in.weight"] * source.pop("txt_norm.weight") / text_rms
+    started = {_renamed(key, names): tensor for key, tensor in source.items()}
+    shapes = {key: tensor.shape for key, tensor in flux.state_dict().items()}
+    if misfits := [key for key, tensor in started.items() if shapes.get(key) != tensor.shape]:
+        raise UserError(
+            f"guidance_distillation.from_teacher: the network has no {misfits[0]} of the teacher's shape "
+            f"{tuple(started[misfits[0]].shape)}: give it the teacher's width and number of blocks, or set it to false."
+        )
+    flux.load_state_dict(started, strict=False)
+    embeddings = flux.time_text_embed
+    silenced = [embeddings.text_embedder.linear_2, *(b.proj_out for b in flux.single_transformer_blocks)]
+    if hasattr(embeddings, "guidance_embedder"):
+        silenced.append(embeddings.guidance_embedder.linear_2)
+    for layer in silenced:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def _renamed(key: str, names: dict[str, str]) -> str:
+    old = max((name for name in names if key.startswith(f"{name}.")), key=len)
+    return names[old] + key.removeprefix(old)
