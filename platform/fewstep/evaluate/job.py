@@ -9,6 +9,7 @@ from shlex import quote
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from fewstep.data.autoencoder import load_autoencoder
 from fewstep.data.schema import DatasetInfo, read_shard
@@ -101,14 +102,14 @@ def evaluate(
     """
     batch = read_split(data, split, settings.captions)
     card = read_student_card(student)
-    nfe, passes_per_step = card.nfe, 1 if card.guidance == 1 else 2
+    passes_per_step = 1 if card.guidance == 1 else 2
     reference = f"teacher_{settings.reference_steps}"
     ladder = {f"euler_{steps}": steps for steps in settings.ladder}
-    row = f"student_{nfe}"
+    students = {f"student_{nfe}": nfe for nfe in card.nfes}
     methods = [
         Method(reference, settings.reference_steps),
         Method("independent", settings.reference_steps, noise=1),
-        Method(row, nfe, student=True),
+        *(Method(name, nfe, student=True) for name, nfe in students.items()),
         *(Method(name, steps) for name, steps in ladder.items()),
     ]
     device = "cuda" if gpu else "cpu"
@@ -120,33 +121,36 @@ def evaluate(
     torch.set_num_threads(os.cpu_count() or 1)  # the samplers are done; Ray gives a job's driver one
     print(f"measuring {len(images) + (real is not None)} sets of {len(batch)} images", flush=True)
     report = build_report(
-        {name: images[name] for name in (*ladder, row)},
+        {name: images[name] for name in (*ladder, *students)},
         reference=images[reference],
         independent=images["independent"],
         real=real,
-        passes={name: count * passes_per_step for name, count in steps.items()} | {row: nfe},
+        passes={name: count * passes_per_step for name, count in steps.items()} | students,
         extractor=FeatureExtractor.load(device),
         classifier=classifier,
         labels=None if classifier is None else batch.conditioning.states[:, 0, 0].long().numpy(),
         teacher=reference,
-        student=row,
+        student=f"student_{card.nfe}",
     )
     _made(results)
-    _picture(images, batch, reference, row, nfe, passes_per_step).save(results / "comparison.png")
+    _picture(images, batch, reference, students, passes_per_step).save(results / "comparison.png")
     quality_plot(report).savefig(results / "quality.png")
     (results / "report.json").write_text(report.to_json())
     return report
 
 
-def _picture(images: dict[str, np.ndarray], batch: Batch, reference: str, row: str, nfe: int, passes: int):  # noqa: ANN202 — a PIL image
+def _picture(
+    images: dict[str, np.ndarray], batch: Batch, reference: str, students: dict[str, int], passes: int
+) -> Image:
     chosen = np.linspace(0, len(batch) - 1, min(COLUMNS, len(batch))).round().astype(int)
     steps = int(reference.rpartition("_")[2])
-    rows = [
-        GridRow("teacher", f"{steps} guided steps\n{steps * passes} passes", images[reference][chosen]),
-        GridRow("student", f"{nfe} evaluations\n{nfe} passes", images[row][chosen], highlighted=True),
-    ]
-    if (euler := f"euler_{nfe}") in images:
-        rows.append(GridRow("teacher", f"{nfe} Euler steps\n{nfe * passes} passes", images[euler][chosen]))
+    rows = [GridRow("teacher", f"{steps} guided steps\n{steps * passes} passes", images[reference][chosen])]
+    for name, nfe in students.items():
+        words = f"{nfe} evaluations\n{nfe} passes"
+        rows.append(GridRow("student", words, images[name][chosen], highlighted=True))
+        if (euler := f"euler_{nfe}") in images:
+            words = f"{nfe} Euler steps\n{nfe * passes} passes"
+            rows.append(GridRow("teacher", words, images[euler][chosen]))
     return comparison_grid(rows, [batch.captions[index] for index in chosen])
 
 

@@ -23,14 +23,15 @@ SMOOTHED_POINTS = 25
 def quality_plot(report: Report) -> Figure:
     """KID to the teacher and paired feature distance against network passes per image.
 
-    The teacher's Euler sampler is a line, the student a point, the reference's own KID a band.
+    The teacher's Euler sampler is a line, the student a point (or a line, if it learned several numbers of
+    evaluations), the reference's own KID a band.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 4.2), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
-    ladder = [row for row in report.rows if row.name not in (report.teacher, report.student)]
-    students = [row for row in report.rows if row.name == report.student]
+    students = [row for row in report.rows if row.by_student]
+    ladder = [row for row in report.rows if row not in students and row.name != report.teacher]
     reference = report.row(report.teacher)
     band = "teacher against itself, other noise (95 %)"
     left.axhspan(*reference.kid_teacher_ci, color=GRID, lw=0, zorder=0, label=band)

@@ -71,11 +71,16 @@ class Row:
     """Share of images in which that classifier sees the class that was asked for."""
 
     @property
+    def by_student(self) -> bool:
+        """Whether a student drew it, at whichever number of evaluations."""
+        return self.name.startswith("student_")
+
+    @property
     def label(self) -> str:
         """The name in words."""
         method, _, number = self.name.rpartition("_")
         words = {"teacher": "guided steps", "euler": "Euler steps", "student": "evaluations"}
-        who = "student" if method == "student" else "teacher"
+        who = "student" if self.by_student else "teacher"
         return f"{who}, {number} {words[method]}" if method in words else self.name
 
 

@@ -72,10 +72,17 @@ class StudentCard:
     """Guidance scale that teacher and student take as an input, where they are guidance-distilled."""
     final_temperature: float = 1.0
     """Mixture temperature of the last step; `temperature` is that of all others."""
+    more_nfes: tuple[int, ...] = ()
+    """Further numbers of evaluations that it was trained for."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe it was trained with."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What it measured."""
+
+    @property
+    def nfes(self) -> tuple[int, ...]:
+        """All numbers of evaluations that it was trained for."""
+        return (self.nfe, *self.more_nfes)
 
 
 @dataclass
@@ -124,6 +131,7 @@ def read_student_card(folder: Path) -> StudentCard:
             "teacher": TeacherReference(**fields["teacher"]),
             "latent_shape": tuple(fields["latent_shape"]),
             "guidance_interval": tuple(fields.get("guidance_interval", (0.0, 1.0))),
+            "more_nfes": tuple(fields.get("more_nfes", ())),
         }
     )
 

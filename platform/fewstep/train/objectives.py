@@ -161,6 +161,7 @@ class Distillation:
             autoencoder=info.encoding.autoencoder,
             latent_shape=next(iter(info.buckets("train"))),
             nfe=imitation.nfe,
+            more_nfes=imitation.more_nfes,
             shift=imitation.shift,
             final_step_scale=imitation.final_step_scale,
             substeps=imitation.substeps,
