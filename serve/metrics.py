@@ -43,8 +43,7 @@ class EngineMetrics:
         self._batch_size.observe(report.size, tags)
         self._network.observe(report.network_s * 1000, tags)
         self._policy.observe(report.policy_s * 1000, tags)
-        seconds = report.steps * (report.network_s + report.policy_s)
-        self._rate.set(report.size / max(seconds, 1e-9), tags)
+        self._rate.set(report.share / max(report.network_s + report.policy_s, 1e-9), tags)
 
     def image(self, model: LoadedModel, image: GeneratedImage) -> None:
         tags = _tags(model)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow import (
+    NextStep,
     SamplerSchedule,
     TimeShift,
     auto_temperature,
@@ -125,19 +126,21 @@ def test_temperature_spares_the_last_step() -> None:
     assert [one[0].item() for one in temperatures] == [pytest.approx(0.3), 0.5]
 
 
-def test_a_batch_at_different_steps_advances_each_sample_as_alone() -> None:
-    schedule, x = SamplerSchedule(3, SHIFT, 0.5), noise(3)
-    together, clean = generate_step(student, x, schedule, torch.tensor([0, 1, 2]), temperature=0.3)
-    for i in range(3):
-        alone, alone_clean = generate_step(
-            student, x[i : i + 1], schedule, torch.tensor([i]), temperature=0.3
-        )
+def test_a_batch_on_different_schedules_advances_each_sample_as_alone() -> None:
+    x = noise(3)
+    steps = [
+        SamplerSchedule(nfe, SHIFT, 0.5).next_step(index, temperature=temperature)
+        for nfe, index, temperature in ((3, 0, 0.3), (3, 2, 0.3), (8, 5, "auto"))
+    ]
+    together, clean = generate_step(student, x, NextStep.join(steps), SHIFT)
+    for i, step in enumerate(steps):
+        alone, alone_clean = generate_step(student, x[i : i + 1], step, SHIFT)
         torch.testing.assert_close(together[i : i + 1], alone)
         torch.testing.assert_close(clean()[i : i + 1], alone_clean())
 
-    step = torch.tensor([0, 3, 6])
-    together = euler_step(to_target, x, 7, step, SHIFT)
-    alone = [euler_step(to_target, x[i : i + 1], 7, step[i : i + 1], SHIFT) for i in range(3)]
+    step, count = torch.tensor([0, 3, 6]), torch.tensor([7, 4, 20])
+    together = euler_step(to_target, x, step, count, SHIFT)
+    alone = [euler_step(to_target, x[i : i + 1], step[i : i + 1], int(count[i]), SHIFT) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
 
 

@@ -130,6 +130,31 @@ def test_an_image_joins_others_half_way_and_is_the_same_as_alone(model, sampler:
         assert np.abs(alone.pixels.astype(int) - shared.pixels).max() <= 1
 
 
+@pytest.mark.parametrize("sampler", ["student", "teacher"])
+def test_different_steps_and_temperatures_share_evaluations(model, sampler: str) -> None:
+    kinds = [{"steps": 2, "temperature": 0.5}, {"steps": 5}, {"steps": 5, "temperature": "auto"}]
+    tasks = [ImageTask(prompt, seed) for seed, prompt in enumerate(PROMPTS[:3])]
+
+    async def scenario():
+        engine = Engine(max_batch_size=3, max_wait_s=10)  # until all three are there
+        try:
+            return await asyncio.gather(
+                *(
+                    engine.generate(model, [task], sampler=sampler, **kind)
+                    for task, kind in zip(tasks, kinds, strict=True)
+                )
+            )
+        finally:
+            await engine.close()
+
+    together = asyncio.run(scenario())
+    assert all(image.batch_size > 2 for [image] in together)
+    for task, kind, [shared] in zip(tasks, kinds, together, strict=True):
+        [alone] = draw(model, [task], sampler=sampler, **kind)
+        assert (alone.latent - shared.latent).abs().max() < 1e-4
+        assert np.abs(alone.pixels.astype(int) - shared.pixels).max() <= 1
+
+
 def test_a_short_request_need_not_wait_for_a_long_one_of_another_kind(model) -> None:
     async def scenario() -> bool:
         engine = Engine(max_wait_s=0)

@@ -1,7 +1,7 @@
 """The engine: image tasks in, pixels out, batched by what can share a batch.
 
 Batches are made anew for every network evaluation: an image that arrives while others are half-way joins them at
-their next evaluation, each at its own point of the schedule, and nobody waits for a batch to end (continuous batching).
+their next evaluation, whatever its number of steps, and nobody waits for a batch to end (continuous batching).
 
 An image depends on its own seed and prompt alone: its noise comes from its own generator, and prompts are
 padded together with masked tokens. In float32 a batch moves a latent by rounding only (below 1e-4).
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fewstep.engine.batcher import DynamicBatcher, Overloaded, Turn, Waiting
 from fewstep.engine.models import LoadedModel
-from fewstep.flow import gaussian_noise
+from fewstep.flow import NextStep, gaussian_noise
 from fewstep.models.conditioning import TextConditioning
 
 Sampler = Literal["student", "teacher"]
@@ -57,8 +57,6 @@ class BatchKey(NamedTuple):
     model: LoadedModel
     shape: tuple[int, int, int]
     """(C, H, W) of the latent."""
-    steps: int
-    temperature: float | Literal["auto"] | None
     sampler: Sampler
 
 
@@ -69,8 +67,8 @@ class EvaluationReport:
     model: LoadedModel
     size: int
     """Images in the batch."""
-    steps: int
-    """Evaluations that each of them takes."""
+    share: float
+    """Of how many whole images it did the work: an image of n evaluations counts 1/n."""
     network_s: float
     policy_s: float
     """Rollouts, and the rest of sampling outside the network."""
@@ -85,8 +83,17 @@ class Drawing:
     """Its encoded prompt, B = 1."""
     latent: Tensor
     """x at the next evaluation, (1, C, H, W) float32; the clean latent at the end."""
+    steps: int
+    """Evaluations it takes."""
+    temperature: float | Literal["auto"] | None
+    """As for `Engine.generate`."""
     evaluations: list[EvaluationReport] = field(default_factory=list)
     """Those it has had."""
+
+    @property
+    def done(self) -> int:
+        """How many evaluations it has had."""
+        return len(self.evaluations)
 
 
 @dataclass(frozen=True)
@@ -230,7 +237,7 @@ class Engine:
             Overloaded: the queue is full.
         """
         steps = steps or model.pipeline.card.nfe
-        key = BatchKey(model, model.latent_shape(size), steps, temperature, sampler)
+        key = BatchKey(model, model.latent_shape(size), sampler)
         if self.pending + len(tasks) > self.max_pending:
             raise Overloaded(self.pending, self.max_pending)
         begin = time.perf_counter()
@@ -240,7 +247,10 @@ class Engine:
         finally:
             self._encoding -= len(tasks)
         encode_s = time.perf_counter() - begin
-        drawings = [Drawing(task, text, _noise(task, key)) for task, text in zip(tasks, texts, strict=True)]
+        drawings = [
+            Drawing(task, text, _noise(task, key), steps, temperature)
+            for task, text in zip(tasks, texts, strict=True)
+        ]
         drawing_s = await self.batcher.submit(key, drawings)
         begin = time.perf_counter()
         latents = torch.cat([drawing.latent for drawing in drawings])
@@ -264,28 +274,26 @@ class Engine:
         for entry in batch:
             if (preview := previews.get(entry.item)) is not None and not entry.abandoned:
                 entry.item.task.on_preview(preview)
-        return [
-            entry.waited_s if len(entry.item.evaluations) == key.steps else Turn.UNFINISHED for entry in batch
-        ]
+        return [entry.waited_s if entry.item.done == entry.item.steps else Turn.UNFINISHED for entry in batch]
 
     def _evaluate(self, key: BatchKey, drawings: list[Drawing]) -> dict[Drawing, Preview]:
-        """One network evaluation of a batch, each image at its own step; previews of those who asked."""
+        """One network evaluation of a batch, each image at its own step of its own schedule; previews for who asked."""
         pipeline, watch = key.model.pipeline, key.model.stopwatch
         begin = time.perf_counter()
         conditioning = TextConditioning.join([drawing.text for drawing in drawings]).to(pipeline.device)
-        step = torch.tensor([len(drawing.evaluations) for drawing in drawings])
         x = torch.cat([drawing.latent for drawing in drawings]).to(pipeline.device)
         clean = None
         with watch.measuring():
             if key.sampler == "teacher":
-                x = pipeline.sample_teacher_step(x, conditioning, key.steps, step)
+                step, steps = torch.tensor([(drawing.done, drawing.steps) for drawing in drawings]).T
+                x = pipeline.sample_teacher_step(x, conditioning, step, steps)
             else:
-                x, clean = pipeline.sample_step(x, conditioning, key.steps, step, temperature=key.temperature)
+                nexts = [pipeline.next_step(d.done, d.steps, d.temperature) for d in drawings]
+                x, clean = pipeline.sample_step(x, conditioning, NextStep.join(nexts))
             x = x.float().cpu()
         elapsed = time.perf_counter() - begin
-        report = EvaluationReport(
-            key.model, len(drawings), key.steps, watch.network_s, elapsed - watch.network_s
-        )
+        share = sum(1 / drawing.steps for drawing in drawings)
+        report = EvaluationReport(key.model, len(drawings), share, watch.network_s, elapsed - watch.network_s)
         for drawing, latent in zip(drawings, x.split(1), strict=True):
             drawing.latent = latent
             drawing.evaluations.append(report)
@@ -301,7 +309,7 @@ class Engine:
         if not rows:
             return {}
         shown = zip(rows, key.model.pipeline.decode(clean()[rows]), strict=True)
-        return {drawings[row]: Preview(len(drawings[row].evaluations), pixels) for row, pixels in shown}
+        return {drawings[row]: Preview(drawings[row].done, pixels) for row, pixels in shown}
 
 
 def _noise(task: ImageTask, key: BatchKey) -> Tensor:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.export.adapter import load_adapter, save_adapter
 from fewstep.flow import (
+    NextStep,
     SamplerSchedule,
     TimeShift,
     euler,
@@ -267,28 +268,24 @@ class FewStepPipeline:
             partial(self.network.policy, conditioning=conditioning),
             noise.to(self.device),
             self._schedule(steps),
-            **self._sampling(temperature),
+            **self._temperatures(temperature),
+            substeps=self.card.substeps,
             on_step=on_step,
         )
 
+    def next_step(
+        self, index: int, steps: int, temperature: float | Literal["auto"] | None = None
+    ) -> NextStep:
+        """What one sample does at evaluation `index` (from 0) of `steps`, for `sample_step`."""
+        return self._schedule(steps).next_step(index, **self._temperatures(temperature))
+
     @torch.inference_mode()
     def sample_step(
-        self,
-        x: Tensor,
-        conditioning: TextConditioning,
-        steps: int,
-        step: Tensor,
-        *,
-        temperature: float | Literal["auto"] | None = None,
+        self, x: Tensor, conditioning: TextConditioning, step: NextStep
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """One network evaluation of `sample`, each sample at a step of its own (see `generate_step`)."""
-        return generate_step(
-            partial(self.network.policy, conditioning=conditioning),
-            x,
-            self._schedule(steps),
-            step,
-            **self._sampling(temperature),
-        )
+        policy_at = partial(self.network.policy, conditioning=conditioning)
+        return generate_step(policy_at, x, step, TimeShift(self.card.shift), substeps=self.card.substeps)
 
     @torch.inference_mode()
     def sample_teacher(self, noise: Tensor, conditioning: TextConditioning, steps: int) -> Tensor:
@@ -298,22 +295,20 @@ class FewStepPipeline:
 
     @torch.inference_mode()
     def sample_teacher_step(
-        self, x: Tensor, conditioning: TextConditioning, steps: int, step: Tensor
+        self, x: Tensor, conditioning: TextConditioning, step: Tensor, steps: Tensor
     ) -> Tensor:
-        """One step of `sample_teacher`, each sample at a step of its own."""
+        """One step of `sample_teacher`, each sample at a step of its own (see `euler_step`)."""
         velocity = partial(self.teacher.velocity, conditioning=conditioning)
-        return euler_step(velocity, x, steps, step, self._teacher_shift)
+        return euler_step(velocity, x, step, steps, self._teacher_shift)
 
-    def _sampling(self, temperature: float | Literal["auto"] | None) -> dict[str, Any]:
-        card = self.card
+    def _temperatures(self, temperature: float | Literal["auto"] | None) -> dict[str, Any]:
         return {
-            "temperature": card.temperature if temperature is None else temperature,
-            "final_temperature": card.final_temperature,
-            "substeps": card.substeps,
+            "temperature": self.card.temperature if temperature is None else temperature,
+            "final_temperature": self.card.final_temperature,
         }
 
     def _schedule(self, steps: int) -> SamplerSchedule:
-        return SamplerSchedule(steps, TimeShift(self.card.shift), self.card.final_step_scale)
+        return _schedule(steps, self.card.shift, self.card.final_step_scale)
 
     @property
     def _teacher_shift(self) -> TimeShift:
@@ -333,6 +328,11 @@ class FewStepPipeline:
                 f"height and width must be multiples of the patch size {patch}, got {shape[1]}x{shape[2]}."
             )
         return shape
+
+
+@lru_cache(maxsize=MAX_STEPS)
+def _schedule(steps: int, shift: float, final_step_scale: float) -> SamplerSchedule:
+    return SamplerSchedule(steps, TimeShift(shift), final_step_scale)  # its tables are made once
 
 
 def student_folder(path: str, tracking_uri: str | None = None) -> Path:

@@ -3,6 +3,7 @@
 from fewstep.flow.guidance import GuidanceInterval, guided_velocity
 from fewstep.flow.sampler import (
     Generators,
+    NextStep,
     SamplerSchedule,
     auto_temperature,
     euler,
@@ -18,6 +19,7 @@ __all__ = [
     "TEXT_TO_IMAGE_SHIFT",
     "Generators",
     "GuidanceInterval",
+    "NextStep",
     "SamplerSchedule",
     "Segments",
     "TimeShift",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,28 @@ from fewstep.policies.base import per_latent
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for a batch, one per sample, or torch's own."""
+
+
+class NextStep(NamedTuple):
+    """The step that each sample of a batch takes next; all fields are (B,) float32, on the CPU."""
+
+    raw_src: Tensor
+    """Raw time of the network evaluation."""
+    raw_dst: Tensor
+    """Raw time at which the policy's rollout ends."""
+    sigma_src: Tensor
+    """σ of the network evaluation."""
+    sigma_to: Tensor
+    """σ after re-noising."""
+    renoise: Tensor
+    """m: 1 keeps the rollout's noise, 0 replaces all of it."""
+    temperature: Tensor
+    """GM temperature of the policy."""
+
+    @classmethod
+    def join(cls, steps: Sequence[NextStep]) -> NextStep:
+        """Those of several batches as one; they may be steps of different schedules."""
+        return cls(*map(torch.cat, zip(*steps, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,23 @@ class SamplerSchedule:
         """m of each step: 1 keeps the rollout's noise, 0 replaces all of it."""
         return self._tables["renoise"]
 
+    def next_step(
+        self,
+        index: int,
+        batch: int = 1,
+        *,
+        temperature: float | Literal["auto"] = 1.0,
+        final_temperature: float = 1.0,
+    ) -> NextStep:
+        """Step `index` (from 0) for `batch` samples. Temperatures as for `generate`."""
+        if index == self.nfe - 1:
+            temperature = final_temperature
+        elif temperature == "auto":
+            temperature = auto_temperature(self.nfe)
+        tables = (self.raw_src, self.raw_dst, self.sigma_src, self.sigma_to, self.renoise)
+        rows = [table[index].expand(batch) for table in tables]
+        return NextStep(*rows, torch.full((batch,), float(temperature)))
+
 
 def generate(
     policy_at: Callable[[Tensor, Tensor], Policy],
@@ -112,11 +151,8 @@ def generate(
         The clean latent, (B, C, H, W).
     """
     for i in range(schedule.nfe):
-        step = torch.full((len(x),), i)
-        x, clean = generate_step(
-            policy_at, x, schedule, step,
-            temperature=temperature, final_temperature=final_temperature, substeps=substeps, generator=generator,
-        )  # fmt: skip
+        step = schedule.next_step(i, len(x), temperature=temperature, final_temperature=final_temperature)
+        x, clean = generate_step(policy_at, x, step, schedule.shift, substeps=substeps, generator=generator)
         if on_step is not None:
             on_step(i, x, clean())
     return x
@@ -125,36 +161,35 @@ def generate(
 def generate_step(
     policy_at: Callable[[Tensor, Tensor], Policy],
     x: Tensor,
-    schedule: SamplerSchedule,
-    step: Tensor,
+    step: NextStep,
+    shift: TimeShift,
     *,
-    temperature: float | Literal["auto"] = 1.0,
-    final_temperature: float = 1.0,
     substeps: int = SUBSTEPS,
     generator: Generators = None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
-    """One step of `generate`, in which each sample may be at a step of its own.
+    """One step of `generate`, in which each sample may be on a schedule of its own, and anywhere on it.
 
     Args:
-        step: the samples' indices in the schedule, (B,) int64 on the CPU.
+        policy_at: as for `generate`.
+        x: the samples' states at the beginning of the step, (B, C, H, W).
+        step: what each of them does.
+        shift: that of all their schedules.
+        substeps: as for `generate`.
+        generator: as for `generate`.
 
     Returns:
         The next state (B, C, H, W), and a function that gives the policy's x̂_0 (B, C, H, W) at the end of its rollout.
     """
-    if temperature == "auto":
-        temperature = auto_temperature(schedule.nfe)
-    is_last = step == schedule.nfe - 1
-    policy = policy_at(x, schedule.sigma_src[step].to(x.device, non_blocking=True)).with_temperature(
-        torch.where(is_last, final_temperature, temperature).to(x.device, non_blocking=True)
+    sigma_src, temperature = (
+        column.to(x.device, non_blocking=True) for column in (step.sigma_src, step.temperature)
     )
-    x_dst, sigma_dst = rollout(
-        policy, x, schedule.raw_src[step], schedule.raw_dst[step], schedule.shift, substeps
-    )
+    policy = policy_at(x, sigma_src).with_temperature(temperature)
+    x_dst, sigma_dst = rollout(policy, x, step.raw_src, step.raw_dst, shift, substeps)
 
     def clean() -> Tensor:
         return x_dst - per_latent(sigma_dst, x_dst) * policy.velocity(x_dst, sigma_dst)
 
-    return _renoise(x_dst, schedule.sigma_to[step], schedule.renoise[step], generator), clean
+    return _renoise(x_dst, step.sigma_to, step.renoise, generator), clean
 
 
 def auto_temperature(nfe: int) -> float:
@@ -197,18 +232,23 @@ def euler(
         shift: from raw time to σ.
     """
     for i in range(steps):
-        x = euler_step(velocity, x, steps, torch.full((len(x),), i), shift)
+        x = euler_step(velocity, x, torch.full((len(x),), i), steps, shift)
     return x
 
 
 def euler_step(
     velocity: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
-    steps: int,
     step: Tensor,
+    steps: Tensor | int,
     shift: TimeShift = NO_SHIFT,
 ) -> Tensor:
-    """One step of `euler`, in which each sample may be at a step of its own: `step` is (B,) int64 on the CPU."""
+    """One step of `euler`, in which each sample may be on a schedule of its own, and anywhere on it.
+
+    Args:
+        step: the samples' indices in their schedules, (B,) int64 on the CPU.
+        steps: how many each of them takes, (B,) int64 on the CPU or one number.
+    """
     sigma, after = (
         shift.warp(1 - i.double() / steps).float().to(x.device, non_blocking=True) for i in (step, step + 1)
     )
