@@ -12,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.data.encoder import load_encoder
 from fewstep.errors import UserError
 from fewstep.export.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
+from fewstep.flow import guided_velocity
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.flux import Flux
@@ -197,6 +199,35 @@ def test_a_guidance_scale_is_refused_where_it_is_missing_or_has_no_place() -> No
         load_teacher(str(BASE), "flux")
     with pytest.raises(UserError, match=r"takes no guidance scale .* set teacher\.guidance"):
         load_teacher("emoji", "qwen_image", 3.5)
+
+
+@torch.no_grad()
+def test_the_bundled_network_told_a_scale_moves_as_its_teacher_guided_at_that_scale() -> None:
+    encoder, captions = (
+        load_encoder("minilm"),
+        ["red heart, noto style", "owl, fluent style", "pizza, twemoji style"],
+    )
+    conditions = [TextConditioning.collate(encoder.encode(texts)) for texts in (captions, [""] * 3)]
+    x, scales = latents(3, 16, 16), (1.0, 2.0, 4.0)
+    imitated, family, _ = load_teacher("emoji", "qwen_image")
+    for t in (torch.ones(3), torch.full((3,), 0.9)):
+        positive, negative = (velocity(imitated, family, x, t, condition) for condition in conditions)
+        told = {
+            scale: velocity(*load_teacher("emoji-flux", "flux", scale)[:2], x, t, conditions[0])
+            for scale in scales
+        }
+        for scale in scales:
+            guided = guided_velocity(positive, negative, scale)
+            errors = {other: (told[other] - guided).square().mean().item() for other in scales}
+            assert min(errors, key=errors.get) == scale
+            assert errors[scale] < 0.08 * guided.square().mean()
+
+
+def velocity(
+    network: nn.Module, family: Family, x: Tensor, t: Tensor, conditioning: TextConditioning
+) -> Tensor:
+    tokens = family.denoise(network, x, t, conditioning)
+    return family.unpack(tokens, x.shape[1], *x.shape[-2:])[:, 0]
 
 
 def test_pooled_vectors_follow_their_texts() -> None:

@@ -18,7 +18,10 @@ from fewstep.errors import UserError
 from fewstep.models.family import Family
 from fewstep.models.registry import get_family
 
-BUNDLED = {"emoji": "emoji_teacher", "emoji-student": "emoji_student", "fashion": "fashion_teacher"}
+BUNDLED = {
+    "emoji": "emoji_teacher", "emoji-flux": "emoji_flux_teacher", "emoji-student": "emoji_student",
+    "fashion": "fashion_teacher",
+}  # fmt: skip
 """Names of models that ship with fewstep → their folders among the assets."""
 
 CARD = "teacher.json"
