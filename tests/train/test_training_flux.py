@@ -140,3 +140,17 @@ def test_guidance_distillation_needs_a_network_that_is_told_a_scale() -> None:
     info.encoding = Encoding("minilm", 768, "pixel")
     with pytest.raises(UserError, match=r"width 768 .* takes 384"):
         _check_imitated(recipe, info, SHAPE, told, family)
+
+
+def test_a_network_that_cannot_start_from_its_teacher_is_refused() -> None:
+    settings = ["guidance_distillation={teacher: emoji, from_teacher: true}"]
+    recipe = load_recipe(TeacherRecipe, None, settings, Path())
+    info, family = SimpleNamespace(root="data", encoding=Encoding("minilm", 384, "pixel")), get_family("flux")
+    with torch.device("meta"):
+        narrow, fitting = (
+            family.build(SMALL | {"guidance_embeds": True, "num_layers": 5, "num_attention_heads": heads})
+            for heads in (2, 4)
+        )
+    _check_imitated(recipe, info, SHAPE, fitting, family)
+    with pytest.raises(UserError, match="teacher's width and number of blocks"):
+        _check_imitated(recipe, info, SHAPE, narrow, family)

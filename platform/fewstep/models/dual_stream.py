@@ -27,6 +27,33 @@ BLOCK_NAMES = {
 """The same within a block; both keep (shift, scale, gate) of the attention before those of the MLP."""
 
 
+def counterparts(flux: nn.Module, qwen: nn.Module) -> dict[str, str]:
+    """Names of `qwen`'s trained parameters → those of `flux`'s that take their place; either may be without weights.
+
+    Raises:
+        UserError: the two are of other classes, or of different sizes.
+    """
+    classes = type(flux).__name__, type(qwen).__name__
+    if classes != ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
+        raise UserError(
+            "guidance_distillation.from_teacher: only a network of family flux can start from a teacher of family "
+            f"qwen_image, and these are {classes[0]} and {classes[1]}: set it to false."
+        )
+    modules = dict(NAMES)
+    for index in range(len(qwen.transformer_blocks)):
+        block = f"transformer_blocks.{index}"
+        modules |= {f"{block}.{old}": f"{block}.{new}" for old, new in BLOCK_NAMES.items()}
+    untrained = {"txt_norm.weight", *get_family("qwen_image").unused_parameters(qwen)}
+    found = {name: _renamed(name, modules) for name in qwen.state_dict() if name not in untrained}
+    shapes, wanted = ({k: v.shape for k, v in network.state_dict().items()} for network in (flux, qwen))
+    if misfits := [old for old, new in found.items() if shapes.get(new) != wanted[old]]:
+        raise UserError(
+            f"guidance_distillation.from_teacher: the network has no {found[misfits[0]]} of the teacher's shape "
+            f"{tuple(wanted[misfits[0]])}: give it the teacher's width and number of blocks, or set it to false."
+        )
+    return found
+
+
 @torch.no_grad()
 def start_from_dual_stream(flux: nn.Module, qwen: nn.Module, text_rms: float) -> None:
     """Give a FLUX the weights of a Qwen-Image network, and have all that is FLUX's alone contribute nothing yet.
@@ -42,28 +69,11 @@ def start_from_dual_stream(flux: nn.Module, qwen: nn.Module, text_rms: float) ->
         text_rms: root mean square of the text encoder's token states, which `flux` does not normalise.
 
     Raises:
-        UserError: the two are of other classes, or of different sizes.
+        UserError: as `counterparts`.
     """
-    classes = type(flux).__name__, type(qwen).__name__
-    if classes != ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
-        raise UserError(
-            "guidance_distillation.from_teacher: only a network of family flux can start from a teacher of family "
-            f"qwen_image, and these are {classes[0]} and {classes[1]}: set it to false."
-        )
-    names = dict(NAMES)
-    for index in range(len(qwen.transformer_blocks)):
-        block = f"transformer_blocks.{index}"
-        names |= {f"{block}.{old}": f"{block}.{new}" for old, new in BLOCK_NAMES.items()}
-    untrained = get_family("qwen_image").unused_parameters(qwen)
-    source = {key: tensor for key, tensor in qwen.state_dict().items() if key not in untrained}
-    source["txt_in.weight"] = source["txt_in.weight"] * source.pop("txt_norm.weight") / text_rms
-    started = {_renamed(key, names): tensor for key, tensor in source.items()}
-    shapes = {key: tensor.shape for key, tensor in flux.state_dict().items()}
-    if misfits := [key for key, tensor in started.items() if shapes.get(key) != tensor.shape]:
-        raise UserError(
-            f"guidance_distillation.from_teacher: the network has no {misfits[0]} of the teacher's shape "
-            f"{tuple(started[misfits[0]].shape)}: give it the teacher's width and number of blocks, or set it to false."
-        )
+    weights = qwen.state_dict()
+    started = {new: weights[old] for old, new in counterparts(flux, qwen).items()}
+    started["context_embedder.weight"] = weights["txt_in.weight"] * weights["txt_norm.weight"] / text_rms
     flux.load_state_dict(started, strict=False)
     embeddings = flux.time_text_embed
     silenced = [embeddings.text_embedder.linear_2, *(b.proj_out for b in flux.single_transformer_blocks)]
@@ -74,6 +84,6 @@ def start_from_dual_stream(flux: nn.Module, qwen: nn.Module, text_rms: float) ->
         nn.init.zeros_(layer.bias)
 
 
-def _renamed(key: str, names: dict[str, str]) -> str:
-    old = max((name for name in names if key.startswith(f"{name}.")), key=len)
-    return names[old] + key.removeprefix(old)
+def _renamed(name: str, modules: dict[str, str]) -> str:
+    old = max((module for module in modules if name.startswith(f"{module}.")), key=len)
+    return modules[old] + name.removeprefix(old)

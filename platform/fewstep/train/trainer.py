@@ -20,6 +20,7 @@ from fewstep.data.schema import DatasetInfo
 from fewstep.data.storage import Storage
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
+from fewstep.models.dual_stream import counterparts
 from fewstep.models.family import Family
 from fewstep.models.family_code import code_of, use_module
 from fewstep.models.network import PolicyNetwork
@@ -100,7 +101,7 @@ def _check_imitated(
     transformer: nn.Module,
     family: Family,
 ) -> None:
-    """Refuse guidance distillation of a network without the input, or from a teacher of other data."""
+    """Refuse guidance distillation of a network without the input, or from a teacher of other data or another kind."""
     imitated = recipe.guidance_distillation
     if imitated.teacher is None:
         return
@@ -112,6 +113,8 @@ def _check_imitated(
         )
     teacher, of_teacher, _ = open_teacher(imitated.teacher, imitated.family)
     _check_fit(info, shape, teacher, of_teacher, imitated.teacher)
+    if imitated.from_teacher:
+        counterparts(transformer, teacher)
 
 
 def _check_start(recipe: DistillRecipe, transformer: nn.Module, family: Family) -> None:
