@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -96,6 +98,15 @@ def test_the_quality_plot_draws_the_ladder_as_a_line_and_the_student_as_a_point(
     assert lines == {(8, 16): (30.0, 20.0), (4,): (15.0,)}
     assert {tuple(container[0].get_ydata()) for container in left.containers} == {(50.0, 9.0), (3.0,)}
     assert [tick.get_text() for tick in right.get_xticklabels()] == ["4", "8", "16"]
+
+
+def test_a_student_of_several_counts_is_a_line_of_its_own():
+    report = a_report()
+    fewer = replace(report.row("student_4"), name="student_2", passes=2, paired_distance=18.0)
+    _, right = quality_plot(replace(report, rows=(*report.rows[:1], fewer, *report.rows[1:]))).axes
+    lines = {tuple(line.get_xdata()): tuple(line.get_ydata()) for line in right.lines}
+    assert lines == {(8, 16): (30.0, 20.0), (2, 4): (18.0, 15.0)}
+    assert fewer.label == "student, 2 evaluations"
 
 
 def test_the_loss_plot_draws_the_loss_and_the_quartiles_that_were_logged():

@@ -103,6 +103,13 @@ def test_another_teacher_than_the_students_own_is_refused(folder: Path, tmp_path
         FewStepPipeline.from_pretrained(copy)
 
 
+def test_a_card_is_read_as_it_was_written(folder: Path, tmp_path: Path) -> None:
+    card = replace(read_student_card(folder), more_nfes=(2, 8), guidance_interval=(0.1, 0.9))
+    write_card(card, tmp_path)
+    assert read_student_card(tmp_path) == card
+    assert card.nfes == (4, 2, 8)
+
+
 def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no exported student"):
         FewStepPipeline.from_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,17 +204,16 @@ def test_a_guidance_scale_is_refused_where_it_is_missing_or_has_no_place() -> No
 
 @torch.no_grad()
 def test_the_bundled_network_told_a_scale_moves_as_its_teacher_guided_at_that_scale() -> None:
-    encoder, captions = (
-        load_encoder("minilm"),
-        ["red heart, noto style", "owl, fluent style", "pizza, twemoji style"],
-    )
-    conditions = [TextConditioning.collate(encoder.encode(texts)) for texts in (captions, [""] * 3)]
+    encoder = load_encoder("minilm")
+    captions = ["red heart, noto style", "owl, fluent style", "pizza, twemoji style"]
+    conditions = [encoder.conditioning(texts) for texts in (captions, [""] * 3)]
     x, scales = latents(3, 16, 16), (1.0, 2.0, 4.0)
     imitated, family, _ = load_teacher("emoji", "qwen_image")
+    network, flux, _ = load_teacher("emoji-flux", "flux", scales[0])
     for t in (torch.ones(3), torch.full((3,), 0.9)):
         positive, negative = (velocity(imitated, family, x, t, condition) for condition in conditions)
         told = {
-            scale: velocity(*load_teacher("emoji-flux", "flux", scale)[:2], x, t, conditions[0])
+            scale: velocity(network, replace(flux, embedded_guidance=scale), x, t, conditions[0])
             for scale in scales
         }
         for scale in scales:

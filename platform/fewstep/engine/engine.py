@@ -277,7 +277,7 @@ class Engine:
         return [entry.waited_s if entry.item.done == entry.item.steps else Turn.UNFINISHED for entry in batch]
 
     def _evaluate(self, key: BatchKey, drawings: list[Drawing]) -> dict[Drawing, Preview]:
-        """One network evaluation of a batch, each image at its own step of its own schedule; previews for who asked."""
+        """One network evaluation of a batch, each image at its own step; previews of those who asked."""
         pipeline, watch = key.model.pipeline, key.model.stopwatch
         begin = time.perf_counter()
         conditioning = TextConditioning.join([drawing.text for drawing in drawings]).to(pipeline.device)

@@ -105,7 +105,7 @@ def evaluate(
     passes_per_step = 1 if card.guidance == 1 else 2
     reference = f"teacher_{settings.reference_steps}"
     ladder = {f"euler_{steps}": steps for steps in settings.ladder}
-    students = {f"student_{nfe}": nfe for nfe in card.nfes}
+    students = {f"student_{nfe}": nfe for nfe in sorted(card.nfes)}
     methods = [
         Method(reference, settings.reference_steps),
         Method("independent", settings.reference_steps, noise=1),

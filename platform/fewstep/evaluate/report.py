@@ -233,7 +233,7 @@ class Report:
         lines = _aligned([header, *body])
         rule = "─" * len(lines[0])
         differences = [
-            f"  student − {self.row(name).label}: {_signed(d.value)} [{_signed(d.low)}, {_signed(d.high)}]"
+            f"  {self.row(self.student).label} − {self.row(name).label}: {_signed(d.value)} [{_signed(d.low)}, {_signed(d.high)}]"
             for name, d in self.student_minus.items()
         ]
         return "\n".join([
