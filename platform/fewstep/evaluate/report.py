@@ -232,8 +232,9 @@ class Report:
         ]
         lines = _aligned([header, *body])
         rule = "─" * len(lines[0])
+        labels = {row.name: row.label for row in self.rows}
         differences = [
-            f"  {self.row(self.student).label} − {self.row(name).label}: {_signed(d.value)} [{_signed(d.low)}, {_signed(d.high)}]"
+            f"  {labels[self.student]} − {labels[name]}: {_signed(d.value)} [{_signed(d.low)}, {_signed(d.high)}]"
             for name, d in self.student_minus.items()
         ]
         return "\n".join([
