@@ -40,6 +40,12 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads of a replica; default: %(default)s"
     )
+    parser.add_argument(
+        "--stages",
+        choices=("together", "apart"),
+        default="together",
+        help="encoder and decoder in the replica, or in processes of their own; default: %(default)s",
+    )
     parser.add_argument("--port", type=int, default=8765, help="of the own deployment; default: %(default)s")
     parser.add_argument("--tracking-uri", help="log table, plot and figures to MLflow there")
     parser.add_argument(
@@ -83,7 +89,7 @@ def main() -> None:
                     "models": [{"name": "model", "source": options.model}],
                     "batching": {"max_batch_size": limit},
                 },
-                "engine": {"threads": options.threads},
+                "engine": {"threads": options.threads, "stages": options.stages},
             }
             with deployment(settings, port=options.port, replicas=options.replicas) as address:
                 results[limit] = measure(address, limit)

@@ -156,7 +156,7 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     torch.set_num_threads(recipe.train.threads)
     torch.set_flush_denormal(True)
     info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size
-    null = load_encoder(info.encoding.text_encoder).conditioning([""])
+    null = load_encoder(info.encoding.text_encoder).null()
     objective = Distillation(recipe, null, torch.device("cpu"))
     parameters, settings = objective.parameters(), objective.settings
     optimizer = build_optimizer(parameters, recipe.optimizer)

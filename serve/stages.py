@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -13,36 +14,56 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from fewstep.data.encoder import CaptionEncoder
+    from fewstep.engine.batcher import Waiting
     from fewstep.engine.models import LoadedModel
     from fewstep.models.conditioning import TextConditioning
+
+Result = TypeVar("Result")
 
 
 @serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})
 class Encoder:
-    """Text encoders by name, loaded when first asked for."""
+    """Text encoders by name, loaded when first asked for. Prompts that wait are encoded together."""
 
     def __init__(self, threads: int) -> None:
         import torch
 
+        from fewstep.engine.batcher import DynamicBatcher
+        from fewstep.engine.engine import PROMPTS_TOGETHER
+
         torch.set_num_threads(threads)
-        self._loaded: dict[str, Any] = {}
-        self._one_at_a_time = asyncio.Lock()
+        self._loaded: dict[str, CaptionEncoder] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-encoder")
+        self._batcher: DynamicBatcher[str, str, TextConditioning] = DynamicBatcher(
+            self._encode, max_batch_size=PROMPTS_TOGETHER, max_wait_s=0, max_pending=1 << 30
+        )
 
     async def encode(self, name: str, prompts: list[str]) -> list[TextConditioning] | str:
         """Each prompt encoded (B = 1), or the sentence that refuses one."""
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(self._encode, name, prompts)
-
-    def _encode(self, name: str, prompts: list[str]) -> list[TextConditioning] | str:
-        from fewstep.data.encoder import load_encoder
         from fewstep.errors import UserError
+
+        try:
+            await self._in_thread(lambda: self._encoder(name).check(prompts))
+        except UserError as error:
+            return str(error)
+        return await self._batcher.submit(name, prompts)
+
+    async def _encode(
+        self, name: str, entries: list[Waiting[str, TextConditioning]]
+    ) -> list[TextConditioning]:
+        prompts = [entry.item for entry in entries]
+        return await self._in_thread(lambda: self._encoder(name).each(prompts))
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _encoder(self, name: str) -> CaptionEncoder:
+        from fewstep.data.encoder import load_encoder
 
         if name not in self._loaded:
             self._loaded[name] = load_encoder(name, device=_device())
-        try:
-            return self._loaded[name].each(prompts)
-        except UserError as error:
-            return str(error)
+        return self._loaded[name]
 
 
 @serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})

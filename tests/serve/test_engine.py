@@ -62,6 +62,22 @@ def test_the_same_request_alone_twice_is_identical_to_the_bit(model) -> None:
     assert torch.equal(first.latent, second.latent)
 
 
+def test_company_leaves_no_trace_in_a_later_lone_request(model) -> None:
+    tasks = [ImageTask(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+
+    async def scenario():
+        engine = Engine()
+        try:
+            await engine.generate(model, tasks)  # encodes their prompts together
+            return await engine.generate(model, tasks[1:2])
+        finally:
+            await engine.close()
+
+    [later] = asyncio.run(scenario())
+    [alone] = draw(model, tasks[1:2])
+    assert torch.equal(later.latent, alone.latent)
+
+
 def test_it_draws_what_the_pipeline_draws(model) -> None:
     images = draw(model, [ImageTask(PROMPTS[0], 5)], steps=3, temperature=0.5)
     [latent] = model.pipeline(

@@ -14,7 +14,7 @@ from fewstep.train.recipe import DistillRecipe, load_recipe
 
 
 def test_compiled_blocks_learn_the_same(tiny_data: Path, tiny_teacher: Path) -> None:
-    batch, null = read_split(str(tiny_data), "train", 4), load_encoder().conditioning([""])
+    batch, null = read_split(str(tiny_data), "train", 4), load_encoder().null()
     results = []
     for backend in ("null", "aot_eager"):
         overrides = [f"teacher.path={tiny_teacher}", "student.lora={rank: 4}", f"train.compile={backend}"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,10 +54,10 @@ class CaptionEncoder(ABC):
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """Token states of each caption, (L_i, D) float32 on the CPU."""
+        """Token states of each caption, (L_i, D) float32 on the CPU: the very numbers that shards store."""
 
-    def encode_apart(self, captions: Sequence[str]) -> list[Tensor]:
-        """The same up to rounding, for a few captions that are to be drawn."""
+    def encode_to_draw(self, captions: Sequence[str]) -> list[Tensor]:
+        """The same before shards' rounding, for captions that are to be drawn."""
         return self.encode(captions)
 
     def pooled(self, captions: Sequence[str]) -> list[Tensor] | None:
@@ -65,11 +66,16 @@ class CaptionEncoder(ABC):
 
     def conditioning(self, captions: Sequence[str]) -> TextConditioning:
         """The captions as one batch."""
-        return TextConditioning.collate(self.encode_apart(captions), self.pooled(captions))
+        return TextConditioning.collate(self.encode_to_draw(captions), self.pooled(captions))
+
+    def null(self) -> TextConditioning:
+        """The empty caption as a batch of one: the null condition of guidance, rounded as shards are."""
+        empty = self.conditioning([""])
+        return replace(empty, states=empty.states.half().float())
 
     def each(self, captions: Sequence[str]) -> list[TextConditioning]:
         """Every caption as a batch of its own, without padding."""
-        states, pooled = self.encode_apart(captions), self.pooled(captions)
+        states, pooled = self.encode_to_draw(captions), self.pooled(captions)
         vectors = [None] * len(states) if pooled is None else [[vector] for vector in pooled]
         return [TextConditioning.collate([s], v) for s, v in zip(states, vectors, strict=True)]
 

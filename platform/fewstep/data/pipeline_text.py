@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fewstep.data.text import GROUP, LEAST_TOKENS, TextEncoder, loading, of_pipeline
+from fewstep.data.text import GROUP, TextEncoder, loading, of_pipeline
 from fewstep.errors import UserError
 
 FLUX_TOKENS = 512
@@ -29,6 +28,8 @@ class FluxTextEncoder(TextEncoder):
         tokens: T5's tokenizer and encoder.
         whole: CLIP's tokenizer and text model, whose pooled output is the caption's vector.
     """
+
+    _padded_length = FLUX_TOKENS
 
     def __init__(self, name: str, tokens: tuple[Any, nn.Module], whole: tuple[Any, nn.Module]) -> None:
         super().__init__(name, *tokens, max_tokens=FLUX_TOKENS)
@@ -47,9 +48,9 @@ class FluxTextEncoder(TextEncoder):
             vectors += self._clip(input_ids=ids.to(self._clip.device)).pooler_output.float().cpu()
         return vectors
 
-    def _states(self, ids: Tensor, least: int = LEAST_TOKENS) -> Tensor:
-        padding = (0, FLUX_TOKENS - ids.shape[1])
-        return super()._states(F.pad(ids, padding, value=self._tokenizer.pad_token_id), least)
+    def _states(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        padding = self._tokenizer.pad_token_id
+        return super()._states([[*tokens, *[padding] * (FLUX_TOKENS - len(tokens))] for tokens in ids])
 
 
 class QwenImageTextEncoder(TextEncoder):
@@ -68,8 +69,8 @@ class QwenImageTextEncoder(TextEncoder):
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         return super()._tokenize([self._template.format(caption) for caption in captions])
 
-    def _states(self, ids: Tensor, least: int = LEAST_TOKENS) -> Tensor:
-        return super()._states(ids, least)[:, self._instruction :]
+    def _states(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        return [states[self._instruction :] for states in super()._states(ids)]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ READINGS = {
 
 class Flux2TextEncoder(TextEncoder):
     """FLUX.2's: states of three layers of a language model side by side, (512, 3·D) for every caption."""
+
+    _padded_length = FLUX_TOKENS
 
     def __init__(self, name: str, tokenizer: Any, model: nn.Module) -> None:
         super().__init__(name, tokenizer, model, max_tokens=FLUX_TOKENS)
@@ -112,14 +115,14 @@ class Flux2TextEncoder(TextEncoder):
         [messages] = format_input([caption], SYSTEM_MESSAGE)
         return messages
 
-    def _states(self, ids: Tensor, least: int = LEAST_TOKENS) -> Tensor:
+    def _states(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
         inputs = self._tokenizer.pad(
-            {"input_ids": ids.tolist()}, padding="max_length", max_length=FLUX_TOKENS, return_tensors="pt"
+            {"input_ids": list(ids)}, padding="max_length", max_length=FLUX_TOKENS, return_tensors="pt"
         )
         inputs = {key: inputs[key].to(self._model.device) for key in ("input_ids", "attention_mask")}
         states = self._model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
         side_by_side = torch.cat([states[layer] for layer in self._reading.layers], dim=-1)
-        return side_by_side.half().float().cpu()
+        return list(side_by_side.float().cpu())
 
 
 def load_pipeline_encoder(name: str, max_tokens: int, device: torch.device | str) -> TextEncoder:

@@ -1,9 +1,9 @@
 """Captions → token states of a transformer.
 
-States are rounded through float16, the type that shards store: training and serving see the very same
-numbers. Captions are encoded in groups of equal length, without padding, so that a caption's states do not
-depend on what it is encoded with. (Another number of threads or another processor can change float16's last
-digit.)
+States for shards are rounded through float16, the type that those store, and encoded in groups of equal length, so
+that they do not depend on what a caption is encoded with. (Another number of threads or another processor can change
+float16's last digit.) States to draw from are not rounded: company, threads and processors then move them by the
+rounding of float32 only, so that captions can be padded together. Eight take three times as long as one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fewstep.data.encoder import MAX_TOKENS, MINILM, CaptionEncoder, of_pipeline
 from fewstep.errors import UserError
@@ -40,6 +41,9 @@ class TextEncoder(CaptionEncoder):
     Attributes:
         max_tokens: longest caption accepted.
     """
+
+    _padded_length = 0
+    """Length that every caption is padded to, padding being part of its states."""
 
     def __init__(self, name: str, tokenizer: Any, model: torch.nn.Module, max_tokens: int) -> None:
         self.name, self.max_tokens = name, max_tokens
@@ -102,26 +106,27 @@ class TextEncoder(CaptionEncoder):
         for index, tokens in enumerate(ids):
             by_length[len(tokens)].append(index)
         states: list[Tensor] = [torch.empty(0)] * len(ids)
-        for indices in by_length.values():
+        for length, indices in by_length.items():
             for start in range(0, len(indices), GROUP):
                 group = indices[start : start + GROUP]
-                encoded = self._states(torch.tensor([ids[index] for index in group]))
+                # Matrix products of few rows take other kernels, with other last digits: short groups are repeated.
+                repeats = -(-LEAST_TOKENS // (len(group) * max(length, self._padded_length)))
+                encoded = self._states([ids[index] for index in group] * repeats)[: len(group)]
                 for index, state in zip(group, encoded, strict=True):
-                    states[index] = state
+                    states[index] = state.half().float()
         return states
 
     @torch.no_grad()
-    def encode_apart(self, captions: Sequence[str]) -> list[Tensor]:
-        """On a CPU one by one: a caption's digits depend on no other, and a lone one takes 0.4 of the time.
+    def encode_to_draw(self, captions: Sequence[str]) -> list[Tensor]:
+        """Token states of each caption, (L_i, D) float32 on the CPU, encoded together and not rounded.
 
         Raises:
             UserError: a caption is longer than `max_tokens`.
         """
-        if self._model.device.type != "cpu":
-            return self.encode(captions)
         ids = self._tokenize(captions)
         self._check_lengths(captions, ids)
-        return [self._states(torch.tensor([tokens]), least=0)[0] for tokens in ids]
+        groups = [ids[start : start + GROUP] for start in range(0, len(ids), GROUP)]
+        return [state for group in groups for state in self._states(group)]
 
     def _check_lengths(self, captions: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
         for caption, tokens in zip(captions, ids, strict=True):
@@ -131,13 +136,13 @@ class TextEncoder(CaptionEncoder):
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
 
-    def _states(self, ids: Tensor, least: int = LEAST_TOKENS) -> Tensor:
-        """(B, L) token ids of equal length → (B, L, D), from at least `least` tokens at a time."""
-        count = len(ids)
-        # Matrix products of few rows take other kernels, with other last digits: short groups are repeated.
-        ids = ids.repeat(max(1, -(-least // ids.numel())), 1).to(self._model.device)
-        states = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return states[:count].half().float().cpu()
+    def _states(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Token ids of captions, of any lengths → their states, (L_i, D) each, in one pass."""
+        padded = pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
+        mask = pad_sequence([torch.ones(len(tokens), dtype=torch.long) for tokens in ids], batch_first=True)
+        device = self._model.device
+        states = self._model(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
+        return [state[: len(tokens)] for state, tokens in zip(states.float().cpu(), ids, strict=True)]
 
 
 def text_width(name: str) -> int:

@@ -30,6 +30,8 @@ from fewstep.models.conditioning import TextConditioning
 Sampler = Literal["student", "teacher"]
 REMEMBERED_PROMPTS = 512
 """Prompts whose token states are remembered."""
+PROMPTS_TOGETHER = 8
+"""Most prompts encoded together; on a CPU more of them gain nothing."""
 
 
 class Preview(NamedTuple):
@@ -143,8 +145,8 @@ class Stages(Protocol):
 class LocalStages:
     """Encodes in a thread of its own, while the network works in another.
 
-    Prompts are encoded one by one, so that their digits depend on no other, and each goes on as soon as it is; the
-    latest are remembered.
+    Prompts that wait are encoded together. The latest are remembered, if they were encoded alone: what company did to
+    their last digits must not come back to a lone request.
     """
 
     def __init__(self) -> None:
@@ -152,21 +154,18 @@ class LocalStages:
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="fewstep-decoder")
         self._remembered: OrderedDict[tuple[str, str], TextConditioning] = OrderedDict()
         self._batcher: DynamicBatcher[LoadedModel, str, TextConditioning] = DynamicBatcher(
-            self._encode_batch, max_batch_size=1, max_wait_s=0, max_pending=1 << 30
+            self._encode_batch, max_batch_size=PROMPTS_TOGETHER, max_wait_s=0, max_pending=1 << 30
         )
 
     async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[TextConditioning]:
         model.pipeline.text_encoder.check(prompts)
-        name = model.pipeline.card.text_encoder  # texts depend on nothing else of the model
-        texts = {prompt: self._remembered.get((name, prompt)) for prompt in prompts}
+        texts = {prompt: self._remembered.get(_text_key(model, prompt)) for prompt in prompts}
         missing = [prompt for prompt, known in texts.items() if known is None]
         if missing:
             texts |= zip(missing, await self._batcher.submit(model, missing), strict=True)
-        for prompt, known in texts.items():
-            self._remembered[name, prompt] = known
-            self._remembered.move_to_end((name, prompt))
-        while len(self._remembered) > REMEMBERED_PROMPTS:
-            self._remembered.popitem(last=False)
+        for prompt in texts:
+            if (key := _text_key(model, prompt)) in self._remembered:
+                self._remembered.move_to_end(key)
         return [texts[prompt] for prompt in prompts]
 
     async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
@@ -178,7 +177,12 @@ class LocalStages:
     ) -> list[TextConditioning]:
         loop = asyncio.get_running_loop()
         prompts = [entry.item for entry in entries]
-        return await loop.run_in_executor(self._encoder, model.pipeline.text_encoder.each, prompts)
+        texts = await loop.run_in_executor(self._encoder, model.pipeline.text_encoder.each, prompts)
+        if len(prompts) == 1:
+            self._remembered[_text_key(model, prompts[0])] = texts[0]
+            if len(self._remembered) > REMEMBERED_PROMPTS:
+                self._remembered.popitem(last=False)
+        return texts
 
 
 class Engine:
@@ -310,6 +314,11 @@ class Engine:
             return {}
         shown = zip(rows, key.model.pipeline.decode(clean()[rows]), strict=True)
         return {drawings[row]: Preview(drawings[row].done, pixels) for row, pixels in shown}
+
+
+def _text_key(model: LoadedModel, prompt: str) -> tuple[str, str]:
+    """What a prompt's token states depend on: nothing of the model but its text encoder."""
+    return model.pipeline.card.text_encoder, prompt
 
 
 def _noise(task: ImageTask, key: BatchKey) -> Tensor:

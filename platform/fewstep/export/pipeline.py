@@ -163,7 +163,8 @@ class FewStepPipeline:
     @cached_property
     def teacher(self) -> GuidedTeacher:
         card = self.card
-        return GuidedTeacher(self.network, self.encode([""]), card.guidance, card.guidance_interval)
+        null = self.text_encoder.null().to(self.device)
+        return GuidedTeacher(self.network, null, card.guidance, card.guidance_interval)
 
     @classmethod
     def from_pretrained(
@@ -245,7 +246,7 @@ class FewStepPipeline:
         return FewStepOutput(list(pixels) if output_type == "np" else _to_pil(pixels))
 
     def encode(self, prompts: Sequence[str]) -> TextConditioning:
-        """Captions → token states (and pooled vectors), exactly as the training shards hold them."""
+        """Captions → token states (and pooled vectors), as training shards hold them but for float16's rounding."""
         return self.text_encoder.conditioning(list(prompts)).to(self.device)
 
     @torch.inference_mode()

@@ -195,7 +195,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
 
     job = WorkerJob(
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
-        null=load_encoder(info.encoding.text_encoder).conditioning([""]),
+        null=load_encoder(info.encoding.text_encoder).null(),
         preview=_preview(info),
         code=code_of(_network(recipe).family),
         tracking={
