@@ -279,3 +279,16 @@ def test_prompts_alone_are_measured_without_real_images(drawn):
     assert json.loads(bare.to_json())["rows"][0]["kid_real"] is None
     assert "kid_real" not in {verdict.name for verdict in bare.verdicts("full")}
     assert "  –  " in bare.table()
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("student_1", "student, 1 evaluation"),
+        ("student_4", "student, 4 evaluations"),
+        ("euler_1", "teacher, 1 Euler step"),
+        ("teacher_64", "teacher, 64 guided steps"),
+    ],
+)
+def test_rows_are_labelled_in_words(name, label):
+    assert replace(row("student_4"), name=name).label == label

@@ -18,7 +18,7 @@ from fewstep.evaluate.classifier import Classifier
 from fewstep.evaluate.features import FeatureExtractor
 from fewstep.evaluate.grid import GridRow, comparison_grid
 from fewstep.evaluate.plots import loss_plot, quality_plot
-from fewstep.evaluate.report import Report, build_report, verdict_table
+from fewstep.evaluate.report import Report, build_report, counted, verdict_table
 from fewstep.evaluate.sampling import Method, draw_images
 from fewstep.export.pipeline import read_student_card, write_card
 from fewstep.tracking.registry import register
@@ -144,13 +144,15 @@ def _picture(
 ) -> Image:
     chosen = np.linspace(0, len(batch) - 1, min(COLUMNS, len(batch))).round().astype(int)
     steps = int(reference.rpartition("_")[2])
-    rows = [GridRow("teacher", f"{steps} guided steps\n{steps * passes} passes", images[reference][chosen])]
+
+    def words(count: int, what: str, passes_each: int) -> str:
+        return f"{counted(count, what)}\n{counted(count * passes_each, 'pass')}"
+
+    rows = [GridRow("teacher", words(steps, "guided step", passes), images[reference][chosen])]
     for name, nfe in students.items():
-        words = f"{nfe} evaluations\n{nfe} passes"
-        rows.append(GridRow("student", words, images[name][chosen], highlighted=True))
+        rows.append(GridRow("student", words(nfe, "evaluation", 1), images[name][chosen], highlighted=True))
         if (euler := f"euler_{nfe}") in images:
-            words = f"{nfe} Euler steps\n{nfe * passes} passes"
-            rows.append(GridRow("teacher", words, images[euler][chosen]))
+            rows.append(GridRow("teacher", words(nfe, "Euler step", passes), images[euler][chosen]))
     return comparison_grid(rows, [batch.captions[index] for index in chosen])
 
 

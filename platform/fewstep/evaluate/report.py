@@ -79,9 +79,15 @@ class Row:
     def label(self) -> str:
         """The name in words."""
         method, _, number = self.name.rpartition("_")
-        words = {"teacher": "guided steps", "euler": "Euler steps", "student": "evaluations"}
+        words = {"teacher": "guided step", "euler": "Euler step", "student": "evaluation"}
         who = "student" if self.by_student else "teacher"
-        return f"{who}, {number} {words[method]}" if method in words else self.name
+        return f"{who}, {counted(int(number), words[method])}" if method in words else self.name
+
+
+def counted(number: int, noun: str) -> str:
+    """1, "pass" → "1 pass"; 2 → "2 passes"."""
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{plural}"
 
 
 @dataclass(frozen=True)
