@@ -150,8 +150,8 @@ class LocalStages:
     """
 
     def __init__(self) -> None:
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="fewstep-encoder")
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="fewstep-decoder")
+        self._encoder = _thread("encoder")
+        self._decoder = _thread("decoder")
         self._remembered: OrderedDict[tuple[str, str], TextConditioning] = OrderedDict()
         self._batcher: DynamicBatcher[LoadedModel, str, TextConditioning] = DynamicBatcher(
             self._encode_batch, max_batch_size=PROMPTS_TOGETHER, max_wait_s=0, max_pending=1 << 30
@@ -208,7 +208,7 @@ class Engine:
         self.max_pending = max_pending
         self._stages, self._on_evaluation = stages or LocalStages(), on_evaluation
         self._encoding = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-network")
+        self._thread = _thread("network")
         self.batcher: DynamicBatcher[BatchKey, Drawing, float] = DynamicBatcher(
             self._run, max_batch_size=max_batch_size, max_wait_s=max_wait_s, max_pending=1 << 30
         )
@@ -314,6 +314,13 @@ class Engine:
             return {}
         shown = zip(rows, key.model.pipeline.decode(clean()[rows]), strict=True)
         return {drawings[row]: Preview(drawings[row].done, pixels) for row, pixels in shown}
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    """One thread for tensor work, told how many threads that may use: MKL's first product would not know otherwise."""
+    return ThreadPoolExecutor(
+        1, f"fewstep-{name}", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+    )
 
 
 def _text_key(model: LoadedModel, prompt: str) -> tuple[str, str]:
