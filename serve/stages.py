@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -15,11 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.data.encoder import CaptionEncoder
-    from fewstep.engine.batcher import Waiting
     from fewstep.engine.models import LoadedModel
     from fewstep.models.conditioning import TextConditioning
-
-Result = TypeVar("Result")
 
 
 @serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})
@@ -29,41 +25,24 @@ class Encoder:
     def __init__(self, threads: int) -> None:
         import torch
 
-        from fewstep.engine.batcher import DynamicBatcher
-        from fewstep.engine.engine import PROMPTS_TOGETHER
+        from fewstep.engine.engine import PromptEncoder
 
         torch.set_num_threads(threads)
         self._loaded: dict[str, CaptionEncoder] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-encoder")
-        self._batcher: DynamicBatcher[str, str, TextConditioning] = DynamicBatcher(
-            self._encode, max_batch_size=PROMPTS_TOGETHER, max_wait_s=0, max_pending=1 << 30
-        )
+        self._loading, self._prompts = asyncio.Lock(), PromptEncoder()
 
     async def encode(self, name: str, prompts: list[str]) -> list[TextConditioning] | str:
         """Each prompt encoded (B = 1), or the sentence that refuses one."""
+        from fewstep.data.encoder import load_encoder
         from fewstep.errors import UserError
 
         try:
-            await self._in_thread(lambda: self._encoder(name).check(prompts))
+            async with self._loading:
+                if name not in self._loaded:
+                    self._loaded[name] = await asyncio.to_thread(load_encoder, name, device=_device())
+            return await self._prompts.encode(self._loaded[name], prompts)
         except UserError as error:
             return str(error)
-        return await self._batcher.submit(name, prompts)
-
-    async def _encode(
-        self, name: str, entries: list[Waiting[str, TextConditioning]]
-    ) -> list[TextConditioning]:
-        prompts = [entry.item for entry in entries]
-        return await self._in_thread(lambda: self._encoder(name).each(prompts))
-
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def _encoder(self, name: str) -> CaptionEncoder:
-        from fewstep.data.encoder import load_encoder
-
-        if name not in self._loaded:
-            self._loaded[name] = load_encoder(name, device=_device())
-        return self._loaded[name]
 
 
 @serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.encoder import CaptionEncoder
 from fewstep.engine.batcher import DynamicBatcher, Overloaded, Turn, Waiting
 from fewstep.engine.models import LoadedModel
 from fewstep.flow import NextStep, gaussian_noise
@@ -142,47 +143,61 @@ class Stages(Protocol):
         ...
 
 
-class LocalStages:
-    """Encodes in a thread of its own, while the network works in another.
+class PromptEncoder:
+    """Encodes prompts in a thread of its own, those that wait together.
 
-    Prompts that wait are encoded together. The latest are remembered, if they were encoded alone: what company did to
-    their last digits must not come back to a lone request.
+    The latest are remembered, if they were encoded alone: what company did to their last digits must not come back to
+    a lone request.
     """
 
     def __init__(self) -> None:
-        self._encoder = _thread("encoder")
-        self._decoder = _thread("decoder")
+        self._thread = tensor_thread("encoder")
         self._remembered: OrderedDict[tuple[str, str], TextConditioning] = OrderedDict()
-        self._batcher: DynamicBatcher[LoadedModel, str, TextConditioning] = DynamicBatcher(
+        self._batcher: DynamicBatcher[CaptionEncoder, str, TextConditioning] = DynamicBatcher(
             self._encode_batch, max_batch_size=PROMPTS_TOGETHER, max_wait_s=0, max_pending=1 << 30
         )
 
-    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[TextConditioning]:
-        model.pipeline.text_encoder.check(prompts)
-        texts = {prompt: self._remembered.get(_text_key(model, prompt)) for prompt in prompts}
+    async def encode(self, encoder: CaptionEncoder, prompts: Sequence[str]) -> list[TextConditioning]:
+        """Each prompt encoded, B = 1, on the CPU.
+
+        Raises:
+            UserError: a prompt that the encoder can't take.
+        """
+        encoder.check(prompts)
+        texts = {prompt: self._remembered.get((encoder.name, prompt)) for prompt in prompts}
         missing = [prompt for prompt, known in texts.items() if known is None]
         if missing:
-            texts |= zip(missing, await self._batcher.submit(model, missing), strict=True)
+            texts |= zip(missing, await self._batcher.submit(encoder, missing), strict=True)
         for prompt in texts:
-            if (key := _text_key(model, prompt)) in self._remembered:
+            if (key := (encoder.name, prompt)) in self._remembered:
                 self._remembered.move_to_end(key)
         return [texts[prompt] for prompt in prompts]
+
+    async def _encode_batch(
+        self, encoder: CaptionEncoder, entries: list[Waiting[str, TextConditioning]]
+    ) -> list[TextConditioning]:
+        loop = asyncio.get_running_loop()
+        prompts = [entry.item for entry in entries]
+        texts = await loop.run_in_executor(self._thread, encoder.each, prompts)
+        if len(prompts) == 1:
+            self._remembered[encoder.name, prompts[0]] = texts[0]
+            if len(self._remembered) > REMEMBERED_PROMPTS:
+                self._remembered.popitem(last=False)
+        return texts
+
+
+class LocalStages:
+    """Encodes and decodes in threads of this process, while the network works in another."""
+
+    def __init__(self) -> None:
+        self._encoder, self._decoder = PromptEncoder(), tensor_thread("decoder")
+
+    async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[TextConditioning]:
+        return await self._encoder.encode(model.pipeline.text_encoder, prompts)
 
     async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoder, model.pipeline.decode, latents)
-
-    async def _encode_batch(
-        self, model: LoadedModel, entries: list[Waiting[str, TextConditioning]]
-    ) -> list[TextConditioning]:
-        loop = asyncio.get_running_loop()
-        prompts = [entry.item for entry in entries]
-        texts = await loop.run_in_executor(self._encoder, model.pipeline.text_encoder.each, prompts)
-        if len(prompts) == 1:
-            self._remembered[_text_key(model, prompts[0])] = texts[0]
-            if len(self._remembered) > REMEMBERED_PROMPTS:
-                self._remembered.popitem(last=False)
-        return texts
 
 
 class Engine:
@@ -208,7 +223,7 @@ class Engine:
         self.max_pending = max_pending
         self._stages, self._on_evaluation = stages or LocalStages(), on_evaluation
         self._encoding = 0
-        self._thread = _thread("network")
+        self._thread = tensor_thread("network")
         self.batcher: DynamicBatcher[BatchKey, Drawing, float] = DynamicBatcher(
             self._run, max_batch_size=max_batch_size, max_wait_s=max_wait_s, max_pending=1 << 30
         )
@@ -316,16 +331,11 @@ class Engine:
         return {drawings[row]: Preview(drawings[row].done, pixels) for row, pixels in shown}
 
 
-def _thread(name: str) -> ThreadPoolExecutor:
+def tensor_thread(name: str) -> ThreadPoolExecutor:
     """One thread for tensor work, told how many threads that may use: MKL's first product would not know otherwise."""
     return ThreadPoolExecutor(
         1, f"fewstep-{name}", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
     )
-
-
-def _text_key(model: LoadedModel, prompt: str) -> tuple[str, str]:
-    """What a prompt's token states depend on: nothing of the model but its text encoder."""
-    return model.pipeline.card.text_encoder, prompt
 
 
 def _noise(task: ImageTask, key: BatchKey) -> Tensor:
