@@ -27,34 +27,42 @@ BATCHES = 8
 """Batches that the bare process cycles through; it holds them in memory."""
 
 DESCRIPTION = """\
-Take the steps of a distillation recipe (by default one of fields at their default values) in two ways, in turns:
+Take the steps of a distillation recipe (by default the main job's) in two ways, in turns:
 
-  bare   in a process with torch alone: no Ray, no sharding, batches in memory, the environment of a worker
-  Ray    as the job does: Ray Train's worker, FSDP, batches streamed by Ray Data, metrics to MLflow
+  bare   in as many processes with torch alone: no Ray, no sharding, batches in memory, the environment of a worker;
+         several average their gradients
+  Ray    as the job does: Ray Train's workers, FSDP or replicas, batches streamed by Ray Data, metrics to MLflow
 
-and in the bare process also, in turns with the whole step,
+and in the bare processes also, in turns with the whole step,
 
-  network    student forward and backward, teacher's guided query, optimizer and weight average; no rollouts
+  network    the step's very calls of the network: student forward and backward, teacher's guided queries, then
+             optimizer and weight average; no rollouts
   rollouts   all the rest of π-ID: the policies' rollouts to the visited states, the micro windows and their
              gradient to the head's output; no network"""
 
 EPILOG = """\
 reading the table
   Times are seconds per optimizer step. The first half of each run warms up and is not counted. What is promised
-  of the default recipe on a CPU: rollouts under 15 % of a step, Ray at most 1.03 times the bare process, waiting
-  for data under 2 %.
+  of the main job on a CPU: rollouts under 15 % of a step, Ray at most 1.03 times the bare processes, waiting for
+  data under 2 %. Ray's own processes, idle, take a seventh of one core whatever the model: 7 % of two cores, less
+  than 1 % of sixteen.
 
 examples
-  jobs/benchmark_train.py                                    two rounds of 40 steps each, some 5 minutes
+  jobs/benchmark_train.py                                    two rounds of 40 steps each, some 6 minutes
   jobs/benchmark_train.py --rounds 4 --steps 60 --tracking sqlite:///mlflow.db
-  jobs/benchmark_train.py --set data.batch_size=24 --set imitation.intermediate_states=4"""
+  jobs/benchmark_train.py --recipe fashion_dit_1nfe --set imitation.intermediate_states=4"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of jobs/recipes, or a YAML file")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        default="emoji_qwen_4nfe",
+        help="a recipe of jobs/recipes, or a YAML file; default: %(default)s",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
     parser.add_argument("--steps", type=int, default=40, help="of each run; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each kind; default: %(default)s")
@@ -63,7 +71,9 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load_recipe(DistillRecipe, options.recipe, options.set, RECIPES)
     if options.bare:
-        options.bare.write_text(json.dumps(bare_run(recipe, options.steps)))
+        seconds = bare_run(recipe, options.steps)
+        if int(os.environ.get("RANK", 0)) == 0:
+            options.bare.write_text(json.dumps(seconds))
         return
 
     from fewstep.train.trainer import open_data
@@ -100,7 +110,7 @@ def step_table(seconds: dict[str, float]) -> str:
     """Seconds and ratios, one line each."""
     of = ratios(seconds)
     rows = [
-        ("bare process, steps in a row", f"{seconds['bare']:.3f}", "1.000", ""),
+        ("bare, steps in a row", f"{seconds['bare']:.3f}", "1.000", ""),
         ("inside Ray Train", f"{seconds['ray']:.3f}", f"{of['ray_over_bare']:.3f} of bare", "≤ 1.03"),
         (
             "  of that waiting for data",
@@ -108,7 +118,7 @@ def step_table(seconds: dict[str, float]) -> str:
             f"{of['waiting_share']:.2%} of Ray's",
             "< 2 %",
         ),
-        ("bare process, in turns with parts", f"{seconds['step']:.3f}", "100 %", ""),
+        ("bare, in turns with parts", f"{seconds['step']:.3f}", "100 %", ""),
         ("  network alone", f"{seconds['network']:.3f}", f"{of['network_share']:.1%}", ""),
         ("  rollouts alone", f"{seconds['rollouts']:.4f}", f"{of['rollouts_share']:.1%}", "< 15 %"),
     ]
@@ -134,44 +144,56 @@ def ray_run(recipe: DistillRecipe, steps: int, folder: Path, number: int) -> dic
 
 
 def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str, float]:
-    """`bare_run` in a process of its own, with a worker's environment."""
+    """`bare_run` in processes of their own, as many as workers, with a worker's environment."""
     from fewstep.train.trainer import worker_environment
 
     file = result.with_suffix(".yaml")
     file.write_text(json.dumps(recipe.model_dump(mode="json")))  # JSON is YAML
     command = [sys.executable, __file__, "--recipe", str(file), "--steps", str(steps), "--bare", str(result)]
+    if recipe.train.workers > 1:
+        several = f"-m torch.distributed.run --standalone --nproc-per-node {recipe.train.workers}"
+        command[1:1] = several.split()
     subprocess.run(command, env=os.environ | worker_environment(recipe.train), check=True)
     return json.loads(result.read_text())
 
 
 def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
-    """Seconds of steps in a row, and of a step and its parts in turns."""
+    """Seconds of steps in a row, and of a step and its parts in turns, in a lone process or each of torchrun's."""
+    import torch.distributed as dist
+
     from fewstep.data.encoder import load_encoder
     from fewstep.data.schema import DatasetInfo
-    from fewstep.distill import PowerEMA, imitation
-    from fewstep.flow import gaussian_noise
+    from fewstep.distill import PowerEMA
     from fewstep.train.objectives import Distillation
+    from fewstep.train.parallel import average_gradients, shard
     from fewstep.train.worker import build_optimizer, seed_step
 
+    rank, workers = 0, recipe.train.workers
+    if workers > 1:
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+    replicas = recipe.train.model_copy(update={"parallel": "ddp"})
     torch.set_num_threads(recipe.train.threads)
     torch.set_flush_denormal(True)
-    info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size
+    info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size // workers
     null = load_encoder(info.encoding.text_encoder).null()
     objective = Distillation(recipe, null, torch.device("cpu"))
-    parameters, settings = objective.parameters(), objective.settings
+    shard(objective, replicas, workers)
+    model, parameters = objective.model, objective.parameters()
     optimizer = build_optimizer(parameters, recipe.optimizer)
     average, generator = PowerEMA(parameters, recipe.optimizer.ema_gamma), torch.Generator()
 
     rows = read_split(recipe.data.path, "train", BATCHES * size, shape=next(iter(info.buckets("train"))))
-    order = torch.randperm(len(rows), generator=generator.manual_seed(0)).split(size)
+    order = torch.randperm(len(rows), generator=generator.manual_seed(rank)).split(size)
     batches = [rows_of(rows, index.tolist()) for index in order]
     taken = 0
 
-    def update(backward: Callable[[Any], None]) -> None:
+    def update(backward: Callable[[Batch], None]) -> None:
         nonlocal taken
         taken += 1
-        seed_step(generator, recipe.train.seed, 0, taken)
+        seed_step(generator, recipe.train.seed, rank, taken)
         backward(batches[taken % len(batches)])
+        average_gradients(parameters.values(), replicas, workers)
         torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -181,35 +203,31 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
         for result in objective.losses(batch, generator, step=1):
             result.loss.backward()
 
-    def network(batch: Batch) -> None:
-        x = gaussian_noise(batch.latent.shape, generator)
-        policy = objective.model.policy(x, torch.full((len(x),), 0.7), batch.conditioning)
-        asked = settings.intermediate_states
-        states, sigmas = x.repeat(asked, 1, 1, 1), torch.full((asked * len(x),), 0.6)
-        with torch.no_grad():
-            objective.teacher.velocity(states, sigmas, batch.conditioning.repeat(asked))
-        head_output(policy).backward()
+    forward, calls = model.forward, []
 
-    def head_output(policy: Any) -> Tensor:
-        """Something with a gradient to all the head gives, and nothing of the policy's own arithmetic."""
-        names = ("means", "logstds", "logweights", "output")
-        return sum(getattr(policy, name).square().mean() for name in names if hasattr(policy, name))
+    def remembering(*args: Any, student: bool) -> Tensor:
+        packed = forward(*args, student=student)
+        calls.append((args, student, packed.detach()))
+        return packed
 
-    batch = batches[0]
-    raw_src, segment = settings.segments.containing(torch.rand(len(batch), generator=generator))
-    sigma_src = settings.shift.warp(raw_src)
-    x_src = gaussian_noise(batch.latent.shape, generator)
-    with torch.no_grad():
-        drawn = objective.model.policy(x_src, sigma_src, batch.conditioning)
+    model.forward = remembering
+    seed_step(generator, recipe.train.seed, rank, 0)
+    whole(batches[0])
+    model.forward = forward
+
+    def network(_: Batch) -> None:
+        for args, student, _ in calls:
+            with torch.set_grad_enabled(student):
+                packed = model(*args, student=student)
+            if student:
+                packed.square().mean().backward()
 
     def rollouts() -> None:
-        policy = drawn.detach()
-        for name in ("means", "logstds", "logweights", "output"):
-            if hasattr(policy, name):
-                getattr(policy, name).requires_grad_()
-        imitation.segment_errors(
-            policy, lambda x, _: torch.zeros_like(x), x_src, raw_src, segment, generator, settings
-        ).mean().backward()
+        answers = iter(calls)
+        model.forward = lambda *_, student: next(answers)[2].detach().requires_grad_(student)
+        seed_step(generator, recipe.train.seed, rank, 0)
+        whole(batches[0])
+        model.forward = forward
 
     for _ in range(steps // 2):
         update(whole)
@@ -225,7 +243,8 @@ def rows_of(batch: Batch, index: list[int]) -> Batch:
     """Some rows of a batch as one of their own, padded to its own longest caption."""
     states = [batch.conditioning.states[i][batch.conditioning.mask[i]] for i in index]
     captions, keys = [batch.captions[i] for i in index], [batch.keys[i] for i in index]
-    return Batch(batch.latent[index], TextConditioning.collate(states), captions, keys, batch.shape)
+    latent = None if batch.latent is None else batch.latent[index]
+    return Batch(latent, TextConditioning.collate(states), captions, keys, batch.shape)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs two at once: each, and what it starts, on one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if (
+    not torch.cuda.is_available()
+):  # Triton reads this when it is imported, and torch may be the first to do so
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

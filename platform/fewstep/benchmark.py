@@ -34,6 +34,22 @@ def interleaved(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def device_time(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds that a GPU works for one `run`, its waits for the host left out; nan for a CPU.
+
+    A program that queues its work ahead, as a network with its policy does, pays this and not the host's time.
+    """
+    if device.type != "cuda":
+        return float("nan")
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / repeats / 1e6
+
+
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Largest number of bytes that `run` holds at one time, beyond what was held before.
 

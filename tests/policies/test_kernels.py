@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fewstep.benchmark import peak_memory
 from fewstep.flow import TimeShift
 from fewstep.policies import DXPolicy, GMFlowPolicy, kernels, mean_velocity, rollout
+from fewstep.policies.kernels import window
 from fewstep.policies.rollout import (
     _substep_sigmas,
     _window,
@@ -113,6 +114,21 @@ def test_the_fused_window_and_its_gradient_are_the_reference(
     raw_to = (raw_a - substeps / 128).clamp(min=0)
     sigmas, shares = _window(raw_a, raw_to, shift, 128)
     x_a = rollout(policy, policy.x_src, raw_src, raw_a, shift)[0]
+
+    def ours(built: GMFlowPolicy, x: Tensor, _: torch.dtype) -> Tensor:
+        return mean_velocity(built, x, raw_a, raw_to, shift)
+
+    assert_window_and_gradient(policy, x_a, sigmas, shares, ours)
+
+
+def assert_window_and_gradient(
+    policy: GMFlowPolicy,
+    x_a: Tensor,
+    sigmas: Tensor,
+    shares: Tensor,
+    fused: Callable[[GMFlowPolicy, Tensor, torch.dtype], Tensor],
+) -> None:
+    """Value and gradients to the head, to x_src and to the state are those of the reference."""
     weight = torch.randn(x_a.shape, generator=torch.Generator().manual_seed(0))
 
     def run(dtype: torch.dtype, mean: Callable[..., Tensor]) -> list[Tensor]:
@@ -126,10 +142,10 @@ def test_the_fused_window_and_its_gradient_are_the_reference(
     def plain(built: GMFlowPolicy, x: Tensor, dtype: torch.dtype) -> Tensor:
         return mean_velocity_reference(built, x, sigmas.to(dtype), shares.to(dtype))
 
-    ours = run(torch.float32, lambda built, x, _: mean_velocity(built, x, raw_a, raw_to, shift))
-    for single, double, fused in zip(run(torch.float32, plain), run(torch.float64, plain), ours, strict=True):
-        error, allowed = exactness(single, double, fused)
-        assert (error <= allowed).all(), (fused.shape, error.max(), allowed)
+    runs = (run(torch.float32, plain), run(torch.float64, plain), run(torch.float32, fused))
+    for single, double, ours in zip(*runs, strict=True):
+        error, allowed = exactness(single, double, ours)
+        assert (error <= allowed).all(), (ours.shape, error.max(), allowed)
 
 
 @given(gm_cases())
@@ -339,27 +355,50 @@ def test_no_synchronisation_on_cuda() -> None:
 
 
 @pytest.fixture(scope="module")
-def triton_rollout() -> Callable[..., Tensor]:
-    """The Triton kernel, compiled where there is CUDA and interpreted elsewhere."""
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-    pytest.importorskip("triton", reason="needs triton, which CUDA builds of torch bring")
+def on_triton() -> ModuleType:
+    """The Triton kernels, compiled where there is CUDA and interpreted elsewhere."""
+    pytest.importorskip("triton", reason="needs triton")
     from fewstep.policies.kernels import cuda
 
-    return cuda.rollout
+    return cuda
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def moved(policy: GMFlowPolicy) -> GMFlowPolicy:
+    """The policy where Triton runs."""
+    parts = (policy.means, policy.logstds, policy.logweights, policy.x_src, policy.sigma_src)
+    return GMFlowPolicy(*(part.to(DEVICE) for part in parts))
 
 
 @given(case=gm_cases(largest=3))
 @settings(max_examples=15, deadline=None)
 def test_the_triton_rollout_is_the_reference(
-    triton_rollout: Callable[..., Tensor], case: tuple[GMFlowPolicy, Tensor, Tensor, TimeShift]
+    on_triton: ModuleType, case: tuple[GMFlowPolicy, Tensor, Tensor, TimeShift]
 ) -> None:
     policy, raw_src, raw_to, shift = case
     sigmas = tables(raw_src, raw_to, shift)
     single = rollout_reference(policy, policy.x_src, sigmas)
     double = rollout_reference(cast(policy, torch.float64), policy.x_src.double(), sigmas.double())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = (policy.means, policy.logstds, policy.logweights, policy.x_src, policy.sigma_src)
-    there = GMFlowPolicy(*(part.to(device) for part in parts))
-    error, allowed = exactness(single, double, triton_rollout(there, there.x_src, sigmas).cpu())
+    there = moved(policy)
+    error, allowed = exactness(single, double, on_triton.rollout(there, there.x_src, sigmas.to(DEVICE)).cpu())
     assert (error <= allowed).all(), (error.max(), allowed)
+
+
+@given(case=gm_cases(largest=3), substeps=st.integers(0, 5))
+@settings(max_examples=15, deadline=None)
+def test_the_triton_window_and_its_gradient_are_the_reference(
+    on_triton: ModuleType, case: tuple[GMFlowPolicy, Tensor, Tensor, TimeShift], substeps: int
+) -> None:
+    policy, raw_src, raw_a, shift = case
+    raw_to = (raw_a - substeps / 128).clamp(min=0)
+    sigmas, shares = _window(raw_a, raw_to, shift, 128)
+    x_a = rollout(policy, policy.x_src, raw_src, raw_a, shift)[0]
+
+    def triton(built: GMFlowPolicy, x: Tensor, _: torch.dtype) -> Tensor:
+        there = moved(built)  # autograd moves the gradients back
+        tables = (sigmas.to(DEVICE), shares.to(DEVICE))
+        return window.mean_velocity(on_triton, there, x.to(DEVICE), *tables).cpu()
+
+    assert_window_and_gradient(policy, x_a, sigmas, shares, triton)

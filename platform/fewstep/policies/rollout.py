@@ -18,6 +18,7 @@ from fewstep.policies import kernels
 from fewstep.policies.base import Policy, Shift, per_latent
 from fewstep.policies.dx import DXPolicy
 from fewstep.policies.gmflow import GMFlowPolicy
+from fewstep.policies.kernels import window
 
 SUBSTEPS = 128
 """Substeps per unit of raw time."""
@@ -52,13 +53,13 @@ def rollout(
         The state at `raw_to`, (B, C, H, W), and its σ, (B,).
     """
     sigmas = _substep_sigmas(raw_from, raw_to, substep_count(raw_from, raw_to, substeps), shift)
-    end = sigmas[-1].to(x.device, non_blocking=True)
+    there = sigmas.to(x.device, non_blocking=True)
     if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
-        return policy.closed_form(x, sigmas, torch.zeros_like(sigmas[1:]), 1.0), end
+        return policy.closed_form(x, sigmas, torch.zeros_like(sigmas[1:]), 1.0), there[-1]
     kernel = kernels.kernel(policy, x)
     if kernel is not None and not _asks_for_gradient(policy, x):
-        return kernel.rollout(policy, x, sigmas), end
-    return rollout_reference(policy, x, sigmas), end
+        return kernel.rollout(policy, x, there), there[-1]
+    return rollout_reference(policy, x, there), there[-1]
 
 
 def rollout_reference(policy: Policy, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -98,8 +99,9 @@ def mean_velocity(
     if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
         return policy.closed_form(x_a, sigmas, shares, 0.0)
     kernel = kernels.kernel(policy, x_a)
-    if kernel is not None and hasattr(kernel, "mean_velocity"):
-        return kernel.mean_velocity(policy, x_a, sigmas, shares)
+    sigmas, shares = (table.to(x_a.device, non_blocking=True) for table in (sigmas, shares))
+    if kernel is not None:
+        return window.mean_velocity(kernel, policy, x_a, sigmas, shares)
     return mean_velocity_reference(policy, x_a, sigmas, shares)
 
 
@@ -114,11 +116,8 @@ def mean_velocity_reference(policy: Policy, x: Tensor, sigmas: Tensor, shares: T
     """
     if isinstance(policy, GMFlowPolicy):
         policy.mixture()  # shared by the substeps, so not to be recomputed with one of them
-    mean, sigmas, shares = (
-        torch.zeros_like(x),
-        sigmas.to(x.device, non_blocking=True),
-        shares.to(x.device, non_blocking=True),
-    )
+    mean = torch.zeros_like(x)
+    sigmas, shares = (table.to(x.device, non_blocking=True) for table in (sigmas, shares))
     for (sigma, after), share in zip(pairwise(sigmas), shares, strict=True):
         if torch.is_grad_enabled():
             velocity = checkpoint(

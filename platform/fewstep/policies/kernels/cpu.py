@@ -1,4 +1,4 @@
-"""The compiled GMFlow kernels on torch tensors: slices of the batch on a thread each, and their gradient."""
+"""The compiled GMFlow kernels on torch tensors: slices of the batch on a thread each."""
 
 from __future__ import annotations
 
@@ -25,52 +25,32 @@ def rollout(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor) -> Tensor:
     return _integrate(_flat(policy), x, sigmas, torch.zeros_like(sigmas[1:]), policy.means.shape)[0]
 
 
-def mean_velocity(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor) -> Tensor:
-    """Σ_s share_s·velocity_s, (B, C, H, W), differentiable; `shares` are (S, B)."""
-    head = (policy.means, policy.logstds, policy.logweights, policy.x_src)
-    return _MeanVelocity.apply(x, policy.sigma_src, sigmas, shares, *head)
+def window(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor) -> Tensor:
+    """Σ_s share_s·velocity_s, (B, C, H, W); `shares` are (S, B)."""
+    return _integrate(_flat(policy), x, sigmas, shares, policy.means.shape)[1]
 
 
-class _MeanVelocity(torch.autograd.Function):
-    """Keeps its inputs alone: the backward kernel integrates once more, block by block."""
+def window_gradient(
+    policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor, cotangent: Tensor
+) -> tuple[Tensor, ...]:
+    """Of `window`: gradients to x, means, logstds (one per sample), log-weights (B, K, 1, H, W) and x_src."""
+    means, flat, shape = policy.means, _flat(policy), _shape(policy.means.shape)
+    samples, blocks = len(means), -(-shape[2] // LANES)
+    weights_shape = (*means.shape[:2], 1, *means.shape[3:])
+    outputs = [
+        torch.empty(size)
+        for size in (means.shape, weights_shape, (samples, blocks), policy.x_src.shape, x.shape)
+    ]
+    gradients = Gradients(*(output.view(-1).numpy() for output in outputs))
+    tables = (sigmas.float().numpy(), shares.float().numpy())
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, sigma_src: Tensor, sigmas: Tensor, shares: Tensor, *head: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, sigma_src, sigmas, shares, *head)
-        flat = _flat(GMFlowPolicy(*head, sigma_src))
-        return _integrate(flat, x, sigmas, shares, head[0].shape)[1]
+    def run(first: int, last: int) -> None:
+        pull_back(flat, _array(x), *tables, _array(cotangent), gradients, shape, first, last)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        x, sigma_src, sigmas, shares, means, logstds, logweights, x_src = ctx.saved_tensors
-        flat, shape = _flat(GMFlowPolicy(means, logstds, logweights, x_src, sigma_src)), _shape(means.shape)
-        samples, blocks = len(means), -(-shape[2] // LANES)
-        weights_shape = (*means.shape[:2], 1, *means.shape[3:])
-        outputs = [
-            torch.empty(size)
-            for size in (means.shape, weights_shape, (samples, blocks), x_src.shape, x.shape)
-        ]
-        gradients = Gradients(*(output.view(-1).numpy() for output in outputs))
-        tables = (sigmas.float().numpy(), shares.float().numpy())
-
-        def run(first: int, last: int) -> None:
-            pull_back(flat, _array(x), *tables, _array(cotangent), gradients, shape, first, last)
-
-        _in_slices(run, samples * blocks, shape[0] * shape[1] * len(shares))
-        to_means, to_logweights, to_variances, to_x_src, to_x = outputs
-        to_logstds = 2 * torch.from_numpy(flat.variances) * to_variances.sum(1)
-        to_logstds = to_logstds.view(-1, *[1] * (logstds.ndim - 1))
-        pairs = ((to_means, means), (to_logstds, logstds), (to_logweights, logweights), (to_x_src, x_src))
-        return (
-            to_x.to(x.dtype),
-            None,
-            None,
-            None,
-            *(grad.sum_to_size(of.shape).to(of.dtype) for grad, of in pairs),
-        )
+    _in_slices(run, samples * blocks, shape[0] * shape[1] * len(shares))
+    to_means, to_logweights, to_variances, to_x_src, to_x = outputs
+    to_logstds = 2 * torch.from_numpy(flat.variances) * to_variances.sum(1)
+    return to_x, to_means, to_logstds.view(-1, *[1] * (means.ndim - 1)), to_logweights, to_x_src
 
 
 def _integrate(

@@ -1,6 +1,8 @@
-"""The Triton rollout on torch tensors."""
+"""The Triton kernels on torch tensors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -8,55 +10,105 @@ from torch import Tensor
 
 from fewstep.policies.base import MIN_SIGMA
 from fewstep.policies.gmflow import MIN_SPREAD, GMFlowPolicy
-from fewstep.policies.kernels.triton_gmflow import rollout_kernel
+from fewstep.policies.kernels.triton_gmflow import integrate_kernel, pull_back_kernel
 
 REGISTERS = 128
-"""Floats of the means that one thread holds, half of its registers."""
+"""Floats of the means, and of their gradient, that one thread holds: half of its registers."""
 
 WARP = 32
 
 
 def rollout(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor) -> Tensor:
-    """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends, on the CPU."""
-    batch, components, channels = policy.means.shape[:3]
-    space = x[0, 0].numel()
-    logweights = policy.logweights.expand(batch, components, 1, *policy.means.shape[3:]).contiguous()
-    sigma_src = policy.sigma_src.float().reshape(-1).expand(batch).contiguous()
-    variances = (2 * policy.logstds.float()).exp().view(-1).expand(batch) * sigma_src.square()
-    counts = sigmas.diff(dim=0).ne(0).sum(0, dtype=torch.int32)
-    tables = sigmas.T.float().contiguous()
+    """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends."""
+    return _integrate(policy, x, sigmas, None)
 
-    padded = triton.next_power_of_2(components) * triton.next_power_of_2(channels)
-    block, warps = launch_shape(padded)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rollout_kernel[(triton.cdiv(space, block), batch)](
-        policy.means.contiguous(),
-        logweights,
-        variances,
-        policy.x_src.contiguous(),
-        sigma_src,
-        x.contiguous(),
-        tables.to(x.device, non_blocking=True),
-        counts.to(x.device, non_blocking=True),
-        out,
-        components,
-        channels,
-        space,
-        tables.shape[1],
-        MIN_SIGMA,
-        MIN_SPREAD,
-        K=triton.next_power_of_2(components),
-        C=triton.next_power_of_2(channels),
-        BLOCK=block,
-        num_warps=warps,
+
+def window(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor) -> Tensor:
+    """Σ_s share_s·velocity_s, (B, C, H, W); `shares` are (S, B)."""
+    return _integrate(policy, x, sigmas, shares.float().contiguous())
+
+
+def window_gradient(
+    policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor, cotangent: Tensor
+) -> tuple[Tensor, ...]:
+    """Of `window`: gradients to x, means, logstds (one per sample), log-weights (B, K, 1, H, W) and x_src."""
+    means, batch, space = policy.means, len(x), x[0, 0].numel()
+    weights_shape = (*means.shape[:2], 1, *means.shape[3:])
+    block, warps = launch_shape(2 * _padded(means))
+    programs = triton.cdiv(space, block)
+    to_means, to_x_src, to_x = (
+        torch.empty_like(of, memory_format=torch.contiguous_format) for of in (means, policy.x_src, x)
     )
+    to_logweights = means.new_empty(weights_shape, dtype=policy.logweights.dtype)
+    summands = means.new_empty((batch, programs), dtype=torch.float32)
+    states = means.new_empty((len(shares), *x.shape), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        pull_back_kernel[(programs, batch)](
+            *_inputs(policy, x, sigmas),
+            shares.float().contiguous(),
+            cotangent.contiguous(),
+            states,
+            to_means,
+            to_logweights,
+            to_x_src,
+            to_x,
+            summands,
+            **_sizes(policy, len(shares), block, warps),
+        )
+    to_logstds = summands.sum(1).view(-1, *[1] * (means.ndim - 1))
+    return to_x, to_means, to_logstds, to_logweights, to_x_src
+
+
+def _integrate(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor | None) -> Tensor:
+    block, warps = launch_shape(_padded(policy.means))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    inputs = _inputs(policy, x, sigmas)
+    with torch.cuda.device_of(x):
+        integrate_kernel[(triton.cdiv(x[0, 0].numel(), block), len(x))](
+            *inputs,
+            inputs[-1] if shares is None else shares,
+            out,
+            **_sizes(policy, len(sigmas) - 1, block, warps),
+            MEAN=shares is not None,
+        )
     return out
 
 
-def launch_shape(padded: int) -> tuple[int, int]:
-    """Locations and warps per program, for `padded` means per location.
+def _inputs(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor) -> tuple[Tensor, ...]:
+    """What both kernels read, in their order."""
+    batch, components = policy.means.shape[:2]
+    logweights = policy.logweights.expand(batch, components, 1, *policy.means.shape[3:])
+    parts = (policy.means, policy.logstds, logweights, policy.x_src, policy.sigma_src, x, sigmas.float())
+    return tuple(part.detach().contiguous() for part in parts)
 
-    One warp with a location per lane, up to 128 means; then more warps, and from eight warps on fewer
+
+def _sizes(policy: GMFlowPolicy, steps: int, block: int, warps: int) -> dict[str, Any]:
+    components, channels = policy.means.shape[1:3]
+    return {
+        "components": components,
+        "channels": channels,
+        "space": policy.means[0, 0, 0].numel(),
+        "steps": steps,
+        "logstds_stride": int(policy.logstds.numel() > 1),
+        "sigma_src_stride": int(policy.sigma_src.numel() > 1),
+        "min_sigma": MIN_SIGMA,
+        "min_spread": MIN_SPREAD,
+        "K": triton.next_power_of_2(components),
+        "C": triton.next_power_of_2(channels),
+        "BLOCK": block,
+        "num_warps": warps,
+    }
+
+
+def _padded(means: Tensor) -> int:
+    """Means per location, components and channels rounded up to powers of two."""
+    return triton.next_power_of_2(means.shape[1]) * triton.next_power_of_2(means.shape[2])
+
+
+def launch_shape(padded: int) -> tuple[int, int]:
+    """Locations and warps per program, for `padded` floats per location.
+
+    One warp with a location per lane, up to 128 floats; then more warps, and from eight warps on fewer
     locations (what does not fit even so, spills to the first-level cache).
     """
     warps = max(1, min(8, padded // REGISTERS))

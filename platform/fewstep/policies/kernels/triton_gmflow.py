@@ -1,85 +1,227 @@
-"""GMFlow on a GPU: one program carries a block of latent locations through all substeps in registers."""
+"""GMFlow on a GPU: one program carries a block of latent locations through all substeps in registers.
 
-# ruff: noqa: ANN001, ANN201 (Triton reads annotations: pointers and sizes have none)
+Locations come last in every block, so that Triton lays them along a warp: reads are contiguous, and sums over
+channels and components stay within a thread as long as one warp holds the block. For that `space` must not be
+specialised: known to be a multiple of 16, it would make Triton give four neighbours to a thread, and spread
+the components over the lanes that this frees.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton reads annotations: pointers and sizes have none)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+PER_LAUNCH = ["space", "steps"]
+"""Arguments whose value shall not choose the code."""
+
 
 @triton.jit
-def rollout_kernel(
-    means_ptr,  # (B, K, C, N)
-    logweights_ptr,  # (B, K, N)
-    variances_ptr,  # v, (B,) float32
-    x_src_ptr,  # (B, C, N)
-    sigma_src_ptr,  # (B,) float32
-    x_ptr,  # (B, C, N)
-    sigmas_ptr,  # (B, S + 1) float32
-    counts_ptr,  # (B,) int32, substeps of each sample
-    out_ptr,  # (B, C, N)
-    components,
-    channels,
-    space,
-    table_length,
-    min_sigma,
-    min_spread,
-    K: tl.constexpr,  # powers of two that hold components and channels
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _read_policy(
+    means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, components, channels, space,
+    K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Follow the policy of sample `program_id(1)` at `BLOCK` locations from σ to σ of its table.
+    """A sample's policy at the locations `n`, in the coordinates of `GMFlowPolicy`.
 
-    The means are read once and stay on the chip, (K, C, BLOCK) float32 in the coordinates of `GMFlowPolicy`.
-    Locations come last, so that Triton lays them along a warp: reads are contiguous, and sums over channels
-    and components stay within a thread as long as one warp holds the block.
+    Returns centres μ_k − c (K, C, N), −½·‖μ_k − c‖² (K, N), log-weights (K, N), origin c (C, N) and the
+    source's part of ν (C, N), all float32. Components and channels beyond the real ones have no weight.
     """
-    sample = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k, c = tl.arange(0, K), tl.arange(0, C)
     here = n < space
     of_k = (k < components)[:, None] & here[None, :]
     of_c = (c < channels)[:, None] & here[None, :]
     of_kc = of_k[:, None, :] & (c < channels)[None, :, None]
-    at_k = (sample * components + k)[:, None] * space + n[None, :]
-    at_c = (sample * channels + c)[:, None] * space + n[None, :]
-    at_kc = ((sample * components + k)[:, None] * channels + c[None, :])[:, :, None] * space + n[
-        None, None, :
-    ]
+    at_kc = (k[:, None] * channels + c[None, :])[:, :, None] * space + n[None, None, :]
+    locations = sample * components * space
 
-    means = tl.load(means_ptr + at_kc, mask=of_kc, other=0.0).to(tl.float32)
-    logweights = tl.load(logweights_ptr + at_k, mask=of_k, other=float("-inf")).to(tl.float32)
+    means = tl.load(means_ptr + locations * channels + at_kc, mask=of_kc, other=0.0).to(tl.float32)
+    logweights_ptr += locations + k[:, None] * space + n[None, :]
+    logweights = tl.load(logweights_ptr, mask=of_k, other=float("-inf")).to(tl.float32)
     logweights = tl.where(here[None, :], logweights, 0.0)  # beyond the latent: anything finite
-    x_src = tl.load(x_src_ptr + at_c, mask=of_c, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + at_c, mask=of_c, other=0.0).to(tl.float32)
-    variance = tl.load(variances_ptr + sample)
-    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample), min_sigma)
+    x_src_ptr += sample * channels * space + c[:, None] * space + n[None, :]
+    x_src = tl.load(x_src_ptr, mask=of_c, other=0.0).to(tl.float32)
 
     weights = tl.exp(logweights - tl.max(logweights, 0)[None, :])
     weights = weights / tl.sum(weights, 0)[None, :]
     mean = tl.sum(weights[:, None, :] * means, 0)
     origin = x_src - sigma_src * mean
-    centres = sigma_src * (mean[None, :, :] - means)
-    centres = tl.where(of_kc, centres, 0.0)
-    squares = tl.sum(centres * centres, 1)
-    alpha_src = 1 - sigma_src
-    precision = (alpha_src / sigma_src) * (alpha_src / sigma_src)
-    evidence = alpha_src * (x_src - alpha_src * origin) / (sigma_src * sigma_src)
+    centres = tl.where(of_kc, sigma_src * (mean[None, :, :] - means), 0.0)
+    alpha = 1 - sigma_src
+    evidence = alpha * (x_src - alpha * origin) / (sigma_src * sigma_src)
+    return centres, -0.5 * tl.sum(centres * centres, 1), logweights, origin, evidence
 
-    table = sigmas_ptr + sample * table_length
-    for step in range(tl.load(counts_ptr + sample)):
-        start = tl.load(table + step)
-        change = tl.load(table + step + 1) - start
-        sigma = tl.maximum(start, min_sigma)
-        alpha = 1 - sigma
-        zeta = (alpha / sigma) * (alpha / sigma) - precision
-        shrink = 1 / tl.maximum(variance * zeta + 1, min_spread)
-        nu = alpha * (x - alpha * origin) / (sigma * sigma) - evidence
-        agreement = tl.sum(centres * nu[None, :, :], 1)
-        logits = logweights + (agreement - 0.5 * zeta * squares) * shrink
-        weights = tl.exp(logits - tl.max(logits, 0)[None, :])
-        posterior = tl.sum(weights[:, None, :] * centres, 0) / tl.sum(weights, 0)[None, :]
-        x_0 = origin + (posterior + variance * nu) * shrink
-        x += change * (x - x_0) / sigma
-    tl.store(out_ptr + at_c, x.to(out_ptr.dtype.element_ty), mask=of_c)
+
+@triton.jit
+def _moment(sigma, sigma_src, variance, min_sigma, min_spread):
+    """At one σ: 1/σ, α, α/σ², ζ and 1 / (v·ζ + 1)."""
+    sigma = tl.maximum(sigma, min_sigma)
+    inverse, alpha = 1 / sigma, 1 - sigma
+    src = (1 - sigma_src) / sigma_src
+    zeta = (alpha * inverse) * (alpha * inverse) - src * src
+    return inverse, alpha, alpha * inverse * inverse, zeta, 1 / tl.maximum(variance * zeta + 1, min_spread)
+
+
+@triton.jit
+def _query(centres, squares, logweights, nu, zeta, shrink):
+    """The components' agreement with the evidence μ_k·ν (K, N), weights (K, N) and mean centre (C, N)."""
+    agreement = tl.sum(centres * nu[None, :, :], 1)
+    logits = logweights + (agreement + zeta * squares) * shrink
+    weights = tl.exp(logits - tl.max(logits, 0)[None, :])
+    inverse = 1 / tl.sum(weights, 0)[None, :]
+    return agreement, weights * inverse, tl.sum(weights[:, None, :] * centres, 0) * inverse
+
+
+@triton.jit(do_not_specialize=PER_LAUNCH)
+def integrate_kernel(
+    means_ptr,  # (B, K, C, N)
+    logstds_ptr,  # one number, or (B,)
+    logweights_ptr,  # (B, K, N)
+    x_src_ptr,  # (B, C, N)
+    sigma_src_ptr,  # one number, or (B,)
+    x_ptr,  # (B, C, N)
+    sigmas_ptr,  # (S + 1, B) float32
+    shares_ptr,  # (S, B) float32
+    out_ptr,  # (B, C, N)
+    components,
+    channels,
+    space,
+    steps,
+    logstds_stride,
+    sigma_src_stride,
+    min_sigma,
+    min_spread,
+    MEAN: tl.constexpr,
+    K: tl.constexpr,  # powers of two that hold components and channels
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Follow the policy of sample `program_id(1)` at `BLOCK` locations through its table of σ.
+
+    Writes the state at the end or, if `MEAN`, Σ_s share_s·velocity_s. `shares_ptr` is read for that alone.
+    """
+    batch, sample = tl.num_programs(1), tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), min_sigma)
+    logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
+    variance = tl.exp(2 * logstd) * sigma_src * sigma_src
+    centres, squares, logweights, origin, evidence = _read_policy(
+        means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, components, channels, space, K, C
+    )
+    c = tl.arange(0, C)
+    at_c = sample * channels * space + c[:, None] * space + n[None, :]
+    of_c = (c < channels)[:, None] & (n < space)[None, :]
+    x = tl.load(x_ptr + at_c, mask=of_c, other=0.0).to(tl.float32)
+    out = tl.full([C, BLOCK], 0.0, tl.float32)
+    for step in range(steps):
+        start = tl.load(sigmas_ptr + step * batch + sample)
+        change = tl.load(sigmas_ptr + (step + 1) * batch + sample) - start
+        share = 0.0
+        if MEAN:
+            share = tl.load(shares_ptr + step * batch + sample)
+        if (change != 0) | (share != 0):  # otherwise the sample rests at its end
+            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance, min_sigma, min_spread)
+            nu = gain * (x - alpha * origin) - evidence
+            _, _, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
+            step_of_x = inverse * (x - (origin + (posterior + variance * nu) * shrink))
+            x += change * step_of_x
+            if MEAN:
+                out += share * step_of_x
+    if not MEAN:
+        out = x
+    tl.store(out_ptr + at_c, out.to(out_ptr.dtype.element_ty), mask=of_c)
+
+
+@triton.jit(do_not_specialize=PER_LAUNCH)
+def pull_back_kernel(
+    means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, x_ptr, sigmas_ptr, shares_ptr,
+    cotangent_ptr,  # of the mean velocity, (B, C, N)
+    states_ptr,  # scratch, (S, B, C, N) float32
+    to_means_ptr, to_logweights_ptr, to_x_src_ptr, to_x_ptr,  # gradients, arranged like the quantities
+    to_logstds_ptr,  # (B, programs) float32, one summand of each program
+    components, channels, space, steps, logstds_stride, sigma_src_stride, min_sigma, min_spread,
+    K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of `integrate_kernel`'s mean velocity: forward once more, then back through the substeps.
+
+    Of the way there only the states are kept, (C, N) for each substep. The origin is a constant: nothing
+    depends on it.
+    """
+    batch, sample = tl.num_programs(1), tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), min_sigma)
+    logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
+    variance = tl.exp(2 * logstd) * sigma_src * sigma_src
+    centres, squares, logweights, origin, evidence = _read_policy(
+        means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, components, channels, space, K, C
+    )
+    c = tl.arange(0, C)
+    latent = channels * space
+    at_c = sample * latent + c[:, None] * space + n[None, :]
+    of_c = (c < channels)[:, None] & (n < space)[None, :]
+    x = tl.load(x_ptr + at_c, mask=of_c, other=0.0).to(tl.float32)
+    mean_bar = tl.load(cotangent_ptr + at_c, mask=of_c, other=0.0).to(tl.float32)
+
+    for step in range(steps):
+        tl.store(states_ptr + step * batch * latent + at_c, x, mask=of_c)
+        start = tl.load(sigmas_ptr + step * batch + sample)
+        change = tl.load(sigmas_ptr + (step + 1) * batch + sample) - start
+        if (change != 0) & (step + 1 < steps):
+            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance, min_sigma, min_spread)
+            nu = gain * (x - alpha * origin) - evidence
+            _, _, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
+            x += change * inverse * (x - (origin + (posterior + variance * nu) * shrink))
+    tl.debug_barrier()  # the states are read by other threads than wrote them, should the layouts differ
+
+    centres_bar = tl.full([K, C, BLOCK], 0.0, tl.float32)
+    logweights_bar = tl.full([K, BLOCK], 0.0, tl.float32)
+    contraction = tl.full(
+        [K, BLOCK], 0.0, tl.float32
+    )  # Σ_s ζ·ā'_k / (v·ζ + 1): the gradient through ‖μ_k‖², per μ_k
+    x_bar = tl.full([C, BLOCK], 0.0, tl.float32)
+    evidence_bar = tl.full([C, BLOCK], 0.0, tl.float32)
+    variance_bar = tl.full([BLOCK], 0.0, tl.float32)
+    for back in range(steps):
+        step = steps - 1 - back
+        start = tl.load(sigmas_ptr + step * batch + sample)
+        change = tl.load(sigmas_ptr + (step + 1) * batch + sample) - start
+        share = tl.load(shares_ptr + step * batch + sample)
+        if (change != 0) | (share != 0):
+            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance, min_sigma, min_spread)
+            x = tl.load(states_ptr + step * batch * latent + at_c, mask=of_c, other=0.0)
+            nu = gain * (x - alpha * origin) - evidence
+            agreement, weights, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
+
+            through_x = (mean_bar * share + x_bar * change) * inverse
+            scaled = -shrink * through_x  # gradient to Σ_k w_k·μ_k + v·ν
+            expected = tl.sum(scaled * posterior, 0)
+            weights_bar = tl.sum(centres * scaled[None, :, :], 1)
+            logits_bar = weights * (weights_bar - expected[None, :])
+            pull = logits_bar * shrink
+            nu_bar = scaled * variance + tl.sum(pull[:, None, :] * centres, 0)
+            centres_bar += weights[:, None, :] * scaled[None, :, :] + pull[:, None, :] * nu[None, :, :]
+            logweights_bar += logits_bar
+            contraction += pull * zeta
+
+            shrink_bar = tl.sum(logits_bar * (agreement + zeta * squares), 0)
+            shrink_bar -= tl.sum(through_x * (posterior + variance * nu), 0)
+            clamped = variance * zeta + 1 <= min_spread
+            variance_bar += tl.sum(scaled * nu, 0)
+            variance_bar -= tl.where(clamped, 0.0, shrink_bar * (shrink * shrink * zeta))
+            x_bar += through_x + nu_bar * gain
+            evidence_bar -= nu_bar
+
+    centres_bar -= contraction[:, None, :] * centres
+    x_src_bar = evidence_bar * ((1 - sigma_src) / (sigma_src * sigma_src)) + tl.sum(centres_bar, 0)
+    k = tl.arange(0, K)
+    of_k = (k < components)[:, None] & (n < space)[None, :]
+    of_kc = of_k[:, None, :] & (c < channels)[None, :, None]
+    at_kc = (k[:, None] * channels + c[None, :])[:, :, None] * space + n[None, None, :]
+    at_k = sample * components * space + k[:, None] * space + n[None, :]
+    means_bar = (-sigma_src * centres_bar).to(to_means_ptr.dtype.element_ty)
+    tl.store(to_means_ptr + sample * components * latent + at_kc, means_bar, mask=of_kc)
+    tl.store(to_logweights_ptr + at_k, logweights_bar.to(to_logweights_ptr.dtype.element_ty), mask=of_k)
+    tl.store(to_x_src_ptr + at_c, x_src_bar.to(to_x_src_ptr.dtype.element_ty), mask=of_c)
+    tl.store(to_x_ptr + at_c, x_bar.to(to_x_ptr.dtype.element_ty), mask=of_c)
+    summand = 2 * variance * tl.sum(variance_bar, 0)
+    tl.store(to_logstds_ptr + sample * tl.num_programs(0) + tl.program_id(0), summand)
