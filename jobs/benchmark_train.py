@@ -50,7 +50,8 @@ reading the table
 examples
   jobs/benchmark_train.py                                    two rounds of 40 steps each, some 6 minutes
   jobs/benchmark_train.py --rounds 4 --steps 60 --tracking sqlite:///mlflow.db
-  jobs/benchmark_train.py --recipe fashion_dit_1nfe --set imitation.intermediate_states=4"""
+  jobs/benchmark_train.py --recipe fashion_dit_1nfe --set imitation.intermediate_states=4
+  jobs/benchmark_train.py --set train.gpu=true --set train.workers=1"""
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def main() -> None:
             bare = in_bare_process(recipe, options.steps, Path(folder) / f"bare-{number}.json")
             rounds.append(bare | ray_run(recipe, options.steps, Path(folder), number))
     seconds = {name: mean(one[name] for one in rounds) for name in rounds[0]}
-    description = machine(torch.device("cpu"))
+    description = machine(torch.device("cuda" if recipe.train.gpu else "cpu"))
     table = f"{description}; {recipe.name}, batch {recipe.data.batch_size}\n\n{step_table(seconds)}"
     print(f"\n{table}")
     if options.tracking:
@@ -166,18 +167,21 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     from fewstep.distill import PowerEMA
     from fewstep.train.objectives import Distillation
     from fewstep.train.parallel import average_gradients, shard
-    from fewstep.train.worker import build_optimizer, seed_step
+    from fewstep.train.worker import build_optimizer, seed_step, to_device
 
     rank, workers = 0, recipe.train.workers
     if workers > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if recipe.train.gpu else "gloo")
         rank = dist.get_rank()
+    device = torch.device(f"cuda:{rank}" if recipe.train.gpu else "cpu")
+    if recipe.train.gpu:
+        torch.cuda.set_device(device)
     replicas = recipe.train.model_copy(update={"parallel": "ddp"})
     torch.set_num_threads(recipe.train.threads)
     torch.set_flush_denormal(True)
     info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size // workers
     null = load_encoder(info.encoding.text_encoder).null()
-    objective = Distillation(recipe, null, torch.device("cpu"))
+    objective = Distillation(recipe, null, device)
     shard(objective, replicas, workers)
     model, parameters = objective.model, objective.parameters()
     optimizer = build_optimizer(parameters, recipe.optimizer)
@@ -192,7 +196,7 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
         nonlocal taken
         taken += 1
         seed_step(generator, recipe.train.seed, rank, taken)
-        backward(batches[taken % len(batches)])
+        backward(to_device(batches[taken % len(batches)], device))
         average_gradients(parameters.values(), replicas, workers)
         torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm)
         optimizer.step()
@@ -212,7 +216,8 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
 
     model.forward = remembering
     seed_step(generator, recipe.train.seed, rank, 0)
-    whole(batches[0])
+    first = to_device(batches[0], device)
+    whole(first)
     model.forward = forward
 
     def network(_: Batch) -> None:
@@ -226,17 +231,21 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
         answers = iter(calls)
         model.forward = lambda *_, student: next(answers)[2].detach().requires_grad_(student)
         seed_step(generator, recipe.train.seed, rank, 0)
-        whole(batches[0])
+        whole(first)
         model.forward = forward
 
-    for _ in range(steps // 2):
-        update(whole)
-    began = time.perf_counter()
-    for _ in range(steps - steps // 2):
-        update(whole)
-    in_a_row = (time.perf_counter() - began) / (steps - steps // 2)
+    def in_a_row(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            update(whole)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / count
+
+    in_a_row(steps // 2)
+    bare = in_a_row(steps - steps // 2)
     runs = {"step": lambda: update(whole), "network": lambda: update(network), "rollouts": rollouts}
-    return {"bare": in_a_row} | interleaved(runs, max(3, steps // 4), torch.device("cpu"))
+    return {"bare": bare} | interleaved(runs, max(3, steps // 4), device)
 
 
 def rows_of(batch: Batch, index: list[int]) -> Batch:
