@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +45,7 @@ class DXPolicy:
         self.output, self.x_src, self.sigma_src = output, x_src, sigma_src
         self.segment_size, self.shift, self.mode = segment_size, shift, mode
 
-        sigma = per_latent(sigma_src, x_src)
-        self._coefficients = x_src.unsqueeze(1) - sigma.unsqueeze(1) * output
-        self._raw_src = self._raw(sigma)
+        self._raw_src = self._raw(per_latent(sigma_src, x_src))
         self._raw_end = (self._raw_src - segment_size).clamp(min=0)
         index = torch.arange(output.shape[1], device=output.device, dtype=output.dtype)
         self._index = index.view(-1, *[1] * (x_src.ndim - 1))  # (N, 1, 1, 1)
@@ -54,7 +54,8 @@ class DXPolicy:
         """π(x_t, σ_t) of shape (B, C, H, W); `sigma_t` is (B,) or broadcastable to the latent."""
         sigma = per_latent(sigma_t, x_t)
         basis = self._basis(self._raw(sigma))
-        x_0 = (basis * self._coefficients).sum(1)
+        coefficients = self.x_src.unsqueeze(1) - per_latent(self.sigma_src, x_t).unsqueeze(1) * self.output
+        x_0 = (basis * coefficients).sum(1)
         return (x_t - x_0) / sigma.clamp(min=MIN_SIGMA)
 
     def closed_form(self, x: Tensor, sigmas: Tensor, shares: Tensor, end: float) -> Tensor:
@@ -75,19 +76,22 @@ class DXPolicy:
             end: factor of the end state.
         """
         clamped = sigmas[:-1].clamp(min=MIN_SIGMA)
-        gains, slopes = sigmas.diff(dim=0) / clamped, shares / clamped
-        derivative, factors = torch.full_like(sigmas[0], end), torch.empty_like(gains)
+        gains, slopes = (sigmas.diff(dim=0) / clamped).numpy(), (shares / clamped).numpy()
+        derivative, factors = np.full_like(gains[0], end), np.empty_like(gains)
         for s in range(len(gains) - 1, -1, -1):
             factors[s] = gains[s] * derivative + slopes[s]
             derivative = derivative + factors[s]
-        steps = (-1, *[1] * (x.ndim - 2), len(gains))  # substeps in place of the latent's last axis
-        basis = self._basis(self._raw(sigmas[:-1].T.reshape(steps).to(x.device, non_blocking=True)))
-        terms = basis * factors.T.reshape(steps).to(x.device, non_blocking=True).unsqueeze(1)
+        # One transfer; substeps in place of the latent's last axis
+        there = torch.stack([sigmas[:-1], torch.from_numpy(factors)]).to(x.device, non_blocking=True)
+        raw, factors = there.transpose(1, 2).reshape(2, -1, *[1] * (x.ndim - 2), len(gains))
+        terms = self._basis(self._raw(raw)) * factors.unsqueeze(1)
         # One by one, so that the substeps in which a sample rests, zeros, do not alter the rounding.
-        weights = sum(terms.split(1, -1))
-        return per_latent(derivative.to(x.device, non_blocking=True), x) * x - (
-            weights * self._coefficients
-        ).sum(1)
+        weights = terms.cumsum(-1)[..., -1].flatten(1)  # (B, N)
+        # Of Σ_i w_i·c_i the outputs are read once, and the c_i never made
+        with _without_autocast(x.device.type):
+            mixed = torch.einsum("bn,bn...->b...", weights, self.output.to(weights.dtype))
+        x_0 = per_latent(weights.sum(1), x) * self.x_src - per_latent(self.sigma_src, x) * mixed
+        return per_latent(torch.from_numpy(derivative).to(x.device, non_blocking=True), x) * x - x_0
 
     @property
     def one_time_per_sample(self) -> bool:
@@ -120,3 +124,10 @@ class DXPolicy:
     def with_dropout(self, p: float, generator: torch.Generator | None = None) -> DXPolicy:
         """Itself: DX has no components to drop."""
         return self
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Sums in float32 also where the caller's network runs in lower precision."""
+    available = torch.amp.is_autocast_available(device_type)
+    enabled = available and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()

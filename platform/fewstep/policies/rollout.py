@@ -137,13 +137,13 @@ def mean_velocity_reference(policy: Policy, x: Tensor, sigmas: Tensor, shares: T
 
 def _window(raw_a: Tensor, raw_to: Tensor, shift: Shift | None, substeps: int) -> tuple[Tensor, Tensor]:
     """σ at the ends of a micro window's substeps, (S + 1, B), and their shares in its mean velocity, (S, B)."""
-    instantaneous = ((raw_a - raw_to) * substeps).round() < 2
+    instantaneous = torch.from_numpy(np.rint((_on_host(raw_a) - _on_host(raw_to)) * substeps) < 2)
     counts = substep_count(raw_a, raw_to, substeps).masked_fill(instantaneous, 1)
     sigmas = _substep_sigmas(raw_a, raw_to, counts, shift)
     changes = sigmas.diff(dim=0)
     only_first = torch.zeros_like(changes)
     only_first[0] = 1
-    return sigmas, torch.where(instantaneous.cpu(), only_first, changes / changes.sum(0))
+    return sigmas, torch.where(instantaneous, only_first, changes / changes.sum(0))
 
 
 def _asks_for_gradient(policy: Policy, x: Tensor) -> bool:
@@ -153,8 +153,9 @@ def _asks_for_gradient(policy: Policy, x: Tensor) -> bool:
 
 
 def substep_count(raw_from: Tensor, raw_to: Tensor, substeps: int = SUBSTEPS) -> Tensor:
-    """Number of equal raw-time substeps from `raw_from` to `raw_to`, (B,) int64."""
-    return ((raw_from - raw_to) * substeps - ROUNDING).ceil().clamp(min=1).long()
+    """Number of equal raw-time substeps from `raw_from` to `raw_to`, (B,) int64, on the CPU."""
+    steps = np.ceil((_on_host(raw_from) - _on_host(raw_to)) * substeps - ROUNDING)
+    return torch.from_numpy(np.maximum(steps, 1).astype(np.int64))
 
 
 def _substep_sigmas(raw_from: Tensor, raw_to: Tensor, counts: Tensor, shift: Shift | None) -> Tensor:
@@ -163,11 +164,15 @@ def _substep_sigmas(raw_from: Tensor, raw_to: Tensor, counts: Tensor, shift: Shi
     The clock runs by repeated subtraction in float32, as the reference implementation's does: its end is a
     few 1e-7 off `raw_to`, which the steep x̂_0(τ) of a short DX grid makes visible in the velocity.
     """
-    step = ((raw_from - raw_to) / counts).cpu()
-    counts = counts.cpu()
-    index = torch.arange(int(counts.max())).unsqueeze(1)
-    moves = torch.where(index < counts, -step, torch.zeros_like(step))
+    begin, number = _on_host(raw_from), _on_host(counts)
+    step = (_on_host(raw_to) - begin) / number.astype(begin.dtype)
+    moves = (np.arange(number.max())[:, None] < number) * step
     # numpy accumulates one by one, in the table's own precision
-    clock = np.add.accumulate(torch.cat([raw_from.detach().cpu().unsqueeze(0), moves]).numpy(), 0)
-    raw = torch.from_numpy(clock).clamp(min=0)
+    clock = np.add.accumulate(np.concatenate([begin[None], moves]), 0)
+    raw = torch.from_numpy(np.maximum(clock, 0))
     return raw if shift is None else shift.warp(raw)
+
+
+def _on_host(times: Tensor) -> np.ndarray:
+    """As an array: on a few numbers torch's operations take several times as long as numpy's."""
+    return times.detach().cpu().numpy()

@@ -1,7 +1,7 @@
 """GMFlow on a GPU: one program carries a block of latent locations through all substeps in registers.
 
 Locations come last in every block, so that Triton lays them along a warp: reads are contiguous, and sums over
-channels and components stay within a thread as long as one warp holds the block. For that `space` must not be
+channels and components stay within a thread, or between the lanes of a warp. For that `space` must not be
 specialised: known to be a multiple of 16, it would make Triton give four neighbours to a thread, and spread
 the components over the lanes that this frees.
 """
@@ -13,14 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fewstep.policies import base, gmflow
+
 PER_LAUNCH = ["space", "steps"]
 """Arguments whose value shall not choose the code."""
+
+MIN_SIGMA = tl.constexpr(base.MIN_SIGMA)
+MIN_SPREAD = tl.constexpr(gmflow.MIN_SPREAD)
 
 
 @triton.jit
 def _read_policy(
-    means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, components, channels, space,
-    K: tl.constexpr, C: tl.constexpr,
+    means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, space,
+    components: tl.constexpr, channels: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A sample's policy at the locations `n`, in the coordinates of `GMFlowPolicy`.
 
@@ -53,13 +58,13 @@ def _read_policy(
 
 
 @triton.jit
-def _moment(sigma, sigma_src, variance, min_sigma, min_spread):
+def _moment(sigma, sigma_src, variance):
     """At one σ: 1/σ, α, α/σ², ζ and 1 / (v·ζ + 1)."""
-    sigma = tl.maximum(sigma, min_sigma)
+    sigma = tl.maximum(sigma, MIN_SIGMA)
     inverse, alpha = 1 / sigma, 1 - sigma
     src = (1 - sigma_src) / sigma_src
     zeta = (alpha * inverse) * (alpha * inverse) - src * src
-    return inverse, alpha, alpha * inverse * inverse, zeta, 1 / tl.maximum(variance * zeta + 1, min_spread)
+    return inverse, alpha, alpha * inverse * inverse, zeta, 1 / tl.maximum(variance * zeta + 1, MIN_SPREAD)
 
 
 @triton.jit
@@ -83,15 +88,13 @@ def integrate_kernel(
     sigmas_ptr,  # (S + 1, B) float32
     shares_ptr,  # (S, B) float32
     out_ptr,  # (B, C, N)
-    components,
-    channels,
     space,
     steps,
-    logstds_stride,
-    sigma_src_stride,
-    min_sigma,
-    min_spread,
+    logstds_stride: tl.constexpr,  # 0 where there is one number
+    sigma_src_stride: tl.constexpr,
     MEAN: tl.constexpr,
+    components: tl.constexpr,
+    channels: tl.constexpr,
     K: tl.constexpr,  # powers of two that hold components and channels
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -102,11 +105,11 @@ def integrate_kernel(
     """
     batch, sample = tl.num_programs(1), tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), min_sigma)
+    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), MIN_SIGMA)
     logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
     variance = tl.exp(2 * logstd) * sigma_src * sigma_src
     centres, squares, logweights, origin, evidence = _read_policy(
-        means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, components, channels, space, K, C
+        means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, space, components, channels, K, C
     )
     c = tl.arange(0, C)
     at_c = sample * channels * space + c[:, None] * space + n[None, :]
@@ -120,7 +123,7 @@ def integrate_kernel(
         if MEAN:
             share = tl.load(shares_ptr + step * batch + sample)
         if (change != 0) | (share != 0):  # otherwise the sample rests at its end
-            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance, min_sigma, min_spread)
+            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance)
             nu = gain * (x - alpha * origin) - evidence
             _, _, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
             step_of_x = inverse * (x - (origin + (posterior + variance * nu) * shrink))
@@ -139,8 +142,8 @@ def pull_back_kernel(
     states_ptr,  # scratch, (S, B, C, N) float32
     to_means_ptr, to_logweights_ptr, to_x_src_ptr, to_x_ptr,  # gradients, arranged like the quantities
     to_logstds_ptr,  # (B, programs) float32, one summand of each program
-    components, channels, space, steps, logstds_stride, sigma_src_stride, min_sigma, min_spread,
-    K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    space, steps, logstds_stride: tl.constexpr, sigma_src_stride: tl.constexpr,
+    components: tl.constexpr, channels: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `integrate_kernel`'s mean velocity: forward once more, then back through the substeps.
 
@@ -149,11 +152,11 @@ def pull_back_kernel(
     """
     batch, sample = tl.num_programs(1), tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), min_sigma)
+    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), MIN_SIGMA)
     logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
     variance = tl.exp(2 * logstd) * sigma_src * sigma_src
     centres, squares, logweights, origin, evidence = _read_policy(
-        means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, components, channels, space, K, C
+        means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, space, components, channels, K, C
     )
     c = tl.arange(0, C)
     latent = channels * space
@@ -167,7 +170,7 @@ def pull_back_kernel(
         start = tl.load(sigmas_ptr + step * batch + sample)
         change = tl.load(sigmas_ptr + (step + 1) * batch + sample) - start
         if (change != 0) & (step + 1 < steps):
-            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance, min_sigma, min_spread)
+            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance)
             nu = gain * (x - alpha * origin) - evidence
             _, _, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
             x += change * inverse * (x - (origin + (posterior + variance * nu) * shrink))
@@ -187,7 +190,7 @@ def pull_back_kernel(
         change = tl.load(sigmas_ptr + (step + 1) * batch + sample) - start
         share = tl.load(shares_ptr + step * batch + sample)
         if (change != 0) | (share != 0):
-            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance, min_sigma, min_spread)
+            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance)
             x = tl.load(states_ptr + step * batch * latent + at_c, mask=of_c, other=0.0)
             nu = gain * (x - alpha * origin) - evidence
             agreement, weights, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
@@ -205,7 +208,7 @@ def pull_back_kernel(
 
             shrink_bar = tl.sum(logits_bar * (agreement + zeta * squares), 0)
             shrink_bar -= tl.sum(through_x * (posterior + variance * nu), 0)
-            clamped = variance * zeta + 1 <= min_spread
+            clamped = variance * zeta + 1 <= MIN_SPREAD
             variance_bar += tl.sum(scaled * nu, 0)
             variance_bar -= tl.where(clamped, 0.0, shrink_bar * (shrink * shrink * zeta))
             x_bar += through_x + nu_bar * gain
