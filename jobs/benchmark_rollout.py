@@ -109,6 +109,8 @@ class Head:
     x_src: Tensor
     raw_src: Tensor
     """(B,), on the CPU."""
+    sigma_src: Tensor
+    """(B,), where the network took it, on the device."""
 
     @classmethod
     def draw(cls, case: Case, device: torch.device) -> "Head":
@@ -122,15 +124,15 @@ class Head:
             torch.full((batch, 1, 1, 1, 1), -2.0, device=device),
             normal(batch, components, 1, *space).log_softmax(1),
             normal(batch, channels, *space),
-            torch.ones(batch),
+            raw_src := torch.ones(batch),
+            SHIFT.warp(raw_src).to(device),
         )
 
     def policy(self, case: Case) -> Policy:
-        sigma_src = SHIFT.warp(self.raw_src).to(self.output.device)
         if case.policy == "gm":
-            return GMFlowPolicy(self.output, self.logstds, self.logweights, self.x_src, sigma_src)
+            return GMFlowPolicy(self.output, self.logstds, self.logweights, self.x_src, self.sigma_src)
         mode = case.policy.removeprefix("dx-")
-        return DXPolicy(self.output, self.x_src, sigma_src, case.substeps / SUBSTEPS, SHIFT, mode)
+        return DXPolicy(self.output, self.x_src, self.sigma_src, case.substeps / SUBSTEPS, SHIFT, mode)
 
 
 def main() -> None:
@@ -255,7 +257,7 @@ def metric_key(case: Case) -> str:
 def plain_rollout(case: Case, head: Head, sigmas: Tensor) -> Tensor:
     """METHOD.md sections 1 and 3 word for word, on tensors (B, K, C, H, W); for comparison alone."""
     x_src, device = head.x_src, head.x_src.device
-    sigma_src = SHIFT.warp(head.raw_src).to(device).view(-1, 1, 1, 1, 1)
+    sigma_src = head.sigma_src.view(-1, 1, 1, 1, 1)
     points = x_src.unsqueeze(1) - sigma_src * head.output
     variance = (2 * head.logstds).exp() * sigma_src.square()
     raw_src, raw_end = head.raw_src.to(device), (head.raw_src - case.substeps / SUBSTEPS).to(device)

@@ -61,9 +61,9 @@ def _read_policy(
 def _moment(sigma, sigma_src, variance):
     """At one σ: 1/σ, α, α/σ², ζ and 1 / (v·ζ + 1)."""
     sigma = tl.maximum(sigma, MIN_SIGMA)
-    inverse, alpha = 1 / sigma, 1 - sigma
-    src = (1 - sigma_src) / sigma_src
-    zeta = (alpha * inverse) * (alpha * inverse) - src * src
+    inverse, inverse_src, alpha = 1 / sigma, 1 / sigma_src, 1 - sigma
+    # A difference of squares: next to the source, where they cancel, σ_src − σ has no rounding error
+    zeta = (sigma_src - sigma) * inverse * inverse_src * (alpha * inverse + (1 - sigma_src) * inverse_src)
     return inverse, alpha, alpha * inverse * inverse, zeta, 1 / tl.maximum(variance * zeta + 1, MIN_SPREAD)
 
 
