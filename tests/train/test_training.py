@@ -21,6 +21,8 @@ from fewstep.data.sources import Size, prompts
 from fewstep.errors import UserError
 from fewstep.export import FewStepPipeline
 from fewstep.tracking.address import connect
+from fewstep.tracking.registry import register
+from fewstep.tracking.run import Tracker
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
 from fewstep.train.trainer import TrainedModel, fit
 
@@ -208,6 +210,19 @@ def test_a_student_goes_on_from_another_ones_adapter(uninterrupted, tiny_data, t
                            f"train.workers={workers}"))  # fmt: skip
         for name, tensor in exported(still, home).items():
             torch.testing.assert_close(tensor, weights[name], atol=1e-7, rtol=0, msg=name)
+
+
+def test_relative_paths_and_tracking_addresses_mean_the_driver_s_folder(
+    uninterrupted, tiny_data, tiny_teacher, home
+) -> None:
+    first_home, first, weights = uninterrupted
+    Path("teacher").symlink_to(tiny_teacher)
+    known = Tracker.start("sqlite:///mlflow.db", "first", "first", {}, {}, Path("spool"))
+    register(first_home / first.folder, "first", "sqlite:///mlflow.db", known.run_id, "champion", {})
+    still = fit(recipe(tiny_data, "./teacher", "student.start=models:/first@champion", "train.steps=1",
+                       "optimizer.rate=1e-9", "tracking.uri=sqlite:///mlflow.db"))  # fmt: skip
+    for name, tensor in exported(still, home).items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-7, rtol=0, msg=name)
 
 
 def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home) -> None:

@@ -198,6 +198,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         null=load_encoder(info.encoding.text_encoder).null(),
         preview=_preview(info),
         code=code_of(_network(recipe).family),
+        home=str(Path.cwd()),
         tracking={
             "uri": tracker.uri,
             "experiment": recipe.tracking.experiment,

@@ -42,6 +42,8 @@ class WorkerJob:
     """Of the sample grids: `conditioning` of held-out captions, latent `shape` (C, H, W), `autoencoder`."""
     tracking: dict[str, Any] | None
     """Arguments of `Tracker.start`, or None."""
+    home: str
+    """The driver's folder, which the recipe's relative paths start from."""
     code: FamilyCode | None = None
     """The user's file that registers the network's family, if it came as one."""
 
@@ -57,6 +59,10 @@ def train_worker(job: WorkerJob) -> str | None:
     import torch.distributed as dist
 
     _quiet_reports()
+    if Path(
+        job.home
+    ).is_dir():  # Ray Train has moved to a folder of the run's; other machines may not have this one
+        os.chdir(job.home)
     recipe, settings = job.recipe, job.recipe.train
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
