@@ -24,14 +24,18 @@ MIN_SPREAD = tl.constexpr(gmflow.MIN_SPREAD)
 
 @triton.jit
 def _read_policy(
-    means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, space,
+    means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, sample, n, space,
+    logstds_stride: tl.constexpr, sigma_src_stride: tl.constexpr,
     components: tl.constexpr, channels: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A sample's policy at the locations `n`, in the coordinates of `GMFlowPolicy`.
 
-    Returns centres μ_k − c (K, C, N), −½·‖μ_k − c‖² (K, N), log-weights (K, N), origin c (C, N) and the
+    Returns σ_src, v, centres μ_k − c (K, C, N), −½·‖μ_k − c‖² (K, N), log-weights (K, N), origin c (C, N) and the
     source's part of ν (C, N), all float32. Components and channels beyond the real ones have no weight.
     """
+    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), MIN_SIGMA)
+    logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
+    variance = tl.exp(2 * logstd) * sigma_src * sigma_src
     k, c = tl.arange(0, K), tl.arange(0, C)
     here = n < space
     of_k = (k < components)[:, None] & here[None, :]
@@ -54,7 +58,8 @@ def _read_policy(
     centres = tl.where(of_kc, sigma_src * (mean[None, :, :] - means), 0.0)
     alpha = 1 - sigma_src
     evidence = alpha * (x_src - alpha * origin) / (sigma_src * sigma_src)
-    return centres, -0.5 * tl.sum(centres * centres, 1), logweights, origin, evidence
+    squares = -0.5 * tl.sum(centres * centres, 1)
+    return sigma_src, variance, centres, squares, logweights, origin, evidence
 
 
 @triton.jit
@@ -105,12 +110,10 @@ def integrate_kernel(
     """
     batch, sample = tl.num_programs(1), tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), MIN_SIGMA)
-    logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
-    variance = tl.exp(2 * logstd) * sigma_src * sigma_src
-    centres, squares, logweights, origin, evidence = _read_policy(
-        means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, space, components, channels, K, C
-    )
+    sigma_src, variance, centres, squares, logweights, origin, evidence = _read_policy(
+        means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, sample, n, space,
+        logstds_stride, sigma_src_stride, components, channels, K, C,
+    )  # fmt: skip
     c = tl.arange(0, C)
     at_c = sample * channels * space + c[:, None] * space + n[None, :]
     of_c = (c < channels)[:, None] & (n < space)[None, :]
@@ -126,10 +129,10 @@ def integrate_kernel(
             inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance)
             nu = gain * (x - alpha * origin) - evidence
             _, _, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
-            step_of_x = inverse * (x - (origin + (posterior + variance * nu) * shrink))
-            x += change * step_of_x
+            velocity = inverse * (x - (origin + (posterior + variance * nu) * shrink))
+            x += change * velocity
             if MEAN:
-                out += share * step_of_x
+                out += share * velocity
     if not MEAN:
         out = x
     tl.store(out_ptr + at_c, out.to(out_ptr.dtype.element_ty), mask=of_c)
@@ -152,12 +155,10 @@ def pull_back_kernel(
     """
     batch, sample = tl.num_programs(1), tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), MIN_SIGMA)
-    logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
-    variance = tl.exp(2 * logstd) * sigma_src * sigma_src
-    centres, squares, logweights, origin, evidence = _read_policy(
-        means_ptr, logweights_ptr, x_src_ptr, sigma_src, sample, n, space, components, channels, K, C
-    )
+    sigma_src, variance, centres, squares, logweights, origin, evidence = _read_policy(
+        means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, sample, n, space,
+        logstds_stride, sigma_src_stride, components, channels, K, C,
+    )  # fmt: skip
     c = tl.arange(0, C)
     latent = channels * space
     at_c = sample * latent + c[:, None] * space + n[None, :]
