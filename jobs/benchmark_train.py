@@ -152,8 +152,12 @@ def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str
     file.write_text(json.dumps(recipe.model_dump(mode="json")))  # JSON is YAML
     command = [sys.executable, __file__, "--recipe", str(file), "--steps", str(steps), "--bare", str(result)]
     if recipe.train.workers > 1:
-        several = f"-m torch.distributed.run --standalone --nproc-per-node {recipe.train.workers}"
-        command[1:1] = several.split()
+        command[1:1] = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={recipe.train.workers}",
+        ]
     subprocess.run(command, env=os.environ | worker_environment(recipe.train), check=True)
     return json.loads(result.read_text())
 

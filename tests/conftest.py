@@ -20,9 +20,8 @@ ROOT = Path(__file__).parents[1]
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs two at once: each, and what it starts, on one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if (
-    not torch.cuda.is_available()
-):  # Triton reads this when it is imported, and torch may be the first to do so
+# Triton reads this when it is imported, and torch may be the first to do so.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

@@ -59,20 +59,19 @@ def gm_cases(draw: st.DrawFn, largest: int = 7) -> tuple[GMFlowPolicy, Tensor, T
     return policy, raw_src, raw_to, shift
 
 
-def cast(policy: GMFlowPolicy, dtype: torch.dtype) -> GMFlowPolicy:
-    parts = (policy.means, policy.logstds, policy.logweights, policy.x_src)
-    return GMFlowPolicy(*(part.to(dtype) for part in parts), policy.sigma_src.to(dtype))
+def cast(policy: GMFlowPolicy, to: torch.dtype | torch.device) -> GMFlowPolicy:
+    parts = (policy.means, policy.logstds, policy.logweights, policy.x_src, policy.sigma_src)
+    return GMFlowPolicy(*(part.to(to) for part in parts))
 
 
 def exactness(single: Tensor, double: Tensor, ours: Tensor) -> tuple[Tensor, Tensor]:
     """Per value: our error against float64, and what is allowed.
 
     Where two narrow components are about equally likely the ODE itself multiplies rounding errors; there the
-    float32 reference is off as well, and no closer to be followed than that: two roundings of the same chance
-    differ by a few times either (4.1 has been seen on an H100).
+    float32 reference is off as well, and no closer to be followed than that.
     """
     scale = double.abs().clamp(min=1).amax()
-    return (ours - double).abs(), CLOSE * scale + 8 * (single - double).abs().amax()
+    return (ours - double).abs(), CLOSE * scale + 4 * (single - double).abs().amax()
 
 
 def tables(raw_from: Tensor, raw_to: Tensor, shift: TimeShift) -> Tensor:
@@ -111,25 +110,21 @@ def test_a_bfloat16_policy_is_its_float32_copy(
 def test_the_fused_window_and_its_gradient_are_the_reference(
     case: tuple[GMFlowPolicy, Tensor, Tensor, TimeShift], substeps: int
 ) -> None:
-    policy, raw_src, raw_a, shift = case
-    raw_to = (raw_a - substeps / 128).clamp(min=0)
-    sigmas, shares = _window(raw_a, raw_to, shift, 128)
-    x_a = rollout(policy, policy.x_src, raw_src, raw_a, shift)[0]
-
-    def ours(built: GMFlowPolicy, x: Tensor, _: torch.dtype) -> Tensor:
+    def ours(built: GMFlowPolicy, x: Tensor, raw_a: Tensor, raw_to: Tensor, shift: TimeShift) -> Tensor:
         return mean_velocity(built, x, raw_a, raw_to, shift)
 
-    assert_window_and_gradient(policy, x_a, sigmas, shares, ours)
+    assert_window_and_gradient(case, substeps, ours)
 
 
 def assert_window_and_gradient(
-    policy: GMFlowPolicy,
-    x_a: Tensor,
-    sigmas: Tensor,
-    shares: Tensor,
-    fused: Callable[[GMFlowPolicy, Tensor, torch.dtype], Tensor],
+    case: tuple[GMFlowPolicy, Tensor, Tensor, TimeShift],
+    substeps: int,
+    fused: Callable[[GMFlowPolicy, Tensor, Tensor, Tensor, TimeShift], Tensor],
 ) -> None:
     """Value and gradients to the head, to x_src and to the state are those of the reference."""
+    policy, raw_src, raw_a, shift = case
+    raw_to = (raw_a - substeps / 128).clamp(min=0)
+    x_a = rollout(policy, policy.x_src, raw_src, raw_a, shift)[0]
     weight = torch.randn(x_a.shape, generator=torch.Generator().manual_seed(0))
 
     def run(dtype: torch.dtype, mean: Callable[..., Tensor]) -> list[Tensor]:
@@ -137,11 +132,11 @@ def assert_window_and_gradient(
         inputs = [built.means, built.logstds, built.logweights, built.x_src, x_a.to(dtype)]
         inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
         built = GMFlowPolicy(*inputs[:4], built.sigma_src)
-        value = mean(built, inputs[4], dtype)
+        value = mean(built, inputs[4], raw_a, raw_to, shift)
         return [value.detach(), *torch.autograd.grad((value * weight).sum(), inputs)]
 
-    def plain(built: GMFlowPolicy, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return mean_velocity_reference(built, x, sigmas.to(dtype), shares.to(dtype))
+    def plain(built: GMFlowPolicy, x: Tensor, *times: Tensor) -> Tensor:
+        return mean_velocity_reference(built, x, *(table.to(x.dtype) for table in _window(*times, 128)))
 
     runs = (run(torch.float32, plain), run(torch.float64, plain), run(torch.float32, fused))
     for single, double, ours in zip(*runs, strict=True):
@@ -367,12 +362,6 @@ def on_triton() -> ModuleType:
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def moved(policy: GMFlowPolicy) -> GMFlowPolicy:
-    """The policy where Triton runs."""
-    parts = (policy.means, policy.logstds, policy.logweights, policy.x_src, policy.sigma_src)
-    return GMFlowPolicy(*(part.to(DEVICE) for part in parts))
-
-
 @given(case=gm_cases(largest=3))
 @settings(max_examples=15, deadline=None)
 def test_the_triton_rollout_is_the_reference(
@@ -382,7 +371,7 @@ def test_the_triton_rollout_is_the_reference(
     sigmas = tables(raw_src, raw_to, shift)
     single = rollout_reference(policy, policy.x_src, sigmas)
     double = rollout_reference(cast(policy, torch.float64), policy.x_src.double(), sigmas.double())
-    there = moved(policy)
+    there = cast(policy, DEVICE)
     error, allowed = exactness(single, double, on_triton.rollout(there, there.x_src, sigmas.to(DEVICE)).cpu())
     assert (error <= allowed).all(), (error.max(), allowed)
 
@@ -392,14 +381,9 @@ def test_the_triton_rollout_is_the_reference(
 def test_the_triton_window_and_its_gradient_are_the_reference(
     on_triton: ModuleType, case: tuple[GMFlowPolicy, Tensor, Tensor, TimeShift], substeps: int
 ) -> None:
-    policy, raw_src, raw_a, shift = case
-    raw_to = (raw_a - substeps / 128).clamp(min=0)
-    sigmas, shares = _window(raw_a, raw_to, shift, 128)
-    x_a = rollout(policy, policy.x_src, raw_src, raw_a, shift)[0]
-
-    def triton(built: GMFlowPolicy, x: Tensor, _: torch.dtype) -> Tensor:
-        there = moved(built)  # autograd moves the gradients back
-        tables = (sigmas.to(DEVICE), shares.to(DEVICE))
+    def triton(built: GMFlowPolicy, x: Tensor, *times: Tensor) -> Tensor:
+        there = cast(built, DEVICE)  # autograd moves the gradients back
+        tables = (table.to(DEVICE) for table in _window(*times, 128))
         return window.mean_velocity(on_triton, there, x.to(DEVICE), *tables).cpu()
 
-    assert_window_and_gradient(policy, x_a, sigmas, shares, triton)
+    assert_window_and_gradient(case, substeps, triton)

@@ -63,8 +63,8 @@ def rollout(
 
 
 def rollout_reference(policy: Policy, x: Tensor, sigmas: Tensor) -> Tensor:
-    """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends."""
-    for sigma, after in pairwise(sigmas.to(x.device, non_blocking=True)):
+    """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends, on the device of `x`."""
+    for sigma, after in pairwise(sigmas):
         x = torch.addcmul(x, per_latent(after - sigma, x), policy.velocity(x, sigma))
     return x
 
@@ -98,8 +98,8 @@ def mean_velocity(
     sigmas, shares = _window(raw_a, raw_to, shift, substeps)
     if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
         return policy.closed_form(x_a, sigmas, shares, 0.0)
-    kernel = kernels.kernel(policy, x_a)
     sigmas, shares = (table.to(x_a.device, non_blocking=True) for table in (sigmas, shares))
+    kernel = kernels.kernel(policy, x_a)
     if kernel is not None:
         return window.mean_velocity(kernel, policy, x_a, sigmas, shares)
     return mean_velocity_reference(policy, x_a, sigmas, shares)
@@ -111,13 +111,12 @@ def mean_velocity_reference(policy: Policy, x: Tensor, sigmas: Tensor, shares: T
     Args:
         policy: any.
         x: state at the first substep's start, (B, C, H, W).
-        sigmas: σ at the substeps' ends, (S + 1, B).
-        shares: weight of each substep, (S, B).
+        sigmas: σ at the substeps' ends, (S + 1, B), on the device of `x`.
+        shares: weight of each substep, (S, B), likewise.
     """
     if isinstance(policy, GMFlowPolicy):
         policy.mixture()  # shared by the substeps, so not to be recomputed with one of them
     mean = torch.zeros_like(x)
-    sigmas, shares = (table.to(x.device, non_blocking=True) for table in (sigmas, shares))
     for (sigma, after), share in zip(pairwise(sigmas), shares, strict=True):
         if torch.is_grad_enabled():
             velocity = checkpoint(

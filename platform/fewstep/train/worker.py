@@ -59,9 +59,8 @@ def train_worker(job: WorkerJob) -> str | None:
     import torch.distributed as dist
 
     _quiet_reports()
-    if Path(
-        job.home
-    ).is_dir():  # Ray Train has moved to a folder of the run's; other machines may not have this one
+    # Ray Train has moved to a folder of the run's; other machines may not have the driver's.
+    if Path(job.home).is_dir():
         os.chdir(job.home)
     recipe, settings = job.recipe, job.recipe.train
     context = ray.train.get_context()

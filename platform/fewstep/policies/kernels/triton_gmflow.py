@@ -23,6 +23,22 @@ MIN_SPREAD = tl.constexpr(gmflow.MIN_SPREAD)
 
 
 @triton.jit
+def _at_rows(n, space, rows: tl.constexpr, R: tl.constexpr):
+    """Where a sample's channels or components are at the locations `n`: offsets and mask, (R, N)."""
+    r = tl.arange(0, R)
+    return r[:, None] * space + n[None, :], (r < rows)[:, None] & (n < space)[None, :]
+
+
+@triton.jit
+def _at_means(n, space, components: tl.constexpr, channels: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    """Where a sample's means are at the locations `n`: offsets and mask, (K, C, N)."""
+    k, c = tl.arange(0, K), tl.arange(0, C)
+    real = (k < components)[:, None] & (c < channels)[None, :]
+    at = (k[:, None] * channels + c[None, :])[:, :, None] * space + n[None, None, :]
+    return at, real[:, :, None] & (n < space)[None, None, :]
+
+
+@triton.jit
 def _read_policy(
     means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, sample, n, space,
     logstds_stride: tl.constexpr, sigma_src_stride: tl.constexpr,
@@ -36,20 +52,15 @@ def _read_policy(
     sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), MIN_SIGMA)
     logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
     variance = tl.exp(2 * logstd) * sigma_src * sigma_src
-    k, c = tl.arange(0, K), tl.arange(0, C)
-    here = n < space
-    of_k = (k < components)[:, None] & here[None, :]
-    of_c = (c < channels)[:, None] & here[None, :]
-    of_kc = of_k[:, None, :] & (c < channels)[None, :, None]
-    at_kc = (k[:, None] * channels + c[None, :])[:, :, None] * space + n[None, None, :]
+    at_k, of_k = _at_rows(n, space, components, K)
+    at_c, of_c = _at_rows(n, space, channels, C)
+    at_kc, of_kc = _at_means(n, space, components, channels, K, C)
     locations = sample * components * space
 
     means = tl.load(means_ptr + locations * channels + at_kc, mask=of_kc, other=0.0).to(tl.float32)
-    logweights_ptr += locations + k[:, None] * space + n[None, :]
-    logweights = tl.load(logweights_ptr, mask=of_k, other=float("-inf")).to(tl.float32)
-    logweights = tl.where(here[None, :], logweights, 0.0)  # beyond the latent: anything finite
-    x_src_ptr += sample * channels * space + c[:, None] * space + n[None, :]
-    x_src = tl.load(x_src_ptr, mask=of_c, other=0.0).to(tl.float32)
+    logweights = tl.load(logweights_ptr + locations + at_k, mask=of_k, other=float("-inf")).to(tl.float32)
+    logweights = tl.where((n < space)[None, :], logweights, 0.0)  # beyond the latent: anything finite
+    x_src = tl.load(x_src_ptr + sample * channels * space + at_c, mask=of_c, other=0.0).to(tl.float32)
 
     weights = tl.exp(logweights - tl.max(logweights, 0)[None, :])
     weights = weights / tl.sum(weights, 0)[None, :]
@@ -80,6 +91,15 @@ def _query(centres, squares, logweights, nu, zeta, shrink):
     weights = tl.exp(logits - tl.max(logits, 0)[None, :])
     inverse = 1 / tl.sum(weights, 0)[None, :]
     return agreement, weights * inverse, tl.sum(weights[:, None, :] * centres, 0) * inverse
+
+
+@triton.jit
+def _velocity(x, sigma, sigma_src, variance, centres, squares, logweights, origin, evidence):
+    """π(x, σ), (C, N)."""
+    inverse, alpha, gain, zeta, shrink = _moment(sigma, sigma_src, variance)
+    nu = gain * (x - alpha * origin) - evidence
+    _, _, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
+    return inverse * (x - (origin + (posterior + variance * nu) * shrink))
 
 
 @triton.jit(do_not_specialize=PER_LAUNCH)
@@ -114,9 +134,8 @@ def integrate_kernel(
         means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, sample, n, space,
         logstds_stride, sigma_src_stride, components, channels, K, C,
     )  # fmt: skip
-    c = tl.arange(0, C)
-    at_c = sample * channels * space + c[:, None] * space + n[None, :]
-    of_c = (c < channels)[:, None] & (n < space)[None, :]
+    at_c, of_c = _at_rows(n, space, channels, C)
+    at_c += sample * channels * space
     x = tl.load(x_ptr + at_c, mask=of_c, other=0.0).to(tl.float32)
     out = tl.full([C, BLOCK], 0.0, tl.float32)
     for step in range(steps):
@@ -126,10 +145,9 @@ def integrate_kernel(
         if MEAN:
             share = tl.load(shares_ptr + step * batch + sample)
         if (change != 0) | (share != 0):  # otherwise the sample rests at its end
-            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance)
-            nu = gain * (x - alpha * origin) - evidence
-            _, _, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
-            velocity = inverse * (x - (origin + (posterior + variance * nu) * shrink))
+            velocity = _velocity(
+                x, start, sigma_src, variance, centres, squares, logweights, origin, evidence
+            )
             x += change * velocity
             if MEAN:
                 out += share * velocity
@@ -159,10 +177,9 @@ def pull_back_kernel(
         means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, sample, n, space,
         logstds_stride, sigma_src_stride, components, channels, K, C,
     )  # fmt: skip
-    c = tl.arange(0, C)
     latent = channels * space
-    at_c = sample * latent + c[:, None] * space + n[None, :]
-    of_c = (c < channels)[:, None] & (n < space)[None, :]
+    at_c, of_c = _at_rows(n, space, channels, C)
+    at_c += sample * latent
     x = tl.load(x_ptr + at_c, mask=of_c, other=0.0).to(tl.float32)
     mean_bar = tl.load(cotangent_ptr + at_c, mask=of_c, other=0.0).to(tl.float32)
 
@@ -171,17 +188,15 @@ def pull_back_kernel(
         start = tl.load(sigmas_ptr + step * batch + sample)
         change = tl.load(sigmas_ptr + (step + 1) * batch + sample) - start
         if (change != 0) & (step + 1 < steps):
-            inverse, alpha, gain, zeta, shrink = _moment(start, sigma_src, variance)
-            nu = gain * (x - alpha * origin) - evidence
-            _, _, posterior = _query(centres, squares, logweights, nu, zeta, shrink)
-            x += change * inverse * (x - (origin + (posterior + variance * nu) * shrink))
+            x += change * _velocity(
+                x, start, sigma_src, variance, centres, squares, logweights, origin, evidence
+            )
     tl.debug_barrier()  # the states are read by other threads than wrote them, should the layouts differ
 
     centres_bar = tl.full([K, C, BLOCK], 0.0, tl.float32)
     logweights_bar = tl.full([K, BLOCK], 0.0, tl.float32)
-    contraction = tl.full(
-        [K, BLOCK], 0.0, tl.float32
-    )  # Σ_s ζ·ā'_k / (v·ζ + 1): the gradient through ‖μ_k‖², per μ_k
+    # Σ_s ζ·ā'_k / (v·ζ + 1): the gradient through ‖μ_k‖², per μ_k
+    contraction = tl.full([K, BLOCK], 0.0, tl.float32)
     x_bar = tl.full([C, BLOCK], 0.0, tl.float32)
     evidence_bar = tl.full([C, BLOCK], 0.0, tl.float32)
     variance_bar = tl.full([BLOCK], 0.0, tl.float32)
@@ -217,11 +232,9 @@ def pull_back_kernel(
 
     centres_bar -= contraction[:, None, :] * centres
     x_src_bar = evidence_bar * ((1 - sigma_src) / (sigma_src * sigma_src)) + tl.sum(centres_bar, 0)
-    k = tl.arange(0, K)
-    of_k = (k < components)[:, None] & (n < space)[None, :]
-    of_kc = of_k[:, None, :] & (c < channels)[None, :, None]
-    at_kc = (k[:, None] * channels + c[None, :])[:, :, None] * space + n[None, None, :]
-    at_k = sample * components * space + k[:, None] * space + n[None, :]
+    at_k, of_k = _at_rows(n, space, components, K)
+    at_k += sample * components * space
+    at_kc, of_kc = _at_means(n, space, components, channels, K, C)
     means_bar = (-sigma_src * centres_bar).to(to_means_ptr.dtype.element_ty)
     tl.store(to_means_ptr + sample * components * latent + at_kc, means_bar, mask=of_kc)
     tl.store(to_logweights_ptr + at_k, logweights_bar.to(to_logweights_ptr.dtype.element_ty), mask=of_k)
