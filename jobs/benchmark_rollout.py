@@ -2,10 +2,12 @@
 """Policy rollouts: the fused kernels against a plain port of the published algorithm, and against the machine."""
 
 import argparse
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isnan
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,17 +40,24 @@ reading the table
   all there is to pay behind a network that keeps the queue full. The floor is compared with that.
 
   On a CPU, "plain" depends on whether the C library hands freed memory back to the system and faults it in again
-  at every operation: several times slower, and decided by chance as a process goes on. Fix it for a comparison:
-  MALLOC_MMAP_THRESHOLD_=131072 (glibc's first setting: handed back), or, with MALLOC_TRIM_THRESHOLD_ too,
-  8589934592 (kept, as in this library's training workers). "fused" allocates next to nothing either way.
+  at every operation: several times slower, and left to glibc's defaults decided by chance as a process goes on. So
+  everything is timed twice, "returned" as glibc begins (what is larger than 128 KiB goes back at once) and "kept" as
+  in this library's training workers. "fused" allocates next to nothing either way.
 
 examples
   jobs/benchmark_rollout.py                                 CPU, 2 threads, about a minute
   jobs/benchmark_rollout.py --device cuda                   shapes of a data-centre GPU
   jobs/benchmark_rollout.py --repeats 3 --tracking sqlite:///mlflow.db"""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's names, from malloc.h: how much free memory, and allocations from what size on, go back to the system."""
+
 EXPONENTIAL = 12
 """Operations of one: reduction, polynomial, scaling."""
+
+
+Memory = Literal["", "returned", "kept"]
+"""What the C library does with freed memory; empty where nobody can tell it."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     rates, description = Rates.measured(device), machine(device)
-    measured = [measure_rollout(case, options.repeats, device, rates) for case in CASES[options.device]]
+    measured = [
+        measure_rollout(case, options.repeats, device, rates, memory)
+        for case in CASES[options.device]
+        for memory in memory_settings(device)
+    ]
     windows = [
         measure_window(case, options.repeats, device)
         for case in CASES[options.device]
@@ -168,8 +181,8 @@ def main() -> None:
 
 
 ROLLOUT_HEADER = (
-    "rollout, no gradient (B,K,C,H,W) × substeps", "plain ms", "torch ms", "fused ms", "GPU ms", "plain/fused",
-    "torch/fused", "MB", "MFLOP", "floor ms", "fused/floor",
+    "rollout, no gradient (B,K,C,H,W) × substeps", "freed memory", "plain ms", "torch ms", "fused ms", "GPU ms",
+    "plain/fused", "torch/fused", "MB", "MFLOP", "floor ms", "fused/floor",
 )  # fmt: skip
 WINDOW_HEADER = (
     "window of 3 substeps, with gradient", "torch ms", "fused ms", "torch/fused", "query MB", "window MB",
@@ -177,16 +190,30 @@ WINDOW_HEADER = (
 )  # fmt: skip
 
 
+def memory_settings(device: torch.device) -> tuple[Memory, ...]:
+    """Those that are to be measured: both on a CPU with glibc."""
+    return ("returned", "kept") if device.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt") else ("",)
+
+
+def set_memory(memory: Memory) -> None:
+    """Tell the C library what to do with freed memory from now on."""
+    if memory:
+        trim, mmap = (2**31 - 1, 2**25) if memory == "kept" else (2**17, 2**17)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, trim)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, mmap)
+
+
 def measure_rollout(
-    case: Case, repeats: int, device: torch.device, rates: Rates
+    case: Case, repeats: int, device: torch.device, rates: Rates, memory: Memory
 ) -> tuple[tuple[str, ...], dict[str, float]]:
     """A table row and its metrics."""
+    set_memory(memory)
     head = Head.draw(case, device)
     raw_to = head.raw_src - case.substeps / SUBSTEPS
     sigmas = _substep_sigmas(head.raw_src, raw_to, substep_count(head.raw_src, raw_to), SHIFT)
     runs: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: plain_rollout(case, head, sigmas),
-        "torch": lambda: rollout_reference(head.policy(case), head.x_src, sigmas),
+        "torch": lambda: rollout_reference(head.policy(case), head.x_src, sigmas.to(device)),
         "fused": lambda: rollout(head.policy(case), head.x_src, head.raw_src, raw_to, SHIFT)[0],
     }
     with torch.no_grad():
@@ -198,11 +225,11 @@ def measure_rollout(
     floor = rates.floor(case.moved, case.operations)
     over_floor = (fused if isnan(on_gpu) else on_gpu) / floor
     row = (
-        case.name, f"{plain * 1e3:.1f}", f"{reference * 1e3:.1f}", f"{fused * 1e3:.2f}",
+        case.name, memory, f"{plain * 1e3:.1f}", f"{reference * 1e3:.1f}", f"{fused * 1e3:.2f}",
         "" if isnan(on_gpu) else f"{on_gpu * 1e3:.3f}", f"{plain / fused:.1f}", f"{reference / fused:.1f}",
         f"{case.moved / 1e6:.1f}", f"{case.operations / 1e6:.0f}", f"{floor * 1e3:.3f}", f"{over_floor:.1f}",
     )  # fmt: skip
-    key = metric_key(case)
+    key = "/".join(filter(None, (metric_key(case), memory)))
     return row, {
         f"{key}/plain_over_fused": plain / fused,
         f"{key}/torch_over_fused": reference / fused,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.policies.base import MIN_SIGMA, Shift, per_latent
 
 DXMode = Literal["grid", "polynomial"]
+Times = TypeVar("Times", Tensor, np.ndarray)
 
 
 class DXPolicy:
@@ -46,28 +47,26 @@ class DXPolicy:
         self.segment_size, self.shift, self.mode = segment_size, shift, mode
 
         self._raw_src = self._raw(per_latent(sigma_src, x_src))
-        self._raw_end = (self._raw_src - segment_size).clamp(min=0)
         index = torch.arange(output.shape[1], device=output.device, dtype=output.dtype)
         self._index = index.view(-1, *[1] * (x_src.ndim - 1))  # (N, 1, 1, 1)
 
     def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
         """π(x_t, σ_t) of shape (B, C, H, W); `sigma_t` is (B,) or broadcastable to the latent."""
         sigma = per_latent(sigma_t, x_t)
-        basis = self._basis(self._raw(sigma))
-        coefficients = self.x_src.unsqueeze(1) - per_latent(self.sigma_src, x_t).unsqueeze(1) * self.output
-        x_0 = (basis * coefficients).sum(1)
+        basis = self._basis(self._raw(sigma), self._raw_src, self._index)
+        x_0 = basis.sum(1) * self.x_src - per_latent(self.sigma_src, x_t) * (basis * self.output).sum(1)
         return (x_t - x_0) / sigma.clamp(min=MIN_SIGMA)
 
     def closed_form(self, x: Tensor, sigmas: Tensor, shares: Tensor, end: float) -> Tensor:
         """end·x_S + Σ_s share_s·velocity_s of the substeps from `x` to x_S, without taking them; (B, C, H, W).
 
-        x̂_0 depends on time alone, so every state is linear in `x` and the c_i. With g_s = Δσ_s/σ_s, h_s =
-        share_s/σ_s and λ_s the derivative of the result to x_s,
+        x̂_0 depends on time alone, so every state is linear in `x` and the c_i. An Euler step to σ_{s+1} keeps
+        σ_{s+1}/σ_s of its state. So the derivative of the result to x_s, λ_s, and the result itself are
 
-            λ_S = end        λ_s = (1 + g_s)·λ_{s+1} + h_s
-            result = λ_0·x − Σ_i c_i·Σ_s (g_s·λ_{s+1} + h_s)·φ_i(τ_s)
+            λ_s = (end·σ_S + Σ_{r≥s} share_r) / σ_s
+            result = λ_0·x − Σ_i c_i·Σ_s ((σ_{s+1} − σ_s)·λ_{s+1} + share_s) / σ_s·φ_i(τ_s)
 
-        so that a rollout, or a window and its gradient, reads the outputs once.
+        and a rollout, or a window and its gradient, reads the outputs once.
 
         Args:
             x: state at the first substep's start, (B, C, H, W).
@@ -75,40 +74,46 @@ class DXPolicy:
             shares: (S, B), on the CPU.
             end: factor of the end state.
         """
-        clamped = sigmas[:-1].clamp(min=MIN_SIGMA)
-        gains, slopes = (sigmas.diff(dim=0) / clamped).numpy(), (shares / clamped).numpy()
-        derivative, factors = np.full_like(gains[0], end), np.empty_like(gains)
-        for s in range(len(gains) - 1, -1, -1):
-            factors[s] = gains[s] * derivative + slopes[s]
-            derivative = derivative + factors[s]
-        # One transfer; substeps in place of the latent's last axis
-        there = torch.stack([sigmas[:-1], torch.from_numpy(factors)]).to(x.device, non_blocking=True)
-        raw, factors = there.transpose(1, 2).reshape(2, -1, *[1] * (x.ndim - 2), len(gains))
-        terms = self._basis(self._raw(raw)) * factors.unsqueeze(1)
+        sigma, share = sigmas.numpy(), shares.numpy()
+        clamped = np.maximum(sigma, MIN_SIGMA)
+        # 1 also where a sample rests at σ_S = 0
+        kept = np.divide(sigma[-1], sigma, out=np.ones_like(sigma), where=sigma > sigma[-1])
+        remaining = np.add.accumulate(np.concatenate([np.zeros_like(share[:1]), share[::-1]]))[::-1]
+        derivative = end * kept + remaining / clamped  # λ, (S + 1, B)
+        factors = (np.diff(sigma, axis=0) * derivative[1:] + share) / clamped[:-1]
+
+        tables = torch.stack([sigmas[:-1], torch.from_numpy(factors)]).to(x.device, non_blocking=True)
+        source = (self._raw_src.reshape(-1, 1), self.sigma_src.reshape(-1, 1))
+        inputs = [tables.mT, *(column.to(tables.dtype) for column in (*source, self._index.view(-1, 1)))]
+        if x.device.type == "cpu":  # numpy has all that follows, in a third of the time on so few numbers
+            inputs = [tensor.numpy() for tensor in inputs]
+        (sigma, factor), raw_src, sigma_src, index = inputs  # (B, S) twice, (B, 1) twice, (N, 1)
+        terms = self._basis(self._raw(sigma), raw_src, index) * factor[:, None]
         # One by one, so that the substeps in which a sample rests, zeros, do not alter the rounding.
-        weights = terms.cumsum(-1)[..., -1].flatten(1)  # (B, N)
-        # Of Σ_i w_i·c_i the outputs are read once, and the c_i never made
+        weights = terms.cumsum(-1)[..., -1]  # (B, N)
+        on_output, on_source = (torch.as_tensor(part) for part in (sigma_src * weights, -weights.sum(1)))
         with _without_autocast(x.device.type):
-            mixed = torch.einsum("bn,bn...->b...", weights, self.output.to(weights.dtype))
-        x_0 = per_latent(weights.sum(1), x) * self.x_src - per_latent(self.sigma_src, x) * mixed
-        return per_latent(torch.from_numpy(derivative).to(x.device, non_blocking=True), x) * x - x_0
+            moved = torch.einsum("bn,bn...->b...", on_output, self.output.to(on_output.dtype))
+        derivative = torch.from_numpy(derivative[0]).to(x.device, non_blocking=True)
+        moved = torch.addcmul(moved, per_latent(on_source, x), self.x_src)
+        return torch.addcmul(moved, per_latent(derivative, x), x)
 
     @property
     def one_time_per_sample(self) -> bool:
         """Whether `sigma_src` is the same at all of a sample's locations."""
         return self._raw_src[0].numel() == 1
 
-    def _raw(self, sigma: Tensor) -> Tensor:
+    def _raw(self, sigma: Times) -> Times:
         return sigma if self.shift is None else self.shift.unwarp(sigma)
 
-    def _basis(self, raw: Tensor) -> Tensor:
-        """φ_i(τ), (B, N, 1, 1, 1)."""
+    def _basis(self, raw: Times, raw_src: Times, index: Times) -> Times:
+        """φ_i(τ), with i along a new second axis: for τ (B, …), the source's τ (B, …) and i (N, …)."""
         if self.mode == "polynomial":
-            return (self._raw_src - raw).unsqueeze(1) ** self._index
-        last = len(self._index) - 1
-        position = (raw - self._raw_end) / (self._raw_src - self._raw_end) * last
-        distance = (position.clamp(0, last).unsqueeze(1) - self._index).abs()
-        return (1 - distance).clamp(min=0)
+            return (raw_src - raw)[:, None] ** index
+        last = len(index) - 1
+        raw_end = (raw_src - self.segment_size).clip(0, 1)
+        position = (raw - raw_end) / (raw_src - raw_end) * last
+        return (1 - abs(position.clip(0, last)[:, None] - index)).clip(0, 1)
 
     def _like(self, output: Tensor, x_src: Tensor) -> DXPolicy:
         return DXPolicy(output, x_src, self.sigma_src, self.segment_size, self.shift, self.mode)
