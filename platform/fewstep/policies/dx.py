@@ -74,29 +74,26 @@ class DXPolicy:
             shares: (S, B), on the CPU.
             end: factor of the end state.
         """
-        sigma, share = sigmas.numpy(), shares.numpy()
-        clamped = np.maximum(sigma, MIN_SIGMA)
-        # 1 also where a sample rests at σ_S = 0
-        kept = np.divide(sigma[-1], sigma, out=np.ones_like(sigma), where=sigma > sigma[-1])
-        remaining = np.add.accumulate(np.concatenate([np.zeros_like(share[:1]), share[::-1]]))[::-1]
-        derivative = end * kept + remaining / clamped  # λ, (S + 1, B)
-        factors = (np.diff(sigma, axis=0) * derivative[1:] + share) / clamped[:-1]
-
+        derivative, factors = _telescoped(sigmas.numpy(), shares.numpy(), end)
         tables = torch.stack([sigmas[:-1], torch.from_numpy(factors)]).to(x.device, non_blocking=True)
-        source = (self._raw_src.reshape(-1, 1), self.sigma_src.reshape(-1, 1))
-        inputs = [tables.mT, *(column.to(tables.dtype) for column in (*source, self._index.view(-1, 1)))]
-        if x.device.type == "cpu":  # numpy has all that follows, in a third of the time on so few numbers
-            inputs = [tensor.numpy() for tensor in inputs]
-        (sigma, factor), raw_src, sigma_src, index = inputs  # (B, S) twice, (B, 1) twice, (N, 1)
+        on_output, on_source = self._weights(*tables.mT)
+        with _without_autocast(x.device.type):
+            result = torch.einsum("bn,bn...->b...", on_output, self.output.to(on_output.dtype))
+        result = torch.addcmul(result, per_latent(on_source, x), self.x_src)
+        derivative = torch.from_numpy(derivative).to(x.device, non_blocking=True)
+        return torch.addcmul(result, per_latent(derivative, x), x)
+
+    def _weights(self, sigma: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """−Σ_i c_i·Σ_s factor_s·φ_i(τ_s): weights of the outputs, (B, N), and of x_src, (B,). σ_s, factors: (B, S)."""
+        columns = (self._raw_src, self.sigma_src, self._index)
+        arrays = [sigma, factor, *(column.reshape(-1, 1).to(sigma.dtype) for column in columns)]
+        if sigma.device.type == "cpu":  # on so few numbers numpy takes a third of the time
+            arrays = [array.numpy() for array in arrays]
+        sigma, factor, raw_src, sigma_src, index = arrays
         terms = self._basis(self._raw(sigma), raw_src, index) * factor[:, None]
         # One by one, so that the substeps in which a sample rests, zeros, do not alter the rounding.
-        weights = terms.cumsum(-1)[..., -1]  # (B, N)
-        on_output, on_source = (torch.as_tensor(part) for part in (sigma_src * weights, -weights.sum(1)))
-        with _without_autocast(x.device.type):
-            moved = torch.einsum("bn,bn...->b...", on_output, self.output.to(on_output.dtype))
-        derivative = torch.from_numpy(derivative[0]).to(x.device, non_blocking=True)
-        moved = torch.addcmul(moved, per_latent(on_source, x), self.x_src)
-        return torch.addcmul(moved, per_latent(derivative, x), x)
+        weights = terms.cumsum(-1)[..., -1]
+        return torch.as_tensor(sigma_src * weights), torch.as_tensor(-weights.sum(1))
 
     @property
     def one_time_per_sample(self) -> bool:
@@ -129,6 +126,16 @@ class DXPolicy:
     def with_dropout(self, p: float, generator: torch.Generator | None = None) -> DXPolicy:
         """Itself: DX has no components to drop."""
         return self
+
+
+def _telescoped(sigma: np.ndarray, share: np.ndarray, end: float) -> tuple[np.ndarray, np.ndarray]:
+    """λ_0, (B,), and what stands before the φ_i(τ_s), (S, B), in `DXPolicy.closed_form`."""
+    clamped = np.maximum(sigma, MIN_SIGMA)
+    # σ_S/σ_s: 1 also where a sample rests at σ_S = 0
+    kept = np.divide(sigma[-1], sigma, out=np.ones_like(sigma), where=sigma > sigma[-1])
+    remaining = np.add.accumulate(np.concatenate([np.zeros_like(share[:1]), share[::-1]]))[::-1]
+    derivative = end * kept + remaining / clamped  # λ, (S + 1, B)
+    return derivative[0], (np.diff(sigma, axis=0) * derivative[1:] + share) / clamped[:-1]
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
