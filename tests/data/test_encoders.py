@@ -73,6 +73,14 @@ def test_states_are_the_ones_that_float16_shards_hold(encoder):
         assert torch.equal(states, states.half().float())
 
 
+def test_activations_beyond_float16_stay_finite_in_shards(encoder, monkeypatch):
+    states = encoder._states
+    monkeypatch.setattr(encoder, "_states", lambda ids: [state * 1e6 for state in states(ids)])
+    for stored in (*encoder.encode(CAPTIONS), *encoder.null().states):
+        assert stored.abs().max() == torch.finfo(torch.float16).max
+        assert torch.equal(stored, stored.half().float())
+
+
 def test_the_empty_caption_is_two_tokens(encoder):
     assert encoder.encode([""])[0].shape == (2, 384)
     assert encoder.encode([]) == []

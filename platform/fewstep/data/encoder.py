@@ -71,13 +71,22 @@ class CaptionEncoder(ABC):
     def null(self) -> TextConditioning:
         """The empty caption as a batch of one: the null condition of guidance, rounded as shards are."""
         empty = self.conditioning([""])
-        return replace(empty, states=empty.states.half().float())
+        return replace(empty, states=as_stored(empty.states))
 
     def each(self, captions: Sequence[str]) -> list[TextConditioning]:
         """Every caption as a batch of its own, without padding."""
         states, pooled = self.encode_to_draw(captions), self.pooled(captions)
         vectors = [None] * len(states) if pooled is None else [[vector] for vector in pooled]
         return [TextConditioning.collate([s], v) for s, v in zip(states, vectors, strict=True)]
+
+
+def as_stored(states: Tensor) -> Tensor:
+    """Token states as shards hold them: float32 rounded through float16, what lies beyond its range at the range's end.
+
+    Some language models have a few activations of 10⁴ and more; one infinity would end a training.
+    """
+    largest = torch.finfo(torch.float16).max
+    return states.float().clamp(-largest, largest).half().float()
 
 
 def load_encoder(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fewstep.data.encoder import MAX_TOKENS, MINILM, CaptionEncoder, of_pipeline
+from fewstep.data.encoder import MAX_TOKENS, MINILM, CaptionEncoder, as_stored, of_pipeline
 from fewstep.errors import UserError
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -113,7 +113,7 @@ class TextEncoder(CaptionEncoder):
                 repeats = -(-LEAST_TOKENS // (len(group) * max(length, self._padded_length)))
                 encoded = self._states([ids[index] for index in group] * repeats)[: len(group)]
                 for index, state in zip(group, encoded, strict=True):
-                    states[index] = state.half().float()
+                    states[index] = as_stored(state)
         return states
 
     @torch.no_grad()
