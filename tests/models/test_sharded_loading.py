@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fewstep.models.heads import DXSettings, GMFlowSettings, PolicySettings
 from fewstep.models.network import LoRASettings, PolicyNetwork
-from fewstep.models.pretrained import network_folder
+from fewstep.models.pretrained import network_folder, read_weights
 from fewstep.models.registry import get_family
 from fewstep.models.sharded import whole
 from fewstep.models.teacher import load_teacher, open_teacher
@@ -132,6 +132,22 @@ def test_no_rank_ever_holds_the_whole_network(tmp_path: Path) -> None:
     largest = max(p.numel() * 4 for p in get_family("qwen_image").build(WIDE).parameters())
     for rank in ranks(tmp_path, path, "qwen_image", GMFlowSettings(), LoRASettings(rank=4), 0, False):
         assert rank["peak"] < size / RANKS + 3 * largest + 32e6, f"{rank['peak'] / size:.0%} of the network"
+
+
+def test_copies_in_other_precisions_beside_the_weights_are_not_read(tmp_path: Path) -> None:
+    weights = {"a": torch.rand(3, 2), "b": torch.rand(4)}
+    part, wrong = "-00001-of-00001", {key: -tensor.half() for key, tensor in weights.items()}
+    save_file(weights, tmp_path / f"model{part}.safetensors")
+    for copy in (
+        f".fp16{part}",
+        f"{part}.fp16",
+        f".bf16{part}",
+        f"{part}.bf16",
+    ):  # diffusers' names, new and old
+        save_file(wrong, tmp_path / f"model{copy}.safetensors")
+    read = {key: torch.zeros_like(tensor) for key, tensor in weights.items()}
+    read_weights(read, tmp_path)
+    assert all(torch.equal(read[key], weights[key]) for key in weights)
 
 
 def test_a_hub_id_is_found_in_the_hubs_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
 """What is fetched of a hub repository: a network's own files, or those of a pipeline's transformer and scheduler."""
+
+VARIANTS = ("*.fp16*", "*.bf16*")
+"""What is not: copies of the same weights in other precisions."""
 
 SCHEDULER = "scheduler"
 """Folder of a pipeline's scheduler; in a network's configuration, the key of the scheduler's."""
@@ -32,7 +38,7 @@ def network_folder(path: str) -> Path:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(path, allow_patterns=list(PARTS)))
+        folder = Path(snapshot_download(path, allow_patterns=list(PARTS), ignore_patterns=list(VARIANTS)))
     for candidate in (folder, folder / "transformer"):
         if (candidate / "config.json").exists():
             return candidate
@@ -69,14 +75,23 @@ def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
 
     Args:
         parameters: by their names in the files; tensors or DTensors of any float type. All ranks must ask together.
-        folder: one or several `*.safetensors`.
+        folder: one or several `*.safetensors`. Copies in other precisions beside them (`VARIANTS`) are not read.
 
     Raises:
         ValueError: a parameter is missing there, or has another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader.fs = _WithoutVariants()
     try:
         dcp.load(dict(parameters), storage_reader=reader)
     except dcp.api.CheckpointException as error:
         [(rank, (cause, _)), *_] = error.failures.items()
         raise ValueError(f"{folder}: {cause} (rank {rank})") from error
+
+
+class _WithoutVariants(FileSystem):
+    """A folder's files, as the reader of checkpoints lists them, without copies of the weights in other precisions."""
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        files = super().ls(path)
+        return [file for file in files if not any(fnmatch(os.path.basename(file), v) for v in VARIANTS)]
