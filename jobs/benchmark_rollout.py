@@ -42,7 +42,8 @@ reading the table
   On a CPU, "plain" depends on whether the C library hands freed memory back to the system and faults it in again
   at every operation: several times slower, and left to glibc's defaults decided by chance as a process goes on. So
   everything is timed twice, "returned" as glibc begins (what is larger than 128 KiB goes back at once) and "kept" as
-  in this library's training workers. "fused" allocates next to nothing either way.
+  in this library's training workers; windows, which belong to training, "kept" alone. "fused" allocates next to
+  nothing either way.
 
 examples
   jobs/benchmark_rollout.py                                 CPU, 2 threads, about a minute
@@ -52,12 +53,11 @@ examples
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names, from malloc.h: how much free memory, and allocations from what size on, go back to the system."""
 
-EXPONENTIAL = 12
-"""Operations of one: reduction, polynomial, scaling."""
-
-
 Memory = Literal["", "returned", "kept"]
 """What the C library does with freed memory; empty where nobody can tell it."""
+
+EXPONENTIAL = 12
+"""Operations of one: reduction, polynomial, scaling."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def main() -> None:
         for case in CASES[options.device]
         for memory in memory_settings(device)
     ]
+    set_memory(memory_settings(device)[-1])
     windows = [
         measure_window(case, options.repeats, device)
         for case in CASES[options.device]

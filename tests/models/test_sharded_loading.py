@@ -138,12 +138,7 @@ def test_copies_in_other_precisions_beside_the_weights_are_not_read(tmp_path: Pa
     weights = {"a": torch.rand(3, 2), "b": torch.rand(4)}
     part, wrong = "-00001-of-00001", {key: -tensor.half() for key, tensor in weights.items()}
     save_file(weights, tmp_path / f"model{part}.safetensors")
-    for copy in (
-        f".fp16{part}",
-        f"{part}.fp16",
-        f".bf16{part}",
-        f"{part}.bf16",
-    ):  # diffusers' names, new and old
+    for copy in (f".fp16{part}", f"{part}.fp16", f".bf16{part}", f"{part}.bf16"):  # new names and old
         save_file(wrong, tmp_path / f"model{copy}.safetensors")
     read = {key: torch.zeros_like(tensor) for key, tensor in weights.items()}
     read_weights(read, tmp_path)

@@ -98,8 +98,8 @@ def mean_velocity(
     sigmas, shares = _window(raw_a, raw_to, shift, substeps)
     if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
         return policy.closed_form(x_a, sigmas, shares, 0.0)
-    sigmas, shares = (table.to(x_a.device, non_blocking=True) for table in (sigmas, shares))
     kernel = kernels.kernel(policy, x_a)
+    sigmas, shares = (table.to(x_a.device, non_blocking=True) for table in (sigmas, shares))
     if kernel is not None:
         return window.mean_velocity(kernel, policy, x_a, sigmas, shares)
     return mean_velocity_reference(policy, x_a, sigmas, shares)
