@@ -77,10 +77,10 @@ def main() -> None:
             options.bare.write_text(json.dumps(seconds))
         return
 
-    from fewstep.train.trainer import open_data
+    from fewstep.data.shipped import open_data
 
     recipe = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"path": open_data(recipe.data).root})}
+        update={"data": recipe.data.model_copy(update={"path": open_data(recipe.data.path).root})}
     )
     torch.set_num_threads(recipe.train.threads)
     connect_ray()

@@ -31,11 +31,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/evaluation"), help="default: %(default)s")
     options = parser.parse_args()
 
+    from fewstep.data.shipped import open_data
     from fewstep.evaluate.job import evaluate
     from fewstep.evaluate.report import verdict_table
     from fewstep.export.pipeline import read_student_card, student_folder
     from fewstep.train.recipe import DistillRecipe, load_recipe
-    from fewstep.train.trainer import open_data
 
     student = student_folder(options.model, options.tracking_uri)
     trained = read_student_card(student).recipe
@@ -48,7 +48,7 @@ def main() -> None:
         Path(),
     )
     connect_ray()
-    data = open_data(recipe.data).root
+    data = open_data(recipe.data.path).root
     report = evaluate(student, data, recipe.evaluation, options.out, gpu=options.gpu)
     print(f"\n{report.table()}\n\n{verdict_table(report.verdicts(recipe.evaluation.promise))}\n")
     print(f"picture  {(options.out / 'comparison.png').absolute()}")

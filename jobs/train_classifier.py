@@ -33,14 +33,13 @@ def main() -> None:
 
     from fewstep.data.autoencoder import load_autoencoder
     from fewstep.data.labels import LabelEncoder, is_labels
+    from fewstep.data.shipped import open_data
     from fewstep.data.stream import Batch, read_split
     from fewstep.errors import UserError
     from fewstep.evaluate.classifier import brightness_of, train_classifier
-    from fewstep.train.recipe import DataSection
-    from fewstep.train.trainer import open_data
 
     connect_ray()
-    info = open_data(DataSection(path=options.data))
+    info = open_data(options.data)
     if not is_labels(info.encoding.text_encoder) or not info.has_latents:
         raise UserError(
             f"--data: {options.data} is not a set of pictures with classes: prepare one with a label encoder, such as "

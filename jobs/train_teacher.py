@@ -33,7 +33,12 @@ def main() -> None:
     trained = fit(recipe, options.resume)
     print(f"\nteacher     {trained.folder}\nMLflow run  {trained.mlflow_run}", flush=True)
     job = DISTILLERS.get(recipe.network.family, "distill_qwen")
-    print(f"distil it   jobs/{job}.py --set teacher.path={trained.folder}")
+    network = recipe.network
+    module = f" --set teacher.module={network.module}" if network.module else ""
+    print(
+        f"distil it   jobs/{job}.py --set teacher.path={trained.folder} --set teacher.family={network.family}{module} "
+        f"--set data.path={recipe.data.path}"
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})
 class Encoder:
-    """Text encoders by name, loaded when first asked for. Prompts that wait are encoded together."""
+    """Text encoders by name and longest prompt, loaded when first asked for. Prompts that wait are encoded together."""
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -28,19 +28,21 @@ class Encoder:
         from fewstep.engine.engine import PromptEncoder
 
         torch.set_num_threads(threads)
-        self._loaded: dict[str, CaptionEncoder] = {}
+        self._loaded: dict[tuple[str, int], CaptionEncoder] = {}
         self._loading, self._prompts = asyncio.Lock(), PromptEncoder()
 
-    async def encode(self, name: str, prompts: list[str]) -> list[TextConditioning] | str:
+    async def encode(self, name: str, max_tokens: int, prompts: list[str]) -> list[TextConditioning] | str:
         """Each prompt encoded (B = 1), or the sentence that refuses one."""
         from fewstep.data.encoder import load_encoder
         from fewstep.errors import UserError
 
         try:
             async with self._loading:
-                if name not in self._loaded:
-                    self._loaded[name] = await asyncio.to_thread(load_encoder, name, device=_device())
-            return await self._prompts.encode(self._loaded[name], prompts)
+                if (key := (name, max_tokens)) not in self._loaded:
+                    self._loaded[key] = await asyncio.to_thread(
+                        load_encoder, name, max_tokens=max_tokens, device=_device()
+                    )
+            return await self._prompts.encode(self._loaded[key], prompts)
         except UserError as error:
             return str(error)
 
@@ -80,8 +82,8 @@ class RemoteStages:
     async def encode(self, model: LoadedModel, prompts: Sequence[str]) -> list[TextConditioning]:
         from fewstep.errors import UserError
 
-        different = list(dict.fromkeys(prompts))
-        answer = await self._encoder.encode.remote(model.pipeline.card.text_encoder, different)
+        card, different = model.pipeline.card, list(dict.fromkeys(prompts))
+        answer = await self._encoder.encode.remote(card.text_encoder, card.max_tokens, different)
         if isinstance(answer, str):
             raise UserError(answer)
         texts = dict(zip(different, answer, strict=True))

@@ -121,13 +121,19 @@ def chosen_recipe(kind: type[Recipe], options: argparse.Namespace, recipes: Path
         UserError: there is no such recipe, a key of it is unknown or ill-typed, or there is no such run.
     """
     from fewstep.train.recipe import load_recipe
-    from fewstep.train.trainer import RECORDS, check_resumable
+    from fewstep.train.runs import check_resumable, last_state, recorded_recipe
 
-    recorded = RECORDS / f"{options.resume}.yaml"
-    source = options.recipe or (str(recorded) if recorded.exists() else default)
-    recipe = load_recipe(kind, source, options.set, recipes)
-    if options.resume is not None:
-        check_resumable(recipe, options.resume)
+    named, run = options.recipe or default, options.resume
+    if run is None or options.recipe is not None:
+        recipe = load_recipe(kind, named, options.set, recipes)
+    elif (file := recorded_recipe(run)) is not None:
+        recipe = load_recipe(kind, str(file), options.set, recipes)
+    else:  # started from another folder or machine: its checkpoints know
+        recipe = load_recipe(kind, named, options.set, recipes)
+        if (state := last_state(recipe.train.storage, run)) is not None:
+            recipe = load_recipe(kind, state.recipe, options.set, recipes)
+    if run is not None:
+        check_resumable(recipe, run)
     return recipe
 
 

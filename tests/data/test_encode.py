@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,14 +142,22 @@ def test_images_go_to_the_bucket_of_the_nearest_shape(photos, ray_cluster):
 def test_prompts_alone_become_a_dataset_without_latents(tmp_path, ray_cluster):
     text, lines = tmp_path / "prompts.txt", tmp_path / "more.jsonl"
     text.write_text("a red heart\n\na dog\na red heart\n" + "word " * 100 + "\n")
-    lines.write_text('{"prompt": "a tree"}\n"a plain string"\n{"caption": 3}\n')
+    lines.write_text('{"prompt": "a tree"}\n"a plain string"\n{"caption": null}\n{"caption": 3}\n')
     source = prompts([str(text), str(lines)], held_out=0.0)
     info = prepare(source, tmp_path / "out", SMALL)
     batch = read_split(tmp_path / "out", "train")
-    assert sorted(batch.captions) == ["a dog", "a plain string", "a red heart", "a tree"]
+    assert sorted(batch.captions) == ["3", "a dog", "a plain string", "a red heart", "a tree"]
     assert batch.latent is None
     assert batch.shape == (3, 8, 8)
     assert info.rejected == {"caption too long": 1, "no caption": 1, "repeated prompt": 1}
+
+
+def test_a_student_takes_prompts_as_long_as_the_captions_it_learned_from(tmp_path, ray_cluster):
+    text = tmp_path / "prompts.txt"
+    text.write_text("very " * 80 + "long\nshort\n")
+    info = prepare(prompts([str(text)], held_out=0.0), tmp_path / "out", replace(SMALL, max_tokens=128))
+    assert not info.rejected
+    assert DatasetInfo.open(tmp_path / "out").encoding.max_tokens == 128
 
 
 def test_images_and_shards_may_lie_on_s3(photos, tmp_path, s3_bucket, ray_cluster):

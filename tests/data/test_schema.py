@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fewstep.data.schema import DatasetInfo, Encoding, encode_table, read_shard
+from fewstep.data.schema import DatasetInfo, Encoding, _lists, encode_table, read_shard
 from fewstep.data.storage import Storage
 from fewstep.data.stream import Batch, read_split
 from fewstep.errors import UserError
@@ -46,6 +46,11 @@ def test_vectors_of_whole_captions_come_back_with_their_rows(tmp_path):
     batch = Batch.of(read_shard(storage, "part.parquet"), 4)
     assert batch.latent is None
     assert batch.conditioning.pooled.tolist() == pooled.tolist()
+
+
+def test_more_numbers_than_a_shard_can_count_are_refused_with_the_rows_that_fit():
+    with pytest.raises(UserError, match=r"--shard-rows 1023 or less"):
+        _lists(np.empty(0, np.float16), [512 * 4096] * 1100)
 
 
 def test_shards_from_before_there_were_such_vectors_are_read(make_dataset):

@@ -88,8 +88,11 @@ def test_impossible_requests_are_refused(pipe: FewStepPipeline, arguments: dict,
 
 
 def test_a_caption_too_long_is_refused(pipe: FewStepPipeline) -> None:
+    prompt = "very " * 100 + "long"
     with pytest.raises(UserError, match="too long"):
-        pipe("very " * 200 + "long")
+        pipe(prompt)
+    patient = FewStepPipeline(pipe.network, replace(pipe.card, max_tokens=128))
+    assert patient(prompt, output_type="latent").images[0].isfinite().all()
 
 
 def test_another_teacher_than_the_students_own_is_refused(folder: Path, tmp_path: Path) -> None:

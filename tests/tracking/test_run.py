@@ -49,6 +49,18 @@ def log_steps(tracker: Tracker, steps: range, seconds: float = 0.0) -> float:
     return float(np.median(times))
 
 
+def test_a_process_that_joins_a_run_does_not_open_it_again(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    driver = start(uri, tmp_path / "spool")
+    worker = Tracker.join(driver.run)
+    driver.finish()
+    log_steps(worker, range(3))
+    assert worker.flush()
+    run = connect(uri).get_run(driver.run_id)
+    assert run.info.status == "FINISHED", "what a worker sends late does not make it RUNNING"
+    assert run.data.metrics["rate"] == 2
+
+
 def test_everything_logged_arrives_with_its_values_steps_and_files(server, tmp_path):
     with start(
         server.uri, tmp_path / "spool", params={"student": {"nfe": 4}, "prompt": "x" * 9000}

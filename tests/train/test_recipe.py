@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from fewstep.cli import chosen_recipe
 from fewstep.errors import UserError
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, document, load_recipe
-from fewstep.train.trainer import RECORDS
+from fewstep.train.runs import RECORDS
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 
@@ -52,7 +53,7 @@ def test_a_resumed_run_brings_its_own_recipe(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     RECORDS.mkdir(parents=True)
     (RECORDS / "run-1.yaml").write_text("name: mine\ntrain: {steps: 7}\n")
-    (RECORDS / "run-1.json").write_text("{}")
+    (RECORDS / "run-1.json").write_text(json.dumps({"mlflow_run": "a", "storage": str(tmp_path / "runs")}))
     options = Namespace(recipe=None, resume="run-1", set=["train.seed=4"])
     recipe = chosen_recipe(DistillRecipe, options, RECIPES, default="emoji_qwen_4nfe")
     assert (recipe.name, recipe.train.steps, recipe.train.seed) == ("mine", 7, 4)
@@ -77,12 +78,25 @@ def test_a_resumed_run_brings_its_own_recipe(tmp_path: Path, monkeypatch: pytest
         ("train.workers=5", r"multiple of train.workers"),
         ("steps", r"--set takes section.key=value"),
         ("evaluation.ladder=[2]", r"evaluation: .*ladder"),
+        ("tracking.model=team/flux", r"tracking: model 'team/flux' must not hold"),
+        ("tracking.model=flux.1", r"tracking: model 'flux.1'"),
+        ("tracking.alias=Latest", r"tracking: alias 'Latest'"),
+        ("tracking.alias=v2", r"tracking: alias 'v2'"),
+        ("imitation.temperature=0", r"imitation.temperature"),
+        ("teacher.guidance_interval=[0.7, 0]", r"guidance_interval must be \[least, largest\]"),
+        ("student.start=@champion", r"--set student.start=@champion: the value is not YAML; put text in quotes"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_sentence(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(override)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_keys_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("just words")
+    with pytest.raises(UserError, match=r"mine.yaml is no recipe: it must hold keys and values"):
+        load(source=str(tmp_path / "mine.yaml"))
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

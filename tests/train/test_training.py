@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep.cli import chosen_recipe
 from fewstep.data.encode import Settings, prepare
 from fewstep.data.sources import Size, prompts
 from fewstep.errors import UserError
@@ -23,6 +25,7 @@ from fewstep.export import FewStepPipeline
 from fewstep.tracking.address import connect
 from fewstep.tracking.registry import register
 from fewstep.tracking.run import Tracker
+from fewstep.train.checkpoint import optimizer_tensors
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
 from fewstep.train.trainer import TrainedModel, fit
 
@@ -141,6 +144,49 @@ def test_a_killed_worker_continues_the_same_run_with_the_very_same_losses(
     assert int(run.data.tags["resumed_from_step"]) >= 1, "the worker was killed while it trained"
     for name, tensor in exported(trained, home).items():
         assert torch.equal(tensor, weights[name])
+
+
+def test_a_run_is_resumed_from_another_folder_by_its_checkpoints_alone(
+    uninterrupted, tiny_data, tiny_teacher, home, tmp_path_factory, monkeypatch
+) -> None:
+    weights = uninterrupted[2]
+    database = f"tracking.uri=sqlite:///{home / 'mlflow.db'}"
+    half = recipe(tiny_data, tiny_teacher, "train.sample_every=5", database)
+    first = fit(half.model_copy(update={"train": half.train.model_copy(update={"steps": 8})}), "moved")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    there = [f"train.storage={home / 'runs'}"]
+    with pytest.raises(UserError, match=r"there is no run 'moved' in runs; give the name"):
+        chosen_recipe(DistillRecipe, resuming("moved"), RECIPES, "emoji_qwen_4nfe")
+    with pytest.raises(UserError, match=r"last checkpoint is of step 8: set train.steps to that or more"):
+        fit(
+            chosen_recipe(
+                DistillRecipe, resuming("moved", *there, "train.steps=4"), RECIPES, "emoji_qwen_4nfe"
+            ),
+            "moved",
+        )
+    whole = chosen_recipe(
+        DistillRecipe, resuming("moved", *there, f"train.steps={STEPS}"), RECIPES, "emoji_qwen_4nfe"
+    )
+    assert whole.student == half.student, "the run's own recipe, not the job's default"
+    trained = fit(whole, "moved")
+    assert only_run(home).info.run_id == trained.mlflow_run == first.mlflow_run, "one run, not two"
+    assert set(losses(home, trained.mlflow_run)) == set(range(1, STEPS + 1))
+    # The rate fell to zero twice, so not bit for bit.
+    assert exported(trained, Path.cwd()).keys() == weights.keys()
+    with pytest.raises(UserError, match=rf"its checkpoints are in {home / 'runs'}: add --set train.storage"):
+        chosen_recipe(DistillRecipe, resuming("moved", "train.storage=other"), RECIPES, "emoji_qwen_4nfe")
+
+
+def resuming(run: str, *overrides: str) -> Namespace:
+    """What the command line `--resume RUN --set …` is parsed into."""
+    return Namespace(recipe=None, resume=run, set=list(overrides))
+
+
+def test_a_loaded_optimizer_counts_its_steps_where_its_parameters_are() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter], fused=False)
+    slots = optimizer_tensors(optimizer, {"weight": parameter})["weight"]
+    assert {name: slot.device.type for name, slot in slots.items()} == dict.fromkeys(slots, "meta")
 
 
 def test_two_workers_train_the_same_model_sharded_or_as_replicas(tiny_data, tiny_teacher, home) -> None:

@@ -19,8 +19,9 @@ from fewstep.export import FewStepPipeline
 from fewstep.models.dit import DiT
 from fewstep.models.qwen_image import QwenImage
 from fewstep.models.teacher import load_teacher, read_card
+from fewstep.train.checks import _check_fit
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
-from fewstep.train.trainer import _check_fit, fit
+from fewstep.train.trainer import fit
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 CLASSES, SHAPE, ROWS = "labels:cat,dog,owl", (1, 8, 8), 12
@@ -90,11 +91,14 @@ def test_data_of_other_classes_than_the_teachers_is_refused(labelled_data: Path)
             for classes in (3, 10)
         )
         of_text = QwenImage().build({"in_channels": 4, "out_channels": 1, "num_layers": 1})
-    _check_fit(info, SHAPE, fitting, DiT(), "t")
+    _check_fit(info, fitting, DiT(), "t")
     with pytest.raises(UserError, match=r"has 3 classes \('labels:cat,dog,owl'\), the teacher 't' knows 10"):
-        _check_fit(info, SHAPE, other, DiT(), "t")
+        _check_fit(info, other, DiT(), "t")
     with pytest.raises(UserError, match=r"token states of width 1 .* takes 3584"):
-        _check_fit(info, SHAPE, of_text, QwenImage(), "t")
+        _check_fit(info, of_text, QwenImage(), "t")
+    sizes = replace(info, shards=(*info.shards, replace(info.shards[0], shape=(1, 8, 7))))
+    with pytest.raises(UserError, match=r"latents of 8x7 can't be cut into the teacher's 2x2 patches"):
+        _check_fit(sizes, fitting, DiT(), "t")
     captioned = replace(info, encoding=replace(info.encoding, text_encoder="minilm", token_dim=384))
     with pytest.raises(UserError, match=r"token states of width 384 .* takes 1:"):
-        _check_fit(captioned, SHAPE, fitting, DiT(), "t")
+        _check_fit(captioned, fitting, DiT(), "t")

@@ -15,9 +15,9 @@ from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
+from fewstep.train.checks import _check_imitated, _check_pooled
 from fewstep.train.objectives import Distillation, GuidanceDistillation, build_objective
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
-from fewstep.train.trainer import _check_imitated, _check_pooled
 
 SHAPE = (3, 8, 8)
 
@@ -134,12 +134,12 @@ def test_guidance_distillation_needs_a_network_that_is_told_a_scale() -> None:
     info, family = SimpleNamespace(root="data", encoding=Encoding("minilm", 384, "pixel")), get_family("flux")
     with torch.device("meta"):
         plain, told = (family.build(SMALL | {"guidance_embeds": embeds}) for embeds in (False, True))
-    _check_imitated(recipe, info, SHAPE, told, family)
+    _check_imitated(recipe, info, told, family)
     with pytest.raises(UserError, match="add guidance_embeds: true"):
-        _check_imitated(recipe, info, SHAPE, plain, family)
+        _check_imitated(recipe, info, plain, family)
     info.encoding = Encoding("minilm", 768, "pixel")
     with pytest.raises(UserError, match=r"width 768 .* takes 384"):
-        _check_imitated(recipe, info, SHAPE, told, family)
+        _check_imitated(recipe, info, told, family)
 
 
 def test_a_network_that_cannot_start_from_its_teacher_is_refused() -> None:
@@ -151,6 +151,6 @@ def test_a_network_that_cannot_start_from_its_teacher_is_refused() -> None:
             family.build(SMALL | {"guidance_embeds": True, "num_layers": 5, "num_attention_heads": heads})
             for heads in (2, 4)
         )
-    _check_imitated(recipe, info, SHAPE, fitting, family)
+    _check_imitated(recipe, info, fitting, family)
     with pytest.raises(UserError, match="teacher's width and number of blocks"):
-        _check_imitated(recipe, info, SHAPE, narrow, family)
+        _check_imitated(recipe, info, narrow, family)

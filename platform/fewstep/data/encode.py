@@ -122,7 +122,7 @@ def prepare(
     missing = [shard for shard in plans if shard.path not in present]
     if len(missing) < len(plans):
         report(f"{len(plans) - len(missing)} of {len(plans)} shards are finished already and are skipped")
-    encoding = Encoding(settings.text_encoder, dim, settings.autoencoder, pooled)
+    encoding = Encoding(settings.text_encoder, dim, settings.autoencoder, pooled, settings.max_tokens)
     _encode(missing, source, storage, settings, encoding, encoders=encoders, gpus=gpus, report=report)
     return _finish(storage, source, plans, rejected, encoding, report)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fewstep.data.schema import MAX_TOKENS
 from fewstep.models.conditioning import TextConditioning
 
 MINILM = "minilm"
@@ -22,9 +23,6 @@ LABELS = "labels:"
 
 PIPELINES = ("flux", "flux2", "qwen-image")
 """Before ":" and the folder or hub id of a diffusers pipeline: its own text encoders (see `pipeline_text.py`)."""
-
-MAX_TOKENS = 64
-"""Default limit on a caption's length, in tokens with the encoder's start and end marks."""
 
 
 class CaptionEncoder(ABC):

@@ -41,6 +41,9 @@ SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
 METADATA_KEY = b"fewstep"
 
+MAX_TOKENS = 64
+"""Default limit on a caption's length, in tokens with the encoder's start and end marks."""
+
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -68,6 +71,8 @@ class Encoding:
     token_dim: int
     autoencoder: str
     pooled_dim: int | None = None
+    max_tokens: int = MAX_TOKENS
+    """Longest caption; generating takes captions as long."""
 
     def metadata(self, rejected: Sequence[Mapping[str, str]] = ()) -> dict[bytes, bytes]:
         content = {"version": SCHEMA_VERSION, **asdict(self), "rejected": list(rejected)}
@@ -270,8 +275,8 @@ def shard_metadata(storage: Storage, path: str) -> dict[str, Any]:
     return {**metadata, "rows": footer.num_rows}
 
 
-def read_shard(storage: Storage, path: str) -> pa.Table:
-    """A whole shard, its columns in SCHEMA's types.
+def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A whole shard, or some columns of it, in SCHEMA's types.
 
     Raises:
         UserError: as `shard_metadata`; another schema version.
@@ -280,14 +285,16 @@ def read_shard(storage: Storage, path: str) -> pa.Table:
 
     with storage.reachable():
         try:
-            table = pq.read_table(storage.path(path), filesystem=storage.filesystem, partitioning=None)
+            table = pq.read_table(
+                storage.path(path), filesystem=storage.filesystem, partitioning=None, columns=columns
+            )
         except (pa.ArrowInvalid, FileNotFoundError) as error:
             raise UserError(
                 f"{storage.root}/{path} is not a readable Parquet file: delete it and prepare again."
             ) from error
     metadata = (table.schema.metadata or {}).get(METADATA_KEY, b'{"version": "none"}')
     check_version(json.loads(metadata)["version"], f"{storage.root}/{path}")
-    if "pooled" not in table.column_names:
+    if "pooled" not in (columns or table.column_names):
         table = table.append_column(SCHEMA.field("pooled"), _arrays(None, len(table)))
     return table.replace_schema_metadata(None)
 
@@ -303,8 +310,14 @@ def _arrays(arrays: np.ndarray | None, count: int) -> pa.Array:
 
 
 def _lists(flat: np.ndarray, sizes: Sequence[int]) -> pa.Array:
-    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    if offsets[-1] > (most := np.iinfo(np.int32).max):
+        fitting = int(len(sizes) * most // offsets[-1])
+        raise UserError(
+            f"a shard of {len(sizes)} rows of this encoder holds more numbers than Parquet's lists can count: prepare "
+            f"the data with --shard-rows {fitting} or less."
+        )
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat))
 
 
 def _no_manifest(storage: Storage) -> str:

@@ -371,8 +371,9 @@ def _text_lines(content: bytes, path: str) -> Numbered:
 
 
 def _first(record: dict[str, Any], names: Iterable[str]) -> str | None:
-    """The first filled text among some columns."""
-    return next((v.strip() for name in names if isinstance(v := record.get(name), str) and v.strip()), None)
+    """The first filled text among some columns; a whole number is one too (a class, `labels:1000`)."""
+    values = (str(value) if type(value := record.get(name)) is int else value for name in names)
+    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), None)
 
 
 def _split(name: str, held_out: float) -> str:

@@ -203,12 +203,18 @@ def read_split(
         raise UserError(
             f"the split {split!r} of {info.root} has the shapes {', '.join(map(str, buckets))}: name one."
         )
-    rows = pa.concat_tables(
-        [read_shard(info.storage, shard.path) for shard in buckets[shape or next(iter(buckets))]]
-    )
-    keys = rows["key"].to_pylist()
-    chosen = sorted(range(len(keys)), key=lambda i: stable_hash(0, keys[i]))[:limit]
-    return Batch.of(rows.take(sorted(chosen, key=lambda i: keys[i])), info.encoding.token_dim)
+    # Keys alone first: with the token states of a large encoder a split need not fit into memory.
+    places = [
+        (key, shard.path, row)
+        for shard in buckets[shape or next(iter(buckets))]
+        for row, key in enumerate(read_shard(info.storage, shard.path, ["key"])["key"].to_pylist())
+    ]
+    chosen = sorted(places, key=lambda place: stable_hash(0, place[0]))[:limit]
+    rows_of: dict[str, list[int]] = {}
+    for _, path, row in chosen:
+        rows_of.setdefault(path, []).append(row)
+    rows = pa.concat_tables(read_shard(info.storage, path).take(rows) for path, rows in rows_of.items())
+    return Batch.of(rows.sort_by("key"), info.encoding.token_dim)
 
 
 def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int) -> Dataset:

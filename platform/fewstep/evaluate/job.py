@@ -94,14 +94,16 @@ def evaluate(
 
     Args:
         student: exported folder.
-        data: prepared dataset.
+        data: prepared dataset; of several sizes, the student's default one is taken.
         settings: how many captions, which steps.
         results: where pictures and numbers go.
         split: which captions.
         gpu: whether to draw on GPUs.
     """
-    batch = read_split(data, split, settings.captions)
     card = read_student_card(student)
+    shapes = DatasetInfo.open(data).buckets(split)
+    shape = card.latent_shape if card.latent_shape in shapes else next(iter(shapes))
+    batch = read_split(data, split, settings.captions, shape=shape)
     passes_per_step = 1 if card.guidance == 1 else 2
     reference = f"teacher_{settings.reference_steps}"
     ladder = {f"euler_{steps}": steps for steps in settings.ladder}

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.schema import MAX_TOKENS
 from fewstep.errors import UserError
 from fewstep.export.adapter import load_adapter, save_adapter
 from fewstep.flow import (
@@ -77,6 +78,8 @@ class StudentCard:
     """Further numbers of evaluations that it was trained for."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe it was trained with."""
+    max_tokens: int = MAX_TOKENS
+    """Longest prompt: as long as captions might be in training."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What it measured."""
 
@@ -152,7 +155,7 @@ class FewStepPipeline:
     def text_encoder(self) -> CaptionEncoder:
         from fewstep.data.encoder import load_encoder
 
-        return load_encoder(self.card.text_encoder)
+        return load_encoder(self.card.text_encoder, max_tokens=self.card.max_tokens)
 
     @cached_property
     def autoencoder(self) -> Autoencoder:

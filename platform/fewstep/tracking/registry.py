@@ -66,8 +66,6 @@ def register(
     Raises:
         UserError: `folder` is not a folder, or MLflow does not take the version.
     """
-    from mlflow.exceptions import MlflowException
-
     if not folder.is_dir():
         raise UserError(f"exported student {str(folder)!r} is not a folder: export the student first")
     metrics = metrics or {}
@@ -88,7 +86,7 @@ def register(
             )
             if alias is not None:
                 client.set_registered_model_alias(name, alias, version.version)
-    except MlflowException as error:
+    except Exception as error:  # MLflow's, requests', botocore's, the disk's: every store has its own
         raise UserError(
             f"MLflow at {uri} did not register {str(folder)!r} as {name!r} ({readable(error)}): "
             "the folder is unharmed, register it again when the cause is mended"

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
 
-__all__ = ["Tracker", "check_reachable"]
+__all__ = ["TrackedRun", "Tracker", "check_reachable", "has_run"]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,15 @@ COALESCE_SECONDS = 1.0
 FIRST_BACKOFF_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 30.0
 FLUSH_RETRY_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """Where a run is, for another process of the same job."""
+
+    uri: str
+    run_id: str
+    spool: Path
 
 
 class Tracker:
@@ -83,31 +93,44 @@ class Tracker:
             tags: run tags.
             spool: folder on a local disk for what is not delivered yet; runs may share it, processes too.
             run_id: a run to continue. What earlier processes of it left in `spool` is sent first. MLflow
-                may be away: the worker of a running job must come back even then.
+                may be away.
 
         Raises:
             UserError: a new run can't be created, `run_id` does not exist, or `spool` can't be written.
         """
-        spool = Path(spool).absolute()
-        try:
-            spool.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"tracking spool {str(spool)!r} can't be written ({error}): choose a folder on a local disk"
-            ) from error
+        _make_spool(spool := Path(spool).absolute())
         uri = check_reachable(uri) if run_id is None else absolute_uri(uri)
         client = connect(uri)
         with mlflow_settings(DOOR_SECONDS):
             if run_id is None:
                 run_id = _create_run(client, uri, experiment, run_name)
-            else:
-                _require_run(client, uri, run_id)
-        earlier = list(left_behind(spool, run_id))
-        tracker = cls(Session.create(spool, uri, run_id), earlier, spool)
+            elif not has_run(uri, run_id):
+                raise UserError(
+                    f"MLflow at {uri} has no run {run_id!r}: correct the id or the address, or start a new run"
+                )
+        tracker = cls.join(TrackedRun(uri, run_id, spool))
         tracker._append({"kind": "status", "status": "RUNNING", "time_ms": _now_ms()})
         tracker.set_tags(tags)
         tracker.log_params(params)
         return tracker
+
+    @classmethod
+    def join(cls, run: TrackedRun) -> Tracker:
+        """Log to a run that another process of the job has started and will end.
+
+        What dead processes of it left in the spool is sent first. MLflow may be away.
+
+        Raises:
+            UserError: the spool can't be written.
+        """
+        _make_spool(run.spool)
+        earlier = list(left_behind(run.spool, run.run_id))
+        return cls(Session.create(run.spool, run.uri, run.run_id), earlier, run.spool)
+
+    @property
+    def run(self) -> TrackedRun:
+        """What `join` takes, in another process."""
+        return TrackedRun(self.uri, self.run_id, self._spool)
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers (anything `float` takes) at a step, with the time of this call."""
@@ -295,6 +318,29 @@ class Lane:
         return delivered
 
 
+def has_run(uri: str, run_id: str) -> bool:
+    """Whether MLflow knows a run; while it is away it is taken to."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with mlflow_settings(DOOR_SECONDS):
+            connect(absolute_uri(uri)).get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        log.warning("MLflow at %s is away (%s); run %s goes on without it", uri, readable(error), run_id)
+    return True
+
+
+def _make_spool(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"tracking spool {str(folder)!r} can't be written ({error}): choose a folder on a local disk"
+        ) from error
+
+
 def _create_run(client: MlflowClient, uri: str, experiment: str, run_name: str) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -326,19 +372,6 @@ def _create_experiment(client: MlflowClient, uri: str, name: str) -> str:
         if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another process was first
             return client.get_experiment_by_name(name).experiment_id
         raise
-
-
-def _require_run(client: MlflowClient, uri: str, run_id: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise UserError(
-                f"MLflow at {uri} has no run {run_id!r}: correct the id or the address, or start a new run"
-            ) from error
-        log.warning("MLflow at %s is away (%s); run %s goes on without it", uri, readable(error), run_id)
 
 
 def _now_ms() -> int:

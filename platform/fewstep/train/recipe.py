@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from fewstep.data.shipped import EMOJI_DATA
 from fewstep.errors import UserError
 from fewstep.models.heads import GMFlowSettings, PolicySettings
 from fewstep.models.network import LoRASettings
-
-EMOJI_DATA = "data/emoji16"
-"""Where the bundled emoji set is prepared."""
-
-FASHION_DATA = "data/fashion28"
-"""Where Fashion-MNIST is prepared."""
 
 
 class Section(BaseModel):
@@ -51,6 +55,12 @@ class TeacherSection(Section):
     shift: float | None = Field(None, gt=0)
     """Time shift of its own sampler, with which the student is compared; null takes that of its card, or the
     student's."""
+
+    @model_validator(mode="after")
+    def _interval_ascends(self) -> TeacherSection:
+        if not self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError("guidance_interval must be [least, largest] σ")
+        return self
 
 
 class StudentSection(Section):
@@ -98,7 +108,7 @@ class ImitationSection(Section):
     """Policy substeps per unit of raw time."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout of mixture components in the rollout."""
-    temperature: float | Literal["auto"] = 1.0
+    temperature: PositiveFloat | Literal["auto"] = 1.0
     """Mixture temperature at inference, not on the last step; "auto" = clamp(0.1·(nfe − 1), 0, 1)."""
     final_temperature: float = Field(1.0, gt=0, le=1)
     """Mixture temperature of the last step; below 1 it takes speckle out of students of one or two evaluations."""
@@ -235,6 +245,17 @@ class TrackingSection(Section):
     alias: str = "champion"
     """Alias that the new version gets."""
 
+    @model_validator(mode="after")
+    def _mlflow_takes_the_names(self) -> TrackingSection:
+        # It would refuse them itself, after the training.
+        if not re.fullmatch(r"[^/:.%\"']+", self.model):
+            raise ValueError(f"model {self.model!r} must not hold any of / : . % \" ' (MLflow's rule)")
+        if not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", self.alias, re.IGNORECASE):
+            raise ValueError(
+                f"alias {self.alias!r} must be of letters, digits, _ and -, not 'latest' nor 'v1' (MLflow's rule)"
+            )
+        return self
+
 
 class EvaluationSection(Section):
     captions: int = Field(384, ge=3)
@@ -296,6 +317,11 @@ class TeacherRecipe(_Recipe):
     guidance_distillation: GuidanceDistillationSection = GuidanceDistillationSection()
 
 
+def network_section(recipe: DistillRecipe | TeacherRecipe) -> TeacherSection | NetworkSection:
+    """The part of a recipe that names the network's family."""
+    return recipe.teacher if isinstance(recipe, DistillRecipe) else recipe.network
+
+
 Recipe = TypeVar("Recipe", DistillRecipe, TeacherRecipe)
 
 
@@ -343,6 +369,10 @@ def _read(source: str, folder: Path, seen: tuple[str, ...] = ()) -> dict[str, An
         tree = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"--recipe: {file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"--recipe: {file} is no recipe: it must hold keys and values, as those in {folder} do."
+        )
     if base := tree.pop("base", None):
         if base in seen:
             raise UserError(f"--recipe: {file} is based on itself ({' → '.join((*seen, base))}).")
@@ -370,7 +400,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"--set {override}: {section!r} is a value, not a section.")
         tree = child
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not YAML; put text in quotes.") from None
     # YAML 1.1 reads 1e-4 as a string; people write learning rates so.
     tree[last] = _number(parsed) if isinstance(parsed, str) else parsed
 

@@ -13,14 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from PIL.Image import Image
+from torch import Tensor
 
+from fewstep.data.autoencoder import load_autoencoder
+from fewstep.data.schema import Shape
 from fewstep.data.stream import Batch, ShardStream
 from fewstep.distill import PowerEMA
+from fewstep.evaluate.grid import sample_grid
+from fewstep.flow import gaussian_noise
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family_code import FamilyCode
 from fewstep.models.sharded import whole
+from fewstep.tracking.run import TrackedRun, Tracker
 from fewstep.train import checkpoint as ckpt
 from fewstep.train.objectives import Objective, build_objective
 from fewstep.train.parallel import average_gradients, drop_gathered, is_sharded, shard
@@ -32,16 +38,26 @@ EXPORT = "export"
 
 
 @dataclass(frozen=True)
+class Preview:
+    """The samples that a run draws now and then."""
+
+    conditioning: TextConditioning
+    shape: Shape
+    """Of the latents, (C, H, W)."""
+    autoencoder: str
+
+
+@dataclass(frozen=True)
 class WorkerJob:
     """What the driver hands to every worker."""
 
     recipe: DistillRecipe | TeacherRecipe
     null: TextConditioning
     """The empty caption (B = 1)."""
-    preview: dict[str, Any]
-    """Of the sample grids: `conditioning` of held-out captions, latent `shape` (C, H, W), `autoencoder`."""
-    tracking: dict[str, Any] | None
-    """Arguments of `Tracker.start`, or None."""
+    preview: Preview | None
+    """What the sample grids show; None for none."""
+    tracking: TrackedRun
+    """The run's place in MLflow."""
     home: str
     """The driver's folder, which the recipe's relative paths start from."""
     code: FamilyCode | None = None
@@ -72,47 +88,47 @@ def train_worker(job: WorkerJob) -> str | None:
     # Model, optimizer, average
     if job.code is not None:
         job.code.use()
-    objective = build_objective(recipe, job.null, device, is_sharded(settings, world_size))
+    sharded = is_sharded(settings, world_size)
+    objective = build_objective(recipe, job.null, device, sharded)
     shard(objective, settings, world_size)
     objective.read_weights(device)
     parameters = objective.parameters()
     optimizer = build_optimizer(parameters, recipe.optimizer)
     average = PowerEMA(parameters, recipe.optimizer.ema_gamma)
-    gloo = dist.new_group(backend="gloo")
 
     def tensors() -> dict[str, Any]:
         slots = ckpt.optimizer_tensors(optimizer, parameters)
         return {"model": parameters, "average": average.state_dict(), "optimizer": slots}
 
-    def begin_save(step: int, batches: int, metrics: dict[str, float]) -> ckpt.PendingCheckpoint:
-        run = job.tracking["run_id"] if job.tracking else ""
-        resolved = recipe.model_dump(mode="json")
-        state = ckpt.TrainState(step, batches, world_size, settings.seed, run, resolved, metrics)
-        return ckpt.begin_save(tensors(), state, gloo)
+    origin = ckpt.TrainState(
+        0, world_size, settings.seed, job.tracking.run_id, recipe.model_dump(mode="json")
+    )
+    checkpoints = ckpt.Checkpoints(tensors, origin, dist.new_group(backend="gloo"))
 
     # Resume
-    done, batches = 0, 0
+    done = 0
     if (latest := ray.train.get_checkpoint()) is not None:
         with latest.as_directory() as folder:
-            state = ckpt.read_state(Path(folder))
-            # Exact for the same number of workers; otherwise the stream goes on at about the same place.
-            done, batches = state.step, state.batches * state.world_size // world_size
+            done = ckpt.read_state(Path(folder)).step
+            if done > settings.steps:
+                return f"its last checkpoint is of step {done}: set train.steps to that or more."
             ckpt.load_tensors(tensors(), Path(folder))
         if rank == 0:
             print(f"resumed from the checkpoint of step {done}", flush=True)
+    # Exact for the same number of workers; otherwise the stream goes on at about the same place.
+    batches = done * settings.accumulate
 
     tracker = None
-    if rank == 0 and job.tracking is not None:
-        from fewstep.tracking.run import Tracker
-
-        tracker = Tracker.start(**job.tracking)
+    if rank == 0:
+        tracker = Tracker.join(job.tracking)
         if done:
             tracker.set_tags({"resumed_from_step": done})
 
+    batch_size = recipe.data.batch_size // (world_size * settings.accumulate)
     stream = ShardStream(
         recipe.data.path,
         "train",
-        batch_size=recipe.data.batch_size // (world_size * settings.accumulate),
+        batch_size=batch_size,
         seed=settings.seed,
         rank=rank,
         world_size=world_size,
@@ -120,15 +136,15 @@ def train_worker(job: WorkerJob) -> str | None:
     )
     source = iter(stream)
     meter = Meter(device)
-    pending: ckpt.PendingCheckpoint | None = None
     generator = torch.Generator()  # on the CPU: draws are then the same on every device
     started = time.perf_counter()
 
     for step in range(done + 1, settings.steps + 1):
-        # Now and then: samples
-        if settings.sample_every and (step - 1) % settings.sample_every == 0 and step > 1:
-            images = sample_grid(objective, average, job.preview, settings.seed, device)
+        # Now and then: samples, by all ranks where they hold the model together
+        if job.preview and (step - 1) % settings.sample_every == 0 and step > 1 and (sharded or rank == 0):
+            latents = sample(objective, average, job.preview, settings.seed, device, batch_size)
             if tracker is not None:
+                images = pictures(latents, job.preview.autoencoder, batch_size)
                 tracker.log_image(images, f"samples/step-{step - 1:06d}.png")
 
         # The step
@@ -156,30 +172,23 @@ def train_worker(job: WorkerJob) -> str | None:
             stream.seconds_waited = 0.0
             metrics["train/learning_rate"] = rate
             if metrics["train/non_finite"]:
-                if pending is not None:
-                    report(pending)
+                checkpoints.settle()
                 return _non_finite(step, metrics)
             if rank == 0:
                 print(progress_line(recipe.name, step, done, settings.steps, started, metrics), flush=True)
             if tracker is not None:
                 tracker.log_metrics(metrics, step)
 
-        # Now and then: a checkpoint begins here, and the one before it, long written, is reported
+        # Now and then: a checkpoint begins here, and is reported some steps later, long written
         if save:
-            if pending is not None:
-                report(pending)
-            pending = begin_save(step, batches, metrics)
-        elif pending is not None and step % settings.log_every == 0:
-            report(pending)
-            pending = None
+            checkpoints.begin(step, metrics)
+        elif step % settings.log_every == 0:
+            checkpoints.settle()
 
     # The end: the trained model goes into the last checkpoint
     weights = {name: whole(tensor).cpu() for name, tensor in average.state_dict().items()}
-    if pending is None:  # resumed from a checkpoint of the very last step
-        pending = begin_save(settings.steps, batches, {})
-    if rank == 0:
-        objective.export(pending.folder / EXPORT, weights)
-    report(pending)
+    export = (lambda folder: objective.export(folder / EXPORT, weights)) if rank == 0 else None
+    checkpoints.finish(settings.steps, export)
     if tracker is not None:
         tracker.flush(timeout=30)
     return None
@@ -230,37 +239,33 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def sample_grid(
-    objective: Objective, average: PowerEMA, preview: dict[str, Any], seed: int, device: torch.device
-) -> Any:
-    """Images of the preview captions from fixed noise, with averaged weights, as one PIL image."""
-    from fewstep.data.autoencoder import load_autoencoder
-    from fewstep.evaluate.grid import sample_grid as tile
-    from fewstep.flow import gaussian_noise
-
-    conditioning = preview["conditioning"].to(device)
-    noise = gaussian_noise((len(conditioning), *preview["shape"]), torch.Generator().manual_seed(seed))
+def sample(
+    objective: Objective,
+    average: PowerEMA,
+    preview: Preview,
+    seed: int,
+    device: torch.device,
+    batch_size: int,
+) -> Tensor:
+    """Latents (B, C, H, W) of the preview's captions from fixed noise, with averaged weights, some at a time."""
+    conditioning = preview.conditioning
+    noise = gaussian_noise((len(conditioning), *preview.shape), torch.Generator().manual_seed(seed))
     objective.model.eval()
+    latents = []
     with average.swapped():
         drop_gathered(objective.model)
-        latents = objective.sample(noise.to(device), conditioning)
+        for first in range(0, len(noise), batch_size):
+            part = slice(first, first + batch_size)
+            latents.append(objective.sample(noise[part].to(device), conditioning[part].to(device)).cpu())
     drop_gathered(objective.model)
     objective.model.train()
-    images = load_autoencoder(preview["autoencoder"]).decode(latents.cpu())
-    return tile(np.asarray(images), columns=8)
+    return torch.cat(latents)
 
 
-def report(pending: ckpt.PendingCheckpoint) -> None:
-    """Hand a written checkpoint to Ray Train; every rank calls this at the same step."""
-    import ray.train
-
-    folder = pending.wait()
-    ray.train.report(
-        {"step": pending.state.step, **pending.state.metrics},
-        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-        checkpoint_dir_name=f"step-{pending.state.step:07d}-{os.urandom(2).hex()}",
-        delete_local_checkpoint_after_upload=True,
-    )
+def pictures(latents: Tensor, autoencoder: str, batch_size: int) -> Image:
+    """The decoded latents side by side, as one picture."""
+    decode = load_autoencoder(autoencoder).decode
+    return sample_grid(torch.cat([decode(part) for part in latents.split(batch_size)]).numpy(), columns=8)
 
 
 def _non_finite(step: int, metrics: dict[str, float]) -> str:

@@ -1,0 +1,190 @@
+"""The door of a training: everything that can be refused before it starts is refused here, in one sentence."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fewstep.data.labels import class_names
+from fewstep.data.schema import DatasetInfo
+from fewstep.data.shipped import open_data
+from fewstep.errors import UserError
+from fewstep.evaluate.classifier import Classifier
+from fewstep.models.dual_stream import counterparts
+from fewstep.models.family import Family
+from fewstep.models.family_code import use_module
+from fewstep.models.network import PolicyNetwork
+from fewstep.models.registry import get_family
+from fewstep.models.teacher import open_teacher
+from fewstep.train.parallel import cpu_has_bfloat16
+from fewstep.train.recipe import (
+    DistillRecipe,
+    EvaluationSection,
+    TeacherRecipe,
+    TrainSection,
+    network_section,
+)
+
+
+def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
+    """Refuse what can't work, before anything starts.
+
+    Raises:
+        UserError: dataset, teacher, tracking address or cluster don't fit the recipe.
+    """
+    from fewstep.tracking.address import check_reachable
+
+    if (module := network_section(recipe).module) is not None:
+        use_module(module)
+    info = open_data(recipe.data.path)
+    _check_data(info, recipe)
+    _check_precision(recipe.train)
+    if isinstance(recipe, DistillRecipe):
+        teacher = recipe.teacher
+        transformer, family, _ = open_teacher(teacher.path, teacher.family, teacher.embedded_guidance)
+        _check_fit(info, transformer, family, teacher.path)
+        _check_start(recipe, transformer, family)
+        _check_evaluation(recipe.evaluation, info)
+    else:
+        network = recipe.network
+        if network.start is None:
+            family = get_family(network.family)
+            with torch.device("meta"):
+                transformer = family.build(network.config)
+        else:
+            told = recipe.flow_matching.guidance if recipe.guidance_distillation.teacher else None
+            transformer, family, _ = open_teacher(network.start, network.family, told)
+        _check_fit(info, transformer, family, network.start or network.family)
+        _check_imitated(recipe, info, transformer, family)
+    check_reachable(recipe.tracking.uri)
+    _check_cluster(recipe.train)
+    return info
+
+
+def _check_imitated(recipe: TeacherRecipe, info: DatasetInfo, transformer: nn.Module, family: Family) -> None:
+    """Refuse guidance distillation of a network without the input, or from a teacher of other data or another kind."""
+    imitated = recipe.guidance_distillation
+    if imitated.teacher is None:
+        return
+    if not getattr(getattr(transformer, "config", None), "guidance_embeds", False):
+        raise UserError(
+            f"guidance_distillation: a new network of the family {family.name!r} with this network.config takes no "
+            "guidance scale: add guidance_embeds: true (families flux and flux2), or leave "
+            "guidance_distillation.teacher null."
+        )
+    teacher, of_teacher, _ = open_teacher(imitated.teacher, imitated.family)
+    _check_fit(info, teacher, of_teacher, imitated.teacher)
+    if imitated.from_teacher:
+        counterparts(transformer, teacher)
+
+
+def _check_start(recipe: DistillRecipe, transformer: nn.Module, family: Family) -> None:
+    """Refuse a student to go on from that has another head, other adapters, or another base."""
+    from fewstep.export.adapter import check_adapter
+    from fewstep.export.pipeline import student_folder
+
+    student = recipe.student
+    if student.start is None:
+        return
+    network = PolicyNetwork(transformer, family, student.policy, student.lora, full=student.full)
+    try:
+        check_adapter(network, student_folder(student.start, recipe.tracking.uri))
+    except UserError as error:
+        raise UserError(f"student.start: {error}") from None
+
+
+def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> None:
+    data_free = isinstance(recipe, DistillRecipe) and recipe.imitation.data_free
+    if not info.has_latents and not data_free:
+        remedy = ", or set imitation.data_free=true" if isinstance(recipe, DistillRecipe) else ""
+        raise UserError(
+            f"data.path: {info.root} holds prompts alone, and this training needs images: prepare a dataset with "
+            f"images (jobs/prepare_data.py --source folder){remedy}."
+        )
+    info.check_world("train", recipe.train.workers)
+
+
+def _check_fit(info: DatasetInfo, transformer: nn.Module, family: Family, teacher: str) -> None:
+    """Refuse data of another autoencoder, text encoder or set of classes, and sizes that can't be cut into patches."""
+    shapes = {shard.shape for shard in info.shards}
+    channels, width = family.latent_channels(transformer), family.condition_width(transformer)
+    patch, classes = family.patch(transformer), family.classes(transformer)
+    if foreign := {shape[0] for shape in shapes} - {channels}:
+        raise UserError(
+            f"data.path: {info.root} holds latents of {foreign.pop()} channels (autoencoder "
+            f"{info.encoding.autoencoder!r}), the teacher {teacher!r} takes {channels}: prepare the data with the "
+            "teacher's own autoencoder."
+        )
+    if width and info.encoding.token_dim != width:
+        raise UserError(
+            f"data.path: {info.root} holds token states of width {info.encoding.token_dim} "
+            f"({info.encoding.text_encoder!r}), the teacher {teacher!r} takes {width}: prepare the data with the "
+            "teacher's own text encoder."
+        )
+    if classes is not None and classes != (known := len(class_names(info.encoding.text_encoder))):
+        raise UserError(
+            f"data.path: {info.root} has {known} classes ({info.encoding.text_encoder!r}), the teacher {teacher!r} "
+            f"knows {classes}: prepare the data with the teacher's own classes."
+        )
+    if uneven := [
+        f"{shape[1]}x{shape[2]}" for shape in sorted(shapes) if shape[1] % patch or shape[2] % patch
+    ]:
+        raise UserError(
+            f"data.path: latents of {uneven[0]} can't be cut into the teacher's {patch}x{patch} patches: prepare the "
+            "data at a size that is a multiple of the patch."
+        )
+    _check_pooled(info, transformer, teacher)
+
+
+def _check_evaluation(settings: EvaluationSection, info: DatasetInfo) -> None:
+    """Refuse an evaluation that has nothing to evaluate on, or nobody to judge classes."""
+    info.buckets("held_out")
+    by_class = settings.enabled and settings.promise == "classes"
+    if by_class and Classifier.bundled(info.encoding.text_encoder) is None:
+        raise UserError(
+            f"evaluation.promise: no classifier ships for what conditions {info.root} "
+            f"({info.encoding.text_encoder!r}): set evaluation.promise=quick."
+        )
+
+
+def _check_pooled(info: DatasetInfo, transformer: nn.Module, teacher: str) -> None:
+    """FLUX.1's class takes a vector of the whole caption: the encoder's own, or else the mean token state."""
+    wanted = getattr(getattr(transformer, "config", None), "pooled_projection_dim", None)
+    width = info.encoding.pooled_dim or info.encoding.token_dim
+    if wanted not in (None, width):
+        raise UserError(
+            f"data.path: {info.root} holds whole captions as vectors of width {width} "
+            f"({info.encoding.text_encoder!r}), the teacher {teacher!r} takes {wanted}: prepare the data with the "
+            "teacher's own text encoders (--text-encoder flux:PIPELINE)."
+        )
+
+
+def _check_precision(settings: TrainSection) -> None:
+    if settings.precision == "bfloat16" and not settings.gpu and not cpu_has_bfloat16():
+        raise UserError(
+            "train.precision: this CPU has no bfloat16 arithmetic, and would be 50 to 100 times slower than in "
+            "float32: set train.precision=float32, or train.gpu=true."
+        )
+    if settings.precision == "bfloat16" and not settings.gpu and settings.activation_checkpointing:
+        # Blocks that run again in backward do so outside of the mode that keeps attention in float32.
+        raise UserError(
+            "train.activation_checkpointing: on CPUs it works in float32 alone: set it to false, or "
+            "train.precision=float32."
+        )
+
+
+def _check_cluster(settings: TrainSection) -> None:
+    import ray
+
+    resources = ray.cluster_resources()
+    wanted = {"CPU": settings.workers * settings.cpus_per_worker}
+    if settings.gpu:
+        wanted["GPU"] = float(settings.workers)
+    for kind, amount in wanted.items():
+        available = resources.get(kind, 0.0)
+        if amount > available:
+            remedy = "lower train.cpus_per_worker" if kind == "CPU" else "set train.gpu=false"
+            raise UserError(
+                f"train.workers={settings.workers} need {amount:g} {kind}s, the Ray cluster has {available:g}: "
+                f"use fewer workers, or {remedy}, or add nodes."
+            )

@@ -1,0 +1,87 @@
+"""What a run leaves so that it can be found again: a record in this folder, and its checkpoints in its storage."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from fewstep.data.storage import Storage
+from fewstep.errors import UserError
+from fewstep.train import checkpoint as ckpt
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe
+
+RECORDS = Path(".fewstep") / "runs"
+"""Of each run RUN.json, a `RunRecord`, and RUN.yaml, its recipe."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Where a run's parts are."""
+
+    mlflow_run: str
+    storage: str
+    """Address of checkpoints, absolute."""
+
+    @classmethod
+    def of(cls, run_name: str) -> RunRecord | None:
+        """What this folder knows of a run."""
+        file = RECORDS / f"{run_name}.json"
+        return cls(**json.loads(file.read_text())) if file.exists() else None
+
+    def save(self, run_name: str, recipe: DistillRecipe | TeacherRecipe) -> None:
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        (RECORDS / f"{run_name}.json").write_text(json.dumps(asdict(self)))
+        resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        (RECORDS / f"{run_name}.yaml").write_text(resolved)
+
+
+def recorded_recipe(run_name: str) -> Path | None:
+    """The recipe of a run that was started from this folder."""
+    file = RECORDS / f"{run_name}.yaml"
+    return file if file.exists() else None
+
+
+def last_state(storage: str, run_name: str) -> ckpt.TrainState | None:
+    """What a run's newest checkpoint says of it, wherever the run was started.
+
+    Args:
+        storage: folder or `s3://…` of all runs' checkpoints.
+
+    Raises:
+        UserError: the storage is out of reach.
+    """
+    place = Storage.at(f"{storage}/{run_name}")
+    states = [name for name in place.list() if name.startswith(ckpt.FOLDER) and name.endswith(ckpt.STATE)]
+    content = place.read(max(states)) if states else None
+    return None if content is None else ckpt.TrainState.parse(content)
+
+
+def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> None:
+    """Refuse to continue a run that is not there: under a mistyped name or address it would begin anew.
+
+    Raises:
+        UserError: the recipe's storage has no such run, and this folder none that was to be there.
+    """
+    storage, record = absolute(recipe.train.storage), RunRecord.of(run_name)
+    if (record and record.storage == storage) or Storage.at(f"{storage}/{run_name}").list():
+        return
+    if record is not None:
+        raise UserError(
+            f"--resume: run {run_name!r} is not in {storage}, its checkpoints are in {record.storage}: "
+            f"add --set train.storage={record.storage}, or move them."
+        )
+    near = difflib.get_close_matches(run_name, [record.stem for record in RECORDS.glob("*.json")], 1)
+    raise UserError(
+        f"--resume: there is no run {run_name!r} in {recipe.train.storage}; "
+        + (f"did you mean {near[0]!r}?" if near else "give the name that the run printed when it began.")
+    )
+
+
+def absolute(address: str) -> str:
+    """A folder's absolute path; other addresses as they are."""
+    return address if "://" in address else os.path.abspath(os.path.expanduser(address))
