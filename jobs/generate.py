@@ -35,6 +35,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/generated.png"), help="default: %(default)s")
     options = parser.parse_args()
+    for name in ("steps", "count", "teacher_steps", "scale"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if options.out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
+        parser.error(f"--out {options.out}: its name must end in .png, .jpg or .webp")
 
     import numpy as np
     import torch

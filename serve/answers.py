@@ -8,10 +8,11 @@ import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 from fastapi.responses import Response, StreamingResponse
 
-from serve.errors import error_body
+from serve.errors import error_body, failure, log
 from serve.schema import Delivery, Drawn, Order, PreviewImage, Refused
 from serve.service import Service
 
@@ -66,6 +67,10 @@ async def image_events(service: Service, order: Order, begin: float) -> Response
         except asyncio.CancelledError:
             code, status = "cancelled", 499
             raise
+        except Exception:
+            log.exception("request %s failed", order.request_id)
+            code, status = "internal", 500
+            yield _event("error", {}, **error_body(failure(order.request_id)))
         finally:
             await messages.aclose()
             service.answered(order, begin, status, delivery, code)
@@ -99,7 +104,7 @@ def _facts(delivery: Delivery, order: Order) -> dict[str, Any]:
 
 
 def _headers(delivery: Delivery) -> dict[str, str]:
-    return {"x-fewstep-model": f"{delivery.model}@{delivery.version}"}
+    return {"x-fewstep-model": quote(f"{delivery.model}@{delivery.version}", safe="@:/")}  # headers are ASCII
 
 
 def _base64(content: bytes) -> str:

@@ -65,13 +65,14 @@ def add_error_handlers(api: FastAPI, service: Service) -> None:
     async def failed(request: Request, error: Exception) -> Response:
         request_id = request.headers.get("x-request-id", "unknown")
         log.error("request %s failed", request_id, exc_info=error)
-        return answer(
-            Refusal(
-                500,
-                f"the service failed; its log has request {request_id}: try again, or report it.",
-                "internal",
-            )
-        )
+        return answer(failure(request_id))
+
+
+def failure(request_id: str) -> Refusal:
+    """What a request is told whose failure is the service's own."""
+    return Refusal(
+        500, f"the service failed; its log has request {request_id}: try again, or report it.", "internal"
+    )
 
 
 def error_body(refusal: Refusal) -> dict[str, Any]:

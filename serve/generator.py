@@ -87,12 +87,12 @@ class Generator:
 
     async def draw_stream(self, order: Order) -> AsyncIterator[PreviewImage | Delivery | Refusal]:
         """Previews as they form, and at the end what `draw` gives."""
-        previews: asyncio.Queue[PreviewImage | None] = asyncio.Queue()
+        previews: asyncio.Queue[Callable[[], PreviewImage] | None] = asyncio.Queue()
         drawing = asyncio.create_task(self._draw(order, previews.put_nowait))
         drawing.add_done_callback(lambda task: previews.put_nowait(None))
         try:
             while (preview := await previews.get()) is not None:
-                yield preview
+                yield await asyncio.to_thread(preview)  # a large picture takes half a second to encode
             yield await drawing
         finally:
             drawing.cancel()
@@ -102,7 +102,7 @@ class Generator:
         return [await self._entry(name) for name in self._store.sources]
 
     async def _draw(
-        self, order: Order, show: Callable[[PreviewImage], None] | None = None
+        self, order: Order, show: Callable[[Callable[[], PreviewImage]], None] | None = None
     ) -> Delivery | Refusal:
         from fewstep.data.labels import is_labels
         from fewstep.engine.batcher import Overloaded
@@ -150,17 +150,21 @@ class Generator:
         return await asyncio.to_thread(self._deliver, order, model, steps, images)
 
     def _preview(
-        self, order: Order, index: int, steps: int, show: Callable[[PreviewImage], None] | None
+        self, order: Order, index: int, steps: int, show: Callable[[Callable[[], PreviewImage]], None] | None
     ) -> Callable[[Preview], None] | None:
+        """What the engine calls with previews of image `index`: those wanted are passed on, still to be encoded."""
         wanted = steps if order.partial_images is None else order.partial_images
         if show is None or wanted == 0:
             return None
 
-        def encode(preview: Preview) -> None:
-            if preview.step > steps - wanted:
-                show(PreviewImage(index, preview.step, steps, encode_image(preview.pixels)))
+        def encoded(preview: Preview) -> PreviewImage:
+            return PreviewImage(index, preview.step, steps, encode_image(preview.pixels))
 
-        return encode
+        def pass_on(preview: Preview) -> None:
+            if preview.step > steps - wanted:
+                show(partial(encoded, preview))
+
+        return pass_on
 
     def _deliver(
         self, order: Order, model: LoadedModel, steps: int, images: list[GeneratedImage]

@@ -106,6 +106,9 @@ def build_api(settings: Settings, generator: DeploymentHandle) -> FastAPI:
         except asyncio.CancelledError:
             code, status = "cancelled", 499
             raise
+        except Exception:  # answered by the handler of last resort
+            code, status = "internal", 500
+            raise
         finally:
             if not body.stream or status != 200:
                 service.answered(order, begin, status, delivery, code)

@@ -38,7 +38,7 @@ class ImageRequest(BaseModel):
     partial_images: Annotated[int, Field(ge=0)] | None = None
     """How many previews to stream, the last ones before the end; by default one per evaluation."""
     user: str | None = None
-    """The caller's own mark of an end user; written to the log."""
+    """The caller's own mark of an end user; accepted for OpenAI's sake, without effect."""
     quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = None
     """Accepted for OpenAI's sake, without effect: `num_inference_steps` decides."""
     style: Literal["vivid", "natural"] | None = None

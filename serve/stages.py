@@ -26,25 +26,30 @@ class Encoder:
         import torch
 
         from fewstep.engine.engine import PromptEncoder
+        from fewstep.engine.in_flight import InFlight
 
         torch.set_num_threads(threads)
         self._loaded: dict[tuple[str, int], CaptionEncoder] = {}
-        self._loading, self._prompts = asyncio.Lock(), PromptEncoder()
+        self._loading, self._prompts = InFlight(self._load), PromptEncoder()
 
     async def encode(self, name: str, max_tokens: int, prompts: list[str]) -> list[TextConditioning] | str:
         """Each prompt encoded (B = 1), or the sentence that refuses one."""
-        from fewstep.data.encoder import load_encoder
         from fewstep.errors import UserError
 
         try:
-            async with self._loading:
-                if (key := (name, max_tokens)) not in self._loaded:
-                    self._loaded[key] = await asyncio.to_thread(
-                        load_encoder, name, max_tokens=max_tokens, device=_device()
-                    )
+            if (key := (name, max_tokens)) not in self._loaded:
+                await self._loading(key)
             return await self._prompts.encode(self._loaded[key], prompts)
         except UserError as error:
             return str(error)
+
+    async def _load(self, key: tuple[str, int]) -> None:
+        from fewstep.data.encoder import load_encoder
+
+        name, max_tokens = key
+        self._loaded[key] = await asyncio.to_thread(
+            load_encoder, name, max_tokens=max_tokens, device=_device()
+        )
 
 
 @serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})

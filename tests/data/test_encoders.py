@@ -12,7 +12,7 @@ from diffusers import (
     Flux2Pipeline,
 )
 
-from fewstep.data import text
+from fewstep.data import autoencoder, text
 from fewstep.data.autoencoder import load_autoencoder
 from fewstep.data.encoder import CaptionEncoder, encoder_widths, load_encoder
 from fewstep.errors import UserError
@@ -125,7 +125,7 @@ def test_pixels_survive_the_way_to_latents_and_back():
     assert pixel.decode(torch.full((1, 3, 1, 1), 7.0)).unique().tolist() == [255]
 
 
-def test_a_kl_autoencoder_gives_latents_in_the_teacher_s_units(tmp_path):
+def test_a_kl_autoencoder_gives_latents_in_the_teacher_s_units(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
@@ -142,6 +142,9 @@ def test_a_kl_autoencoder_gives_latents_in_the_teacher_s_units(tmp_path):
         decoded = model.decode(mean).sample
     assert torch.allclose(latents, (mean - 0.25) * 0.5, atol=1e-6)
     expected = ((decoded.movedim(1, -1) + 1) * 127.5).round().clamp(0, 255)
+    assert (loaded.decode(latents).float() - expected).abs().max() <= 1
+    monkeypatch.setattr(autoencoder, "PIXELS_TOGETHER", 8 * 12)  # one image at a time
+    torch.testing.assert_close(loaded.encode(images), latents, atol=1e-5, rtol=0)
     assert (loaded.decode(latents).float() - expected).abs().max() <= 1
     with pytest.raises(UserError, match=r"9x8 pixels doesn't fit .* multiples of 2"):
         loaded.latent_shape(8, 9)

@@ -108,6 +108,14 @@ def test_a_style_goes_on_top_and_off_again_by_diffusers_own_calls(pipe, tmp_path
     torch.testing.assert_close(latents(pipe), plain, atol=1e-6, rtol=0)
 
 
+def test_a_dtype_is_the_transformers_and_the_head_stays_exact(folder, pipe) -> None:
+    plain = latents(pipe)
+    half = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, trust_remote_code=True)
+    for loaded in (half, pipe.to(torch.bfloat16)):
+        assert (loaded.transformer.dtype, loaded.head.dtype) == (torch.bfloat16, torch.float32)
+        assert (latents(loaded) - plain).square().mean().sqrt() < 0.1
+
+
 def test_half_the_bytes_draw_nearly_the_same(student, merged, tmp_path) -> None:
     save_diffusers(student, tmp_path / "half", merged=True, dtype=torch.bfloat16)
     size = {

@@ -80,6 +80,9 @@ def test_other_sizes_work_and_impossible_ones_are_refused(pipe: FewStepPipeline)
     [
         ({"num_inference_steps": 1000}, "num_inference_steps must be 1 to 128"),
         ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be above 0"),
+        ({"output_type": "pt"}, "output_type must be one of pil, np, latent; got 'pt'"),
     ],
 )
 def test_impossible_requests_are_refused(pipe: FewStepPipeline, arguments: dict, message: str) -> None:

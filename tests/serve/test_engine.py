@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from dataclasses import astuple
 from pathlib import Path
 
@@ -258,16 +259,48 @@ def test_a_version_says_which_weights(model, tmp_path: Path) -> None:
     from fewstep.engine.models import locate_version
     from fewstep.export.pipeline import student_folder
 
-    assert model.version == locate_version("emoji-student")[1]
+    assert model.version == locate_version("emoji-student", tmp_path / "unused")[1]
     for file in student_folder("emoji-student").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert locate_version(str(tmp_path))[1] == model.version
+    assert locate_version(str(tmp_path), tmp_path / "unused")[1] == model.version
     with (tmp_path / "fewstep.json").open("a") as card:
         card.write("\n")
-    assert locate_version(str(tmp_path))[1] != model.version
+    assert locate_version(str(tmp_path), tmp_path / "unused")[1] != model.version
 
 
-def test_a_model_may_lie_in_object_storage(model, s3_bucket: str) -> None:
+def test_a_load_goes_on_when_the_request_that_began_it_has_left(model) -> None:
+    async def scenario():
+        store = ModelStore({"a": ModelSource(name="a", source="emoji-student")})
+        first = asyncio.ensure_future(store.get("a"))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        async with asyncio.timeout(60):
+            while not store.loaded:
+                await asyncio.sleep(0.01)
+        assert (await store.get("a")).version == model.version
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_is_offered_anew_while_it_loads_is_the_new_one(model, tmp_path: Path) -> None:
+    from fewstep.export.pipeline import student_folder
+
+    for file in student_folder("emoji-student").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with (tmp_path / "fewstep.json").open("a") as card:
+        card.write("\n")
+
+    async def scenario():
+        store = ModelStore({"a": ModelSource(name="a", source="emoji-student")})
+        asked = asyncio.ensure_future(store.get("a"))
+        await asyncio.sleep(0.01)
+        await store.offer({"a": ModelSource(name="a", source=str(tmp_path))})
+        assert (await asked).version != model.version, "not the one that was withdrawn"
+
+    asyncio.run(scenario())
+
+
+def test_a_model_may_lie_in_object_storage(model, s3_bucket: str, tmp_path: Path, monkeypatch) -> None:
     from fewstep.data.storage import Storage
     from fewstep.export.pipeline import student_folder
 
@@ -277,10 +310,13 @@ def test_a_model_may_lie_in_object_storage(model, s3_bucket: str) -> None:
 
     async def scenario():
         store = ModelStore({"remote": ModelSource(name="remote", source=f"{s3_bucket}/student")})
+        assert await store.version("remote") is None, "nothing is fetched to tell a version"
         return await store.get("remote")
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     remote = asyncio.run(scenario())
     assert remote.version == model.version
+    assert not list(tmp_path.iterdir()), "what was fetched is deleted when it is in memory"
     assert torch.equal(
         draw(remote, [ImageTask("x", 0)])[0].latent, draw(model, [ImageTask("x", 0)])[0].latent
     )

@@ -80,13 +80,19 @@ class KLAutoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        pixels = _signed(images).to(self._model.device, self._model.dtype)
-        return self._normalised(self._mode(pixels).float()).cpu()
+        parts = []
+        for part in images.split(_together(images.shape[1] * images.shape[2])):
+            pixels = _signed(part).to(self._model.device, self._model.dtype)
+            parts.append(self._normalised(self._mode(pixels).float()).cpu())
+        return torch.cat(parts)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        raw = self._raw(latents.to(self._model.device).float())
-        return _pixels(self._picture(raw.to(self._model.dtype)))
+        parts = []
+        for part in latents.split(_together(latents[0, 0].numel() * self._factor**2)):
+            raw = self._raw(part.to(self._model.device).float())
+            parts.append(_pixels(self._picture(raw.to(self._model.dtype))))
+        return torch.cat(parts)
 
     def _reduction(self) -> int:
         return 2 ** (len(self._config.block_out_channels) - 1)
@@ -160,6 +166,9 @@ class Flux2Autoencoder(KLAutoencoder):
         return norm.running_mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
 
 
+PIXELS_TOGETHER = 4 * 2**20
+"""Pixels that go through a model at once: a megapixel takes a GiB in its widest layers."""
+
 KINDS = {
     "AutoencoderKL": KLAutoencoder,
     "AutoencoderKLQwenImage": QwenImageAutoencoder,
@@ -196,6 +205,11 @@ def load_autoencoder(name: str = PIXEL, *, device: torch.device | str = "cpu") -
             "a folder of a diffusers AutoencoderKL (`folder:vae` for a pipeline's), or a hub id."
         ) from error
     return KINDS[kind](name, model.eval().requires_grad_(False).to(device))
+
+
+def _together(pixels: int) -> int:
+    """How many images of so many pixels go through a model at once."""
+    return max(1, PIXELS_TOGETHER // pixels)
 
 
 def _signed(images: Tensor) -> Tensor:

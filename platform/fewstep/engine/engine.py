@@ -29,8 +29,8 @@ from fewstep.flow import NextStep, gaussian_noise
 from fewstep.models.conditioning import TextConditioning
 
 Sampler = Literal["student", "teacher"]
-REMEMBERED_PROMPTS = 512
-"""Prompts whose token states are remembered."""
+REMEMBERED_BYTES = 64 * 2**20
+"""Of token states of the latest prompts; a caption of FLUX.1's encoder takes 8 MiB, of a small one 100 kB."""
 PROMPTS_TOGETHER = 8
 """Most prompts encoded together; on a CPU more of them gain nothing."""
 
@@ -181,7 +181,7 @@ class PromptEncoder:
         texts = await loop.run_in_executor(self._thread, encoder.each, prompts)
         if len(prompts) == 1:
             self._remembered[encoder.name, prompts[0]] = texts[0]
-            if len(self._remembered) > REMEMBERED_PROMPTS:
+            while sum(text.states.nbytes for text in self._remembered.values()) > REMEMBERED_BYTES:
                 self._remembered.popitem(last=False)
         return texts
 
@@ -289,14 +289,18 @@ class Engine:
     ) -> list[float | Literal[Turn.UNFINISHED]]:
         loop = asyncio.get_running_loop()
         drawings = [entry.item for entry in batch]
-        previews = await loop.run_in_executor(self._thread, self._evaluate, key, drawings)
-        for entry in batch:
-            if (preview := previews.get(entry.item)) is not None and not entry.abandoned:
-                entry.item.task.on_preview(preview)
+        clean = await loop.run_in_executor(self._thread, self._evaluate, key, drawings)
+        if clean is not None:
+            shown = [entry for entry in batch if entry.item.task.on_preview is not None]
+            pixels = await self._stages.decode(key.model, clean)
+            for entry, image in zip(shown, pixels, strict=True):
+                if not entry.abandoned:
+                    entry.item.task.on_preview(Preview(entry.item.done, image))
         return [entry.waited_s if entry.item.done == entry.item.steps else Turn.UNFINISHED for entry in batch]
 
-    def _evaluate(self, key: BatchKey, drawings: list[Drawing]) -> dict[Drawing, Preview]:
-        """One network evaluation of a batch, each image at its own step; previews of those who asked."""
+    @torch.inference_mode()
+    def _evaluate(self, key: BatchKey, drawings: list[Drawing]) -> Tensor | None:
+        """One network evaluation of a batch, each image at its own step; x̂_0 of those who asked for previews."""
         pipeline, watch = key.model.pipeline, key.model.stopwatch
         begin = time.perf_counter()
         conditioning = TextConditioning.join([drawing.text for drawing in drawings]).to(pipeline.device)
@@ -317,18 +321,8 @@ class Engine:
             drawing.latent = latent
             drawing.evaluations.append(report)
         self._on_evaluation(report)
-        return {} if clean is None else self._previews(key, drawings, clean)
-
-    @torch.inference_mode()
-    def _previews(
-        self, key: BatchKey, drawings: list[Drawing], clean: Callable[[], Tensor]
-    ) -> dict[Drawing, Preview]:
-        """Decodes x̂_0 of those who asked, and of nobody else."""
         rows = [row for row, drawing in enumerate(drawings) if drawing.task.on_preview is not None]
-        if not rows:
-            return {}
-        shown = zip(rows, key.model.pipeline.decode(clean()[rows]), strict=True)
-        return {drawings[row]: Preview(drawings[row].done, pixels) for row, pixels in shown}
+        return clean()[rows].float().cpu() if rows and clean is not None else None
 
 
 def tensor_thread(name: str) -> ThreadPoolExecutor:

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fewstep.data.storage import Storage
+from fewstep.engine.in_flight import InFlight
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
 from fewstep.export.pipeline import DEFAULT_TRACKING, FewStepPipeline, student_folder
@@ -136,7 +139,7 @@ class ModelStore:
         self._tracking_uri, self._device = tracking_uri, device
         self._memory_bytes, self._compile, self._whole = memory_bytes, compile, whole
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._loading = InFlight(self._load_and_install)
         self._failed: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-models")
 
@@ -155,16 +158,15 @@ class ModelStore:
             UnknownModel: none is configured.
             UserError: it can't be loaded.
         """
-        if name not in self.sources:
-            raise UnknownModel(name)
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            if name not in self._loaded:
-                self._install(await self._in_thread(self._load, self.sources[name]))
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
+        while name not in self._loaded:
+            if name not in self.sources:
+                raise UnknownModel(name)
+            await self._loading(self.sources[name])
+        self._loaded.move_to_end(name)
+        return self._loaded[name]
 
-    async def version(self, name: str) -> str:
-        """The exact version that requests for `name` get now, without loading weights where that can be known.
+    async def version(self, name: str) -> str | None:
+        """The exact version that requests for `name` get now; None where only fetching the weights would tell.
 
         Raises:
             UserError: the source can't be reached.
@@ -185,18 +187,19 @@ class ModelStore:
                 continue
             try:
                 version = await self._in_thread(self._current_version, source)
-                if version == self._loaded[name].version or self._failed.get(version, 0) > time.monotonic():
+                if name not in self._loaded or version == self._loaded[name].version:
+                    continue
+                if self._failed.get(version, 0) > time.monotonic():
                     continue
                 try:
-                    model = await self._in_thread(self._load, source)
+                    model = await self._loading(source)
                 except UserError:
                     self._failed[version] = time.monotonic() + FAILED_AGAIN_S
                     raise
             except UserError as error:
-                log.warning("model %s stays at %s: %s", name, self._loaded[name].version, error)
+                log.warning("model %s stays at the version it has: %s", name, error)
                 continue
-            if name in self.sources:
-                self._install(model)
+            if self._loaded.get(name) is model:
                 replaced.append(model)
         return replaced
 
@@ -206,6 +209,13 @@ class ModelStore:
             if sources.get(name) != self.sources.get(name):
                 del self._loaded[name]
         self.sources = dict(sources)
+
+    async def _load_and_install(self, source: ModelSource) -> LoadedModel:
+        """Load a model; it takes its place unless another source was offered under its name meanwhile."""
+        model = await self._in_thread(self._load, source)
+        if self.sources.get(source.name) == source:
+            self._install(model)
+        return model
 
     def _install(self, model: LoadedModel) -> None:
         self._loaded[model.name] = model
@@ -220,25 +230,36 @@ class ModelStore:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     def _load(self, source: ModelSource) -> LoadedModel:
-        folder, version = locate_version(source.source, self._tracking_uri)
-        teacher = None if source.teacher is None else str(local_folder(source.teacher, self._tracking_uri))
-        pipeline = FewStepPipeline.from_pretrained(folder, teacher=teacher, device=self._device)
-        if self._compile:
-            pipeline.network.transformer.compile()
-        if self._whole:
-            pipeline("", seed=0, num_inference_steps=1)
+        with tempfile.TemporaryDirectory(prefix="fewstep-model-") as scratch:
+            into = Path(scratch)
+            folder, version = locate_version(source.source, into / "student", self._tracking_uri)
+            teacher = source.teacher and str(
+                local_folder(source.teacher, into / "teacher", self._tracking_uri)
+            )
+            pipeline = FewStepPipeline.from_pretrained(folder, teacher=teacher, device=self._device)
+            if self._compile:
+                pipeline.network.transformer.compile()
+            if self._whole:
+                pipeline("", seed=0, num_inference_steps=1)
         return LoadedModel(source.name, version, pipeline)
 
-    def _current_version(self, source: ModelSource) -> str:
+    def _current_version(self, source: ModelSource) -> str | None:
         if source.source.startswith("models:"):
             from fewstep.tracking.registry import look_up
 
             return str(look_up(source.source, _tracking(self._tracking_uri)).uri)
-        return locate_version(source.source, self._tracking_uri)[1]
+        if "://" in source.source:
+            return None
+        return _version_of(local_folder(source.source, Path(), self._tracking_uri))
 
 
-def locate_version(source: str, tracking_uri: str | None = None) -> tuple[Path, str]:
-    """A student's local folder (fetched if it is remote) and its exact version.
+def locate_version(source: str, into: Path, tracking_uri: str | None = None) -> tuple[Path, str]:
+    """A student's local folder and its exact version.
+
+    Args:
+        source: as in a `ModelSource`.
+        into: where files of object storage are fetched to.
+        tracking_uri: where `models:/…` is looked up.
 
     Raises:
         UserError: nothing is there.
@@ -246,36 +267,44 @@ def locate_version(source: str, tracking_uri: str | None = None) -> tuple[Path, 
     if source.startswith("models:"):
         from fewstep.tracking.registry import resolve
 
-        folder, info = resolve(source, _tracking(tracking_uri))
+        into.mkdir(parents=True)
+        folder, info = resolve(source, _tracking(tracking_uri), into)
         return folder, str(info.uri)
-    folder = local_folder(source, tracking_uri)
+    folder = local_folder(source, into, tracking_uri)
+    return folder, _version_of(folder)
+
+
+def _version_of(folder: Path) -> str:
+    """Of a local folder: a hash of its weights and card."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    return _hash_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=64)
+def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Read once for as long as sizes and times stay."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+    for file, _, _ in files:
         digest.update(file.read_bytes())
-    return folder, f"sha256:{digest.hexdigest()[:16]}"
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def local_folder(source: str, tracking_uri: str | None = None) -> Path:
-    """The local folder behind a bundled name, a folder, an MLflow address, or object storage (downloaded).
+def local_folder(source: str, into: Path, tracking_uri: str | None = None) -> Path:
+    """The local folder behind a bundled name, a folder, an MLflow address, or object storage (fetched to `into`).
 
     Raises:
         UserError: nothing is there.
     """
     if "://" not in source:
         return student_folder(source, tracking_uri)
-    from fewstep.data.storage import Storage
-
     storage = Storage.at(source)
-    target = Path(tempfile.mkdtemp(prefix="fewstep-model-"))
-    with storage.reachable():
-        names = storage.list()
-        for name in names:
-            file = target / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(storage.read(name) or b"")
-    if not names:
+    if not (names := storage.list()):
         raise UserError(f"no model lies at {source}: give the folder that a distillation job exported.")
-    return target
+    for name in names:
+        file = into / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(storage.read(name) or b"")
+    return into
 
 
 def _tracking(uri: str | None) -> str:

@@ -35,26 +35,21 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
 
     Raises:
         UserError: MLflow did not take the model version; everything else is done and printed by then.
+        Exception: the evaluation failed; the student is registered, without figures.
     """
     results, settings = Path("out") / trained.run_name, recipe.tracking
     tracker = Tracker.start(
         uri=settings.uri, experiment=settings.experiment, run_name=trained.run_name,
         params={}, tags={}, spool=spool(), run_id=trained.mlflow_run,
     )  # fmt: skip
+    metrics: dict[str, float] = {}
+    failure: Exception | None = None
     with tracker:
-        metrics: dict[str, float] = {}
         if recipe.evaluation.enabled:
-            report = evaluate(
-                trained.folder, recipe.data.path, recipe.evaluation, results, gpu=recipe.train.gpu
-            )
-            metrics = report.metrics()
-            tracker.log_metrics(metrics, recipe.train.steps)
-            verdicts = report.verdicts(recipe.evaluation.promise)
-            tracker.set_tags({f"promise.{v.name}": "kept" if v.kept else "missed" for v in verdicts})
-            text = f"{report.table()}\n\n{verdict_table(verdicts)}\n"
-            (results / "report.txt").write_text(text)
-            write_card(replace(read_student_card(trained.folder), metrics=metrics), trained.folder)
-            print(f"\n{text}\npicture     {results.absolute() / 'comparison.png'}", flush=True)
+            try:
+                metrics = _measure(recipe, trained, results, tracker)
+            except Exception as error:  # hours of training shall not go unregistered for it
+                failure = error
         loss_plot(_history(tracker)).savefig(_made(results) / "loss.png")
         tracker.log_artifact(results, "results")
     print(
@@ -70,6 +65,23 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
         f"generate    jobs/generate.py --model {model} --prompt {quote(_held_out_caption(recipe))} --seed 0",
         flush=True,
     )
+    if failure is not None:
+        raise failure
+
+
+def _measure(
+    recipe: DistillRecipe, trained: TrainedModel, results: Path, tracker: Tracker
+) -> dict[str, float]:
+    """Evaluate; the metrics also go to MLflow, into the student's card and, as a table, to the user."""
+    report = evaluate(trained.folder, recipe.data.path, recipe.evaluation, results, gpu=recipe.train.gpu)
+    metrics, verdicts = report.metrics(), report.verdicts(recipe.evaluation.promise)
+    tracker.log_metrics(metrics, recipe.train.steps)
+    tracker.set_tags({f"promise.{v.name}": "kept" if v.kept else "missed" for v in verdicts})
+    text = f"{report.table()}\n\n{verdict_table(verdicts)}\n"
+    (results / "report.txt").write_text(text)
+    write_card(replace(read_student_card(trained.folder), metrics=metrics), trained.folder)
+    print(f"\n{text}\npicture     {results.absolute() / 'comparison.png'}", flush=True)
+    return metrics
 
 
 def _held_out_caption(recipe: DistillRecipe) -> str:
@@ -117,7 +129,7 @@ def evaluate(
     device = "cuda" if gpu else "cpu"
     classifier = Classifier.bundled(card.text_encoder, device)
     images = draw_images(student, batch, methods, gpu=gpu)
-    decode = load_autoencoder(card.autoencoder).decode
+    decode = load_autoencoder(card.autoencoder, device=device).decode
     real = None if batch.latent is None else np.asarray(decode(batch.latent))
     steps = {reference: settings.reference_steps, **ladder}
     torch.set_num_threads(os.cpu_count() or 1)  # the samplers are done; Ray gives a job's driver one

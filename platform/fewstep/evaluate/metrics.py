@@ -82,7 +82,8 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def pixel_rmse(x: np.ndarray, y: np.ndarray) -> float:
     """Root mean square difference of (N, H, W, 3) uint8 images, in units where pixels span [−1, 1]."""
-    return float(np.sqrt(np.square(x.astype(np.float64) - y).mean()) / 127.5)
+    squares = [np.square(one.astype(np.float64) - other).mean() for one, other in zip(x, y, strict=True)]
+    return float(np.sqrt(np.mean(squares)) / 127.5)
 
 
 def diversity(x: np.ndarray) -> float:

@@ -17,8 +17,11 @@ from fewstep.evaluate.teacher_images import TeacherImages
 from fewstep.export.pipeline import read_student_card
 from fewstep.models.family_code import CODE, FamilyCode, find_code
 
+CHUNK_CELLS = 32 * 64 * 64
+"""Latent cells per unit of work: 32 captions of small images, 8 of a megapixel."""
+
 CHUNK = 32
-"""Captions per unit of work."""
+"""Most captions per unit of work."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,12 @@ def _draw(
 
     if not methods:
         return
+    _, height, width = batch.shape
+    chunk = min(CHUNK, max(1, CHUNK_CELLS // (height * width)))
     work = [
-        {**asdict(method), "start": start, "stop": min(start + CHUNK, len(batch))}
+        {**asdict(method), "start": start, "stop": min(start + chunk, len(batch))}
         for method in sorted(methods, key=lambda m: -m.steps)
-        for start in range(0, len(batch), CHUNK)
+        for start in range(0, len(batch), chunk)
     ]
     files = {file.name: file.read_bytes() for file in student.iterdir() if file.is_file()}
     dataset = ray.data.from_items(work, override_num_blocks=len(work)).map(

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.export.adapter import HEAD, OUTPUT, adapter_state
-from fewstep.export.pipeline import FewStepPipeline, StudentCard, read_student_card, write_card
+from fewstep.export.pipeline import FewStepPipeline, OutputType, StudentCard, read_student_card, write_card
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.heads import PolicySettings, build_head
@@ -77,6 +77,11 @@ class PolicyHead(nn.Module):
         """Of its weights."""
         return next(self.parameters()).dtype
 
+    def to(self, *arguments: Any, **options: Any) -> PolicyHead:
+        """Move to a device. The weights stay in float32 whatever the pipeline is told."""
+        device, *_ = torch._C._nn._parse_to(*arguments, **options)
+        return self if device is None else super().to(device)
+
     @classmethod
     def from_pretrained(cls, folder: str, **_: Any) -> PolicyHead:
         """Read what `save_pretrained` wrote; diffusers' keyword arguments for large models are of no use here."""
@@ -97,8 +102,11 @@ class PolicyHead(nn.Module):
         (folder / "head.py").write_text(f"from {__name__} import {PolicyHead.__name__}  # noqa: F401\n")
 
 
-class TransformerOnTeacher:
-    """How diffusers loads a transformer that is not on disk as a whole: the teacher's, the adapters merged into it."""
+class TransformerOnTeacher(nn.Module):
+    """How diffusers loads a transformer that is not on disk as a whole: the teacher's, the adapters merged into it.
+
+    A module in name only, because diffusers passes `torch_dtype` to modules alone.
+    """
 
     @staticmethod
     def from_pretrained(folder: str, torch_dtype: torch.dtype = torch.float32, **_: Any) -> nn.Module:
@@ -141,6 +149,9 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
         head: the policy head with the student's card.
     """
 
+    model_cpu_offload_seq = "transformer"
+    _exclude_from_cpu_offload = ("head",)  # small, and not called through its forward
+
     def __init__(self, transformer: nn.Module, head: PolicyHead) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, head=head)
@@ -155,7 +166,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         temperature: float | Literal["auto"] | None = None,
-        output_type: Literal["pil", "np", "latent"] = "pil",
+        output_type: OutputType = "pil",
         callback_on_step_end: Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[list[Any]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 CARD = "fewstep.json"
 DEFAULT_TRACKING = "sqlite:///mlflow.db"
+OutputType = Literal["pil", "np", "latent"]
 MAX_STEPS = 128
 """One policy substep per step is the finest schedule."""
 
@@ -155,18 +156,18 @@ class FewStepPipeline:
     def text_encoder(self) -> CaptionEncoder:
         from fewstep.data.encoder import load_encoder
 
-        return load_encoder(self.card.text_encoder, max_tokens=self.card.max_tokens)
+        return load_encoder(self.card.text_encoder, max_tokens=self.card.max_tokens, device=self.device)
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
         from fewstep.data.autoencoder import load_autoencoder
 
-        return load_autoencoder(self.card.autoencoder)
+        return load_autoencoder(self.card.autoencoder, device=self.device)
 
     @cached_property
     def teacher(self) -> GuidedTeacher:
         card = self.card
-        null = self.text_encoder.null().to(self.device)
+        null = None if card.guidance == 1 else self.text_encoder.null().to(self.device)
         return GuidedTeacher(self.network, null, card.guidance, card.guidance_interval)
 
     @classmethod
@@ -209,7 +210,7 @@ class FewStepPipeline:
         temperature: float | Literal["auto"] | None = None,
         height: int | None = None,
         width: int | None = None,
-        output_type: Literal["pil", "np", "latent"] = "pil",
+        output_type: OutputType = "pil",
         on_step: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> FewStepOutput:
         """Generate one image per prompt.
@@ -229,6 +230,12 @@ class FewStepPipeline:
             UserError: a size, step count or prompt that the model can't take.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not (temperature in (None, "auto") or 0 < temperature <= 1):
+            raise UserError(f"temperature must be above 0 and at most 1, or 'auto'; got {temperature}.")
+        if output_type not in get_args(OutputType):
+            raise UserError(
+                f"output_type must be one of {', '.join(get_args(OutputType))}; got {output_type!r}."
+            )
         steps = num_inference_steps or self.card.nfe
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"num_inference_steps must be 1 to {MAX_STEPS}, got {steps}.")
@@ -255,7 +262,7 @@ class FewStepPipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:
         """(B, C, H, W) latents → (B, H', W', 3) uint8."""
-        return np.asarray(self.autoencoder.decode(latents.cpu()))
+        return np.asarray(self.autoencoder.decode(latents))
 
     @torch.inference_mode()
     def sample(
@@ -349,7 +356,7 @@ def student_folder(path: str, tracking_uri: str | None = None) -> Path:
         from fewstep.tracking.registry import resolve
 
         return resolve(path, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING))[0]
-    return Path(locate(path))
+    return Path(locate(path, "model"))
 
 
 def _to_pil(pixels: np.ndarray) -> list[Any]:

@@ -55,8 +55,12 @@ class TeacherReference:
     """Of the user's file that registers the family (`family_code.py`); None for families of fewstep."""
 
 
-def locate(path: str) -> str:
+def locate(path: str, field: str = "teacher.path") -> str:
     """Turn a bundled name into its folder; other paths and hub ids come back as they are.
+
+    Args:
+        path: a bundled name, a folder or a hub id.
+        field: what a refusal calls it.
 
     Raises:
         UserError: nothing is there.
@@ -71,7 +75,7 @@ def locate(path: str) -> str:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise UserError(
-            f"teacher.path: there is no folder {path!r}; give a diffusers folder, a hub id (owner/name) or one of "
+            f"{field}: there is no folder {path!r}; give a diffusers folder, a hub id (owner/name) or one of "
             f"the bundled names: {', '.join(BUNDLED)}."
         )
     return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
