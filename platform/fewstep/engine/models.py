@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 import tempfile
 import time
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from fewstep.data.storage import Storage
 from fewstep.engine.in_flight import InFlight
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
-from fewstep.export.pipeline import DEFAULT_TRACKING, FewStepPipeline, student_folder
+from fewstep.export.pipeline import FewStepPipeline, registry_uri, student_folder
 
 log = logging.getLogger(__name__)
 FAILED_AGAIN_S = 60.0
@@ -247,7 +246,7 @@ class ModelStore:
         if source.source.startswith("models:"):
             from fewstep.tracking.registry import look_up
 
-            return str(look_up(source.source, _tracking(self._tracking_uri)).uri)
+            return str(look_up(source.source, registry_uri(self._tracking_uri)).uri)
         if "://" in source.source:
             return None
         return _version_of(local_folder(source.source, Path(), self._tracking_uri))
@@ -268,7 +267,7 @@ def locate_version(source: str, into: Path, tracking_uri: str | None = None) -> 
         from fewstep.tracking.registry import resolve
 
         into.mkdir(parents=True)
-        folder, info = resolve(source, _tracking(tracking_uri), into)
+        folder, info = resolve(source, registry_uri(tracking_uri), into)
         return folder, str(info.uri)
     folder = local_folder(source, into, tracking_uri)
     return folder, _version_of(folder)
@@ -305,7 +304,3 @@ def local_folder(source: str, into: Path, tracking_uri: str | None = None) -> Pa
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(storage.read(name) or b"")
     return into
-
-
-def _tracking(uri: str | None) -> str:
-    return uri or os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING)

@@ -355,8 +355,13 @@ def student_folder(path: str, tracking_uri: str | None = None) -> Path:
     if path.startswith(("models:", "runs:")):
         from fewstep.tracking.registry import resolve
 
-        return resolve(path, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING))[0]
+        return resolve(path, registry_uri(tracking_uri))[0]
     return Path(locate(path, "model"))
+
+
+def registry_uri(given: str | None) -> str:
+    """Where `models:/…` is looked up: as given, or MLflow's own setting, or the local database."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING)
 
 
 def _to_pil(pixels: np.ndarray) -> list[Any]:
