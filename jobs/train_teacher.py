@@ -37,7 +37,7 @@ def main() -> None:
     module = f" --set teacher.module={network.module}" if network.module else ""
     print(
         f"distil it   jobs/{job}.py --set teacher.path={trained.folder} --set teacher.family={network.family}{module} "
-        f"--set data.path={recipe.data.path}"
+        f"--set data.path={recipe.data.path} --set 'student.lora={{rank: 48}}'"
     )
 
 

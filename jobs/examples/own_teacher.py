@@ -3,7 +3,7 @@
     jobs/train_teacher.py --set network.module=jobs/examples/own_teacher.py --set network.family=conv_flow \\
         --set 'network.config={width: 64, depth: 6}'
     jobs/distill_qwen.py --set teacher.module=jobs/examples/own_teacher.py --set teacher.family=conv_flow \\
-        --set teacher.path=.fewstep/models/RUN
+        --set 'student.lora={rank: 48}' --set teacher.path=.fewstep/models/RUN
 
 docs/own_teacher.md explains every line.
 """

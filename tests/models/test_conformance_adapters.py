@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.errors import UserError
-from fewstep.export.adapter import WEIGHTS, load_adapter, save_adapter
+from fewstep.export.adapter import WEIGHTS, check_adapter, load_adapter, save_adapter
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.heads import GMFlowSettings
-from fewstep.models.network import PolicyNetwork
+from fewstep.models.heads import DXSettings, GMFlowSettings
+from fewstep.models.network import LoRASettings, PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
 
@@ -91,14 +91,43 @@ def test_a_round_trip_keeps_every_byte_of_every_tensor(adapter: str, tmp_path: P
         assert tensor.numpy().tobytes() == after[name].numpy().tobytes()
 
 
-def test_an_adapter_for_another_base_is_refused_with_what_does_not_fit() -> None:
+@pytest.mark.parametrize(
+    ("layers", "misfits"),
+    [
+        (1, r"num_layers \(2 for 1\), transformer_blocks.1.*lora_A.weight \(not in the base\); "),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused_with_what_does_not_fit(layers: int, misfits: str) -> None:
     family = get_family("qwen_image")
     other = family.build(
-        {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16,
+        {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": layers, "attention_head_dim": 16,
          "num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": [8, 4, 4]}
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"not an adapter for this base|no linear layer"):
+    with pytest.raises(UserError, match=f"not an adapter for this base: {misfits}give the teacher") as caught:
         load_adapter(other, family, ADAPTERS / "qwen_gm_adapter")
+    assert str(caught.value).count(" (") <= 5 + 1, "at most five are listed, then they are counted"
+
+
+def test_a_folder_that_says_nothing_of_a_head_is_no_student(tmp_path: Path) -> None:
+    for file in (ADAPTERS / "qwen_gm_adapter").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"_class_name": "QwenImageTransformer2DModel"}')
+    with pytest.raises(
+        UserError, match=r"holds no student: .* nothing of a policy head \(n_grid is missing\)"
+    ):
+        load_adapter(*teacher(), tmp_path)
+
+
+def test_an_adapter_of_another_head_is_not_gone_on_from() -> None:
+    settings = DXSettings(points=5, mode="grid", segment_size=1.0, shift=1.0)
+    source = ADAPTERS / "qwen_dx_adapter"
+    lora = LoRASettings(rank=4, targets=tuple(
+        name.removesuffix(".lora_A.weight") for name in load_file(source / WEIGHTS) if name.endswith(".lora_A.weight")
+    ))  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"not an adapter for this head: .*shift=3.2.*shift=1.0.*set student.policy"
+    ):
+        check_adapter(PolicyNetwork(*teacher(), settings, lora), source)
 
 
 def test_adapters_and_head_train_and_nothing_else() -> None:

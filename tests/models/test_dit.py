@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.data.encoder import load_encoder
@@ -22,7 +23,7 @@ from fewstep.models.heads import DXSettings, GMFlowSettings
 from fewstep.models.network import GuidedTeacher, LoRASettings, PolicyNetwork
 from fewstep.models.prediction import DiffusionPrediction
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import TeacherCard, load_teacher, save_teacher
+from fewstep.models.teacher import TeacherCard, load_teacher, open_teacher, save_teacher
 from fewstep.policies import rollout
 
 FAMILY = DiT()
@@ -131,6 +132,42 @@ def test_a_scheduler_that_says_nothing_known_is_refused_and_a_flows_is_a_velocit
     file.write_text(json.dumps({"_class_name": "DDIMScheduler", "prediction_type": "score"}))
     with pytest.raises(UserError, match="prediction_type 'score'"):
         load_teacher(str(tmp_path), "dit")
+
+
+def test_a_trained_noise_predictor_is_saved_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "linear"}
+    transformer = FAMILY.build(TINY | {"scheduler": scheduler})
+    assert transformer.proj_out.layer.weight.abs().max() == 0, "a new one begins at a prediction of zero"
+    with torch.no_grad():
+        for parameter in transformer.parameters():  # as training does, all of them
+            parameter.copy_((parameter + torch.randn_like(parameter) * 0.1).half())
+    card = TeacherCard("dit", "labels:5", "pixel", (3, 8, 8), shift=1.0, guidance=2.0)
+    save_teacher(transformer, card, tmp_path, dict(transformer.named_parameters()))
+    loaded, family, _ = load_teacher(str(tmp_path), "dit")
+    labels = classes("0", "4", "")
+    with torch.no_grad():
+        before, after = (family.denoise(network.eval(), X, T, labels) for network in (transformer, loaded))
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+
+
+def test_a_teacher_of_another_family_or_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    DiTTransformer2DModel(**TINY).save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"holds no qwen_image model .* and \d+ others are missing"):
+        load_teacher(str(tmp_path / "whole"), "qwen_image")
+    with pytest.raises(UserError, match=r"holds no qwen_image model .* and \d+ others are missing"):
+        open_teacher(str(tmp_path / "whole"), "qwen_image")
+    file = tmp_path / "whole" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["proj_out_2.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"holds no dit model .*DiTTransformer2DModel's weights proj_out_2.weight are missing"
+    ):
+        load_teacher(str(tmp_path / "whole"), "dit")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="holds no dit model"):
+        load_teacher(str(tmp_path / "whole"), "dit")
 
 
 def test_a_saved_teacher_opens_in_diffusers_itself(tiny_dit: nn.Module, tmp_path: Path) -> None:

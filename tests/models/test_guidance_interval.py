@@ -36,3 +36,22 @@ def test_samples_outside_of_the_interval_cost_one_pass(high: float, inside: int)
     negative = network.velocity(x, t, null.expand(4))
     scale = torch.where(t <= high, 3.0, 1.0)
     torch.testing.assert_close(velocity, guided_velocity(positive, negative, scale))
+
+
+def test_orthogonal_guidance_leaves_the_predicted_image_as_large_as_it_was() -> None:
+    """What it adds to the velocity has no part along x̂_0 (METHOD.md section 4)."""
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.8, 0.3])
+
+    class Network:
+        def velocity(self, x, t, conditioning):
+            return torch.sin(3 * x) + conditioning.states.mean((1, 2))[:, None, None, None]
+
+    null, text = (
+        TextConditioning.collate([torch.full((2, 4), value)] * n) for value, n in ((0.0, 1), (0.7, 2))
+    )
+    plain = Network().velocity(x, t, text)
+    added = GuidedTeacher(Network(), null, scale=4.0, orthogonal=1.0).velocity(x, t, text) - plain
+    clean = x - t[:, None, None, None] * plain
+    along = (added * clean).sum((1, 2, 3)) / (added.norm() * clean.norm())
+    assert added.norm() > 0.1
+    torch.testing.assert_close(along, torch.zeros(2), atol=1e-6, rtol=0)

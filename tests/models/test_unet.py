@@ -14,7 +14,9 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.models.heads import GMFlowSettings
 from fewstep.models.network import LoRASettings, PolicyNetwork
 from fewstep.models.prediction import DiffusionPrediction
-from fewstep.models.teacher import load_teacher
+from fewstep.models.teacher import check_guidance, load_teacher, reference_to
+from fewstep.train.plan import Machine, make_plan
+from fewstep.train.recipe import DistillRecipe
 
 TEXT = TextConditioning.collate([torch.randn(3, 8), torch.randn(5, 8)])
 X, T = torch.randn(2, 3, 8, 8), torch.tensor([0.4, 0.9])
@@ -66,6 +68,51 @@ def test_a_pipelines_unet_is_a_velocity_teacher_with_a_student(kind: str, tmp_pa
     torch.testing.assert_close(policy.velocity(X, T).detach(), truth, atol=0.1, rtol=1e-3)
     policy.velocity(X, T).square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for n, p in network.trainable().items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"addition_embed_type": "text"}, r"takes further inputs \(addition_embed_type\)"),
+        ({"num_class_embeds": 10}, r"takes further inputs \(num_class_embeds\)"),
+        ({"out_channels": 6}, r"maps 3 channels to 6"),
+    ],
+)
+def test_a_unet_that_wants_or_gives_more_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        get_family("unet").build(KINDS["conditional"] | changes)
+
+
+def test_guidance_of_a_teacher_without_a_condition_is_refused() -> None:
+    family = get_family("unet")
+    plain, conditional = (family.build(config) for config in KINDS.values())
+    check_guidance(family, conditional, 3.0, "teacher.guidance")
+    check_guidance(family, plain, 1.0, "teacher.guidance")
+    with pytest.raises(
+        UserError, match=r"teacher.guidance: a unet teacher .* none to leave out.* set it to 1"
+    ):
+        check_guidance(family, plain, 3.0, "teacher.guidance")
+
+
+def test_two_unet_pipelines_are_two_teachers(tmp_path: Path) -> None:
+    hashes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        get_family("unet").build(KINDS["plain"]).network.save_pretrained(tmp_path / str(seed) / "unet")
+        hashes.append(reference_to(str(tmp_path / str(seed)), "unet").sha256)
+    assert None not in hashes
+    assert hashes[0] != hashes[1]
+
+
+def test_a_unet_is_planned_without_its_weights(tmp_path: Path) -> None:
+    get_family("unet").build(KINDS["plain"]).network.save_pretrained(tmp_path / "unet")
+    recipe = DistillRecipe.model_validate(
+        {
+            "teacher": {"path": str(tmp_path), "family": "unet", "guidance": 1},
+            "student": {"lora": {"rank": 2}},
+        }
+    )
+    assert make_plan(recipe, Machine(1, 80, 100, 0.4), side=8, tokens=4).table()
 
 
 def test_a_unet_without_a_scheduler_is_refused(tmp_path: Path) -> None:

@@ -387,3 +387,16 @@ def test_the_triton_window_and_its_gradient_are_the_reference(
         return window.mean_velocity(on_triton, there, x.to(DEVICE), *tables).cpu()
 
     assert_window_and_gradient(case, substeps, triton)
+
+
+def test_one_policy_for_several_states_is_left_to_plain_torch() -> None:
+    """A kernel would read the policies of the other samples from beyond the means' end."""
+    torch.manual_seed(0)
+    policy = GMFlowPolicy(
+        torch.randn(1, 4, 3, 6, 6), torch.full((1, 1, 1, 1, 1), -2.0), torch.randn(1, 4, 1, 6, 6),
+        torch.randn(3, 3, 6, 6), torch.full((3,), 0.9),
+    )  # fmt: skip
+    assert kernels.kernel(policy, policy.x_src) is None
+    ends = (torch.full((3,), 0.9), torch.full((3,), 0.2), TimeShift(1.0))
+    x, _ = rollout(policy, policy.x_src, *ends)
+    torch.testing.assert_close(x, rollout_reference(policy, policy.x_src, tables(*ends)), atol=1e-4, rtol=0)

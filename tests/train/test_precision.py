@@ -9,21 +9,21 @@ import torch
 from torch.nn import functional as F
 
 from fewstep.errors import UserError
-from fewstep.train import trainer
+from fewstep.train import checks
 from fewstep.train.parallel import _bfloat16_products
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 
 def test_a_cpu_without_bfloat16_refuses_it_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(DistillRecipe, None, ["train.precision=bfloat16"], Path())
-    monkeypatch.setattr(trainer, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(checks, "cpu_has_bfloat16", lambda: False)
     with pytest.raises(UserError, match=r"no bfloat16 arithmetic.*train\.precision=float32"):
-        trainer._check_precision(recipe.train)
-    monkeypatch.setattr(trainer, "cpu_has_bfloat16", lambda: True)
-    trainer._check_precision(recipe.train)
+        checks._check_precision(recipe.train)
+    monkeypatch.setattr(checks, "cpu_has_bfloat16", lambda: True)
+    checks._check_precision(recipe.train)
     checkpointing = recipe.train.model_copy(update={"activation_checkpointing": True})
     with pytest.raises(UserError, match=r"on CPUs it works in float32 alone"):
-        trainer._check_precision(checkpointing)
+        checks._check_precision(checkpointing)
 
 
 def test_products_are_bfloat16_and_attention_float32() -> None:

@@ -86,7 +86,7 @@ def test_the_network_is_told_the_scale_of_the_recipe(tiny_flux_teacher) -> None:
 
 def test_data_without_the_whole_caption_s_vector_that_the_teacher_takes_is_refused(tiny_flux_teacher) -> None:
     transformer, _, _ = load_teacher(str(tiny_flux_teacher), "flux", 3.5)
-    info = SimpleNamespace(root="data", encoding=Encoding("minilm", 384, "pixel"))
+    info = SimpleNamespace(root="data", shards=(), encoding=Encoding("minilm", 384, "pixel"))
     _check_pooled(info, transformer, "tiny")  # the mean token state serves
     info.encoding = Encoding("minilm", 384, "pixel", pooled_dim=768)
     with pytest.raises(UserError, match=r"vectors of width 768 .* takes 384"):
@@ -131,7 +131,10 @@ def test_a_network_learns_to_be_told_the_scale_of_another_ones_guidance() -> Non
 
 def test_guidance_distillation_needs_a_network_that_is_told_a_scale() -> None:
     recipe = load_recipe(TeacherRecipe, None, ["guidance_distillation.teacher=emoji"], Path())
-    info, family = SimpleNamespace(root="data", encoding=Encoding("minilm", 384, "pixel")), get_family("flux")
+    info, family = (
+        SimpleNamespace(root="data", shards=(), encoding=Encoding("minilm", 384, "pixel")),
+        get_family("flux"),
+    )
     with torch.device("meta"):
         plain, told = (family.build(SMALL | {"guidance_embeds": embeds}) for embeds in (False, True))
     _check_imitated(recipe, info, told, family)
@@ -145,7 +148,10 @@ def test_guidance_distillation_needs_a_network_that_is_told_a_scale() -> None:
 def test_a_network_that_cannot_start_from_its_teacher_is_refused() -> None:
     settings = ["guidance_distillation={teacher: emoji, from_teacher: true}"]
     recipe = load_recipe(TeacherRecipe, None, settings, Path())
-    info, family = SimpleNamespace(root="data", encoding=Encoding("minilm", 384, "pixel")), get_family("flux")
+    info, family = (
+        SimpleNamespace(root="data", shards=(), encoding=Encoding("minilm", 384, "pixel")),
+        get_family("flux"),
+    )
     with torch.device("meta"):
         narrow, fitting = (
             family.build(SMALL | {"guidance_embeds": True, "num_layers": 5, "num_attention_heads": heads})

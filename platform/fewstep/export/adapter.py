@@ -29,6 +29,9 @@ CONFIG = "config.json"
 HEAD = "transformer.norm_out.head."
 """Where `PolicyNetwork` keeps its head."""
 
+LORA_A = ".lora_A.weight"
+"""How the names of half of an adapter's LoRA weights end, after the layer's."""
+
 OUTPUT = ("norm_out.", "proj_out.")
 """What begins so is the base's own output, or the student's head in its place."""
 
@@ -81,7 +84,8 @@ def load_adapter(transformer: nn.Module, family: Family, folder: Path) -> Policy
         UserError: no adapter there, or one for another base; what does not fit is listed.
     """
     config, policy, state = read_adapter(folder)
-    settings = _policy_settings(config, policy)
+    _check_layers(transformer, config, state, folder)
+    settings = _policy_settings(config, policy, folder)
     full = any(name in state for name, _ in transformer.named_parameters() if not name.startswith(OUTPUT))
     network = PolicyNetwork(transformer, family, settings, _lora_settings(state), full=full)
     _fill(network, _fitting(network, state, folder))
@@ -103,8 +107,14 @@ def check_adapter(network: PolicyNetwork, folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no adapter there, or one for another base, rank or head; what does not fit is listed.
     """
-    _, _, state = read_adapter(folder)
-    return _fitting(network, state, folder)
+    config, policy, state = read_adapter(folder)
+    state = _fitting(network, state, folder)
+    if (given := _policy_settings(config, policy, folder)) != network.policy_settings:
+        raise UserError(
+            f"{folder} is not an adapter for this head: it has {given!r}, and the student is to have "
+            f"{network.policy_settings!r}: set student.policy to the adapter's."
+        )
+    return state
 
 
 def _fitting(network: PolicyNetwork, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -116,10 +126,36 @@ def _fitting(network: PolicyNetwork, state: dict[str, Tensor], folder: Path) -> 
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    _refuse(misfits, folder)
+    return state
+
+
+def _check_layers(
+    transformer: nn.Module, config: dict[str, Any], state: dict[str, Tensor], folder: Path
+) -> None:
+    """Refuse adapters of layers that a base does not have, or of a base with another number of them."""
+    own = transformer.config
+    misfits = [
+        f"{key} ({config[key]} for {own[key]})"
+        for key in ("num_layers", "num_single_layers")
+        if key in config and key in own and config[key] != own[key]
+    ]
+    layers = {name for name, _ in transformer.named_modules()}
+    misfits += [
+        f"{name} (not in the base)"
+        for name in state
+        if name.endswith(LORA_A) and name.removesuffix(LORA_A) not in layers
+    ]
+    _refuse(misfits, folder)
+
+
+def _refuse(misfits: list[str], folder: Path) -> None:
     if misfits:
         more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-        raise UserError(f"{folder} is not an adapter for this base: {', '.join(misfits[:5])}{more}.")
-    return state
+        raise UserError(
+            f"{folder} is not an adapter for this base: {', '.join(misfits[:5])}{more}; give the teacher (and the "
+            "adapters' settings) that it was trained with."
+        )
 
 
 def _fill(network: PolicyNetwork, state: dict[str, Tensor]) -> None:
@@ -147,22 +183,25 @@ def _published(name: str) -> str:
     return name.removeprefix(HEAD).removeprefix("transformer.").replace(".default.weight", ".weight")
 
 
-def _policy_settings(config: dict[str, Any], policy: dict[str, Any]) -> PolicySettings:
-    if config["_class_name"].startswith("GM"):
-        return GMFlowSettings(components=config["num_gaussians"], logstd_width=config["logstd_inner_dim"])
-    return DXSettings(
-        points=config["n_grid"],
-        mode=policy.get("mode", "grid"),
-        segment_size=policy.get("segment_size", 1.0),
-        shift=policy.get("shift", 1.0),
-    )
+def _policy_settings(config: dict[str, Any], policy: dict[str, Any], folder: Path) -> PolicySettings:
+    try:
+        if config["_class_name"].startswith("GM"):
+            return GMFlowSettings(components=config["num_gaussians"], logstd_width=config["logstd_inner_dim"])
+        return DXSettings(
+            points=config["n_grid"],
+            mode=policy.get("mode", "grid"),
+            segment_size=policy.get("segment_size", 1.0),
+            shift=policy.get("shift", 1.0),
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{folder} holds no student: its {CONFIG} says nothing of a policy head ({error.args[0]} is missing)."
+        ) from None
 
 
 def _lora_settings(state: dict[str, Tensor]) -> LoRASettings | None:
-    adapters = {name: tensor for name, tensor in state.items() if name.endswith(".lora_A.weight")}
+    adapters = {name: tensor for name, tensor in state.items() if name.endswith(LORA_A)}
     if not adapters:
         return None
     rank = next(iter(adapters.values())).shape[0]
-    return LoRASettings(
-        rank=rank, dropout=0.0, targets=tuple(n.removesuffix(".lora_A.weight") for n in adapters)
-    )
+    return LoRASettings(rank=rank, dropout=0.0, targets=tuple(n.removesuffix(LORA_A) for n in adapters))

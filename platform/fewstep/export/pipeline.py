@@ -71,6 +71,8 @@ class StudentCard:
     """Time shift of the teacher's own sampler; None where it is the student's."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Range of σ in which the teacher's guidance acts."""
+    orthogonal: float = 0.0
+    """Share of the teacher's guidance direction parallel to x̂_0 that is removed."""
     embedded_guidance: float | None = None
     """Guidance scale that teacher and student take as an input, where they are guidance-distilled."""
     final_temperature: float = 1.0
@@ -168,7 +170,7 @@ class FewStepPipeline:
     def teacher(self) -> GuidedTeacher:
         card = self.card
         null = None if card.guidance == 1 else self.text_encoder.null().to(self.device)
-        return GuidedTeacher(self.network, null, card.guidance, card.guidance_interval)
+        return GuidedTeacher(self.network, null, card.guidance, card.guidance_interval, card.orthogonal)
 
     @classmethod
     def from_pretrained(

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
+from fewstep.models.own import LastProjection
 from fewstep.models.prediction import DiffusionPrediction, is_flow
-from fewstep.models.pretrained import SCHEDULER, network_folder, scheduler_config
+from fewstep.models.pretrained import SCHEDULER, network_folder, read, scheduler_config
 from fewstep.policies.base import per_latent
 
 TIME_SCALE = 1000.0
@@ -47,7 +48,7 @@ class DiT(Family):
         from diffusers import DiTTransformer2DModel
 
         folder = network_folder(path)
-        transformer = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+        transformer = read(DiTTransformer2DModel, folder)
         own = DiTTransformer2DModel.load_config(folder)
         return _restructured(transformer, own.get(SCHEDULER) or scheduler_config(folder))
 
@@ -59,11 +60,7 @@ class DiT(Family):
         return _initialised(_restructured(DiTTransformer2DModel(**own), config.get(SCHEDULER)))
 
     def published(self, transformer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        config, width = transformer.config, transformer.inner_dim
-        if transformer.prediction is not None:  # the inverse of `_projection`
-            last = weights["proj_out.weight"]
-            plain = {"proj_out.weight": last[:, :width], "proj_out.bias": last[:, -1]}
-            weights = {**weights, **plain}
+        config = transformer.config
         state: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             if name.startswith("embedding."):
@@ -75,7 +72,8 @@ class DiT(Family):
             elif name.startswith("norm_out.linear."):
                 state[name.replace("norm_out.linear", "proj_out_1")] = tensor
             elif name.startswith("proj_out."):
-                state[name.replace("proj_out", "proj_out_2")] = _channel_last(tensor, config.patch_size)
+                last = name.replace("proj_out.layer", "proj_out").replace("proj_out", "proj_out_2")
+                state[last] = _channel_last(tensor, config.patch_size)
             else:
                 state[name] = tensor
         return state
@@ -160,23 +158,28 @@ def _restructured(dit: nn.Module, scheduler: Mapping[str, Any] | None = None) ->
         dit.register_to_config(**{SCHEDULER: dict(scheduler)})
     norm = _AdaptiveNorm if dit.prediction is None else _ConvertingNorm
     dit.norm_out = norm(dit.norm_out, dit.proj_out_1)
-    dit.proj_out = _projection(
-        dit.proj_out_2, config.patch_size, config.in_channels, dit.prediction is not None
-    )
+    last = _projection(dit.proj_out_2, config.patch_size, config.in_channels)
+    dit.proj_out = last if dit.prediction is None else _ConvertingProjection(last)
     del dit.proj_out_1, dit.proj_out_2
     dit.register_to_config(out_channels=config.in_channels)
     dit.forward = MethodType(_forward, dit)
     return dit
 
 
-def _projection(last: nn.Linear, patch: int, channels: int, converts: bool) -> nn.Linear:
-    """DiT's last layer, channel-major and without variances: D → C·p²; of `_ConvertingNorm`'s tokens if it converts."""
+class _ConvertingProjection(LastProjection):
+    """The linear map of `_ConvertingNorm`'s tokens; its one layer is a part of it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer, mixes_state=True)
+        del self.__dict__["layer"]  # `LastProjection` keeps it outside of nn.Module's registry
+        self.layer = layer
+
+
+def _projection(last: nn.Linear, patch: int, channels: int) -> nn.Linear:
+    """DiT's last layer, channel-major and without variances: D → C·p²."""
     weight, bias = (
         _channel_first(parameter.detach(), patch, channels) for parameter in (last.weight, last.bias)
     )
-    if converts:
-        identity = torch.eye(len(bias), dtype=bias.dtype, device=bias.device)
-        weight, bias = torch.cat([weight, identity, bias[:, None]], dim=1), torch.zeros_like(bias)
     projection = nn.Linear(weight.shape[1], len(bias), device="meta")
     projection.weight, projection.bias = nn.Parameter(weight), nn.Parameter(bias)
     return projection
@@ -223,6 +226,7 @@ def _initialised(dit: nn.Module) -> nn.Module:
                 nn.init.zeros_(module.bias)
     nn.init.normal_(dit.embedding.class_embedder.embedding_table.weight, std=INITIAL_EMBEDDING_STD)
     closed = [block.norm1.linear for block in dit.transformer_blocks]
-    for layer in (*closed, dit.norm_out.linear, dit.proj_out):
+    last = dit.proj_out if dit.prediction is None else dit.proj_out.layer
+    for layer in (*closed, dit.norm_out.linear, last):
         nn.init.zeros_(layer.weight)
     return dit

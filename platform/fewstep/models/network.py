@@ -25,6 +25,7 @@ from fewstep.models.heads import PolicyHead, PolicySettings, build_head
 from fewstep.models.pretrained import read_weights
 from fewstep.models.sharded import fill
 from fewstep.policies import Policy
+from fewstep.policies.base import per_latent
 
 
 class LoRASettings(BaseModel):
@@ -274,7 +275,8 @@ class GuidedTeacher:
         answers = self.network.velocity(torch.cat([x, x_again]), torch.cat([here, again]), both)
         positive, negative = answers.tensor_split([len(x)])
         of_rows = positive if rows is None else positive[rows]
-        guided = guided_velocity(of_rows, negative, self.interval.at(again), self.orthogonal)
+        clean = x_again - per_latent(again, x_again) * of_rows if self.orthogonal else None
+        guided = guided_velocity(of_rows, negative, self.interval.at(again), self.orthogonal, clean)
         return guided if rows is None else positive.index_copy(0, rows, guided)
 
     def _guided_rows(self, t: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ and the flow's velocity u = ε − x_0 is linear in the state and in what the ne
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -40,12 +41,22 @@ class DiffusionPrediction:
     type: PredictionType
     times: Tensor
 
+    def __post_init__(self) -> None:
+        if self.type not in get_args(PredictionType):
+            raise UserError(
+                f"the teacher's scheduler says prediction_type {self.type!r}: known are "
+                f"{', '.join(get_args(PredictionType))}; correct its scheduler_config.json."
+            )
+
     @classmethod
     def from_alphas(
         cls, type: PredictionType, alphas_cumprod: Sequence[float] | Tensor
     ) -> DiffusionPrediction:
         """From A² of every timestep, (T,), falling."""
-        signal = torch.as_tensor(alphas_cumprod, dtype=torch.float64).clamp(SMALLEST_SIGNAL, 1 - 1e-12)
+        # On the CPU also where a network is built on the meta device.
+        signal = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").clamp(
+            SMALLEST_SIGNAL, 1 - 1e-12
+        )
         return cls(type, 1 / (1 + (signal / (1 - signal)).sqrt()))
 
     @classmethod
@@ -60,12 +71,12 @@ class DiffusionPrediction:
                 f"the teacher's scheduler is {config['_class_name']}, a flow's: its network needs no conversion, and "
                 "families of one's own (fewstep.models.register) take it without a prediction."
             )
-        kind = config.get("prediction_type", "epsilon")
-        if kind not in get_args(PredictionType):
+        if not {"beta_schedule", "trained_betas"} & set(config) and not _has_betas(config.get("_class_name")):
             raise UserError(
-                f"the teacher's scheduler says prediction_type {kind!r}: known are "
-                f"{', '.join(get_args(PredictionType))}; correct its scheduler_config.json."
+                f"the teacher's scheduler is {config['_class_name']}, which has no betas: only variance-preserving "
+                "schedules can be converted; give its scheduler_config.json a beta_schedule or trained_betas."
             )
+        kind = config.get("prediction_type", "epsilon")
         alphas = torch.cumprod(1 - _betas(config), 0)
         if config.get("rescale_betas_zero_snr"):
             # The amplitudes A are shifted to end at zero and scaled to begin where they did.
@@ -127,6 +138,14 @@ def is_flow(scheduler: Mapping[str, Any]) -> bool:
     return scheduler.get("_class_name", "").startswith("FlowMatch")
 
 
+def _has_betas(scheduler: str | None) -> bool:
+    """Whether a class of diffusers' schedulers (None: unnamed) has a schedule of betas, if only by default."""
+    import diffusers
+
+    kind = None if scheduler is None else getattr(diffusers, scheduler, None)
+    return kind is None or "beta_schedule" in inspect.signature(kind.__init__).parameters
+
+
 def _log_snr(t: Tensor) -> Tensor:
     return 2 * ((1 - t) / t).log()
 
@@ -134,17 +153,17 @@ def _log_snr(t: Tensor) -> Tensor:
 def _betas(config: Mapping[str, Any]) -> Tensor:
     """Noise added by each timestep, (T,) float64."""
     if (trained := config.get("trained_betas")) is not None:
-        return torch.tensor(trained, dtype=torch.float64)
+        return torch.tensor(trained, dtype=torch.float64, device="cpu")
     count = config.get("num_train_timesteps", 1000)
     first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     kind = config.get("beta_schedule", "linear")
     if kind == "linear":
-        return torch.linspace(first, last, count, dtype=torch.float64)
+        return torch.linspace(first, last, count, dtype=torch.float64, device="cpu")
     if kind == "scaled_linear":
-        return torch.linspace(first**0.5, last**0.5, count, dtype=torch.float64).square()
+        return torch.linspace(first**0.5, last**0.5, count, dtype=torch.float64, device="cpu").square()
     if kind == "squaredcos_cap_v2":
         # Nichol and Dhariwal (arXiv 2102.09672, eq. 17): A² = cos²(½π·(τ + 0.008)/1.008), betas at most 0.999.
-        ends = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+        ends = torch.linspace(0, 1, count + 1, dtype=torch.float64, device="cpu")
         signal = torch.cos((ends + 0.008) / 1.008 * torch.pi / 2).square()
         return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
     raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -55,19 +56,59 @@ def scheduler_config(folder: Path) -> dict[str, Any] | None:
 
 def from_pretrained(kind: type[Any], path: str) -> nn.Module:
     """A diffusers network of class `kind` in float32; `path` as for `network_folder`."""
-    return kind.from_pretrained(network_folder(path), torch_dtype=torch.float32)
+    return read(kind, network_folder(path))
+
+
+def read(kind: type[Any], place: str | Path, **where: Any) -> nn.Module:
+    """A diffusers network of class `kind` in float32.
+
+    Args:
+        kind: its class.
+        place: folder or hub id.
+        where: further arguments of diffusers' `from_pretrained`, such as `subfolder`.
+
+    Raises:
+        ValueError: weights are missing there: diffusers would leave them random.
+    """
+    network, found = kind.from_pretrained(place, torch_dtype=torch.float32, output_loading_info=True, **where)
+    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
+        raise ValueError(_lacking(kind, missing))
+    return network
 
 
 def skeleton(kind: type[Any], path: str) -> tuple[nn.Module, Path]:
     """A diffusers network whose parameters are on the meta device, and the folder of its weights.
 
     Only parameters are: tables that a constructor computes (rotary frequencies) are there.
+
+    Raises:
+        ValueError: a weight is missing there, or has another shape.
     """
     from accelerate import init_empty_weights
 
     folder = network_folder(path)
     with init_empty_weights(include_buffers=False):
-        return kind.from_config(kind.load_config(folder)), folder
+        network = kind.from_config(kind.load_config(folder))
+    shapes = _shapes(folder)
+    if missing := [name for name, own in network.named_parameters() if shapes.get(name) != own.shape]:
+        raise ValueError(_lacking(kind, missing))
+    return network, folder
+
+
+def _lacking(kind: type[Any], missing: list[str]) -> str:
+    others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+    return f"of a {kind.__name__}'s weights {missing[0]}{others} are missing"
+
+
+def _shapes(folder: Path) -> dict[str, torch.Size]:
+    """Of the weights in a folder's safetensors, from their headers."""
+    shapes: dict[str, torch.Size] = {}
+    for path in _WithoutVariants().ls(folder):
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
+    return shapes
 
 
 def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:

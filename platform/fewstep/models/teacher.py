@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ def reference_to(path: str, family: str) -> TeacherReference:
 def _refusing(path: str, family: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
             f"teacher.path: {path!r} holds no {family} model that can be loaded ({first})."
@@ -192,10 +193,29 @@ def told_guidance(family: Family, transformer: nn.Module, scale: float | None, p
     return replace(family, embedded_guidance=scale) if wanted else family
 
 
+def check_guidance(family: Family, transformer: nn.Module, scale: float, field: str) -> None:
+    """Refuse classifier-free guidance where no condition can be left out: it would cost a pass and change nothing.
+
+    Args:
+        family, transformer: of the teacher.
+        scale: of the guidance.
+        field: what the scale is called where it was given.
+
+    Raises:
+        UserError: the network takes no condition.
+    """
+    if scale != 1 and family.condition_width(transformer) == 0:
+        raise UserError(
+            f"{field}: a {family.name} teacher without a condition has none to leave out, and can't be guided: set it "
+            "to 1."
+        )
+
+
 def _weights_hash(location: str) -> str | None:
     folder = Path(location)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("transformer/*.safetensors"))
-    if not files:
+    places = ("*.safetensors", "transformer/*.safetensors", "unet/*.safetensors")
+    files = next((found for place in places if (found := sorted(folder.glob(place)))), None)
+    if files is None:
         return None
     digest = hashlib.sha256()
     for file in files:

@@ -7,17 +7,17 @@ and its activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
 from fewstep.models.own import ModuleFamily, OwnNetwork
 from fewstep.models.prediction import DiffusionPrediction
-from fewstep.models.pretrained import SCHEDULER, scheduler_config
+from fewstep.models.pretrained import SCHEDULER, read, scheduler_config
 
 
 def _unet(_class_name: str = "UNet2DModel", **config: Any) -> nn.Module:
@@ -43,7 +43,8 @@ class UNet(ModuleFamily):
         parts = {"subfolder": "unet"} if not (Path(path) / "config.json").exists() else {}
         config = diffusers.UNet2DModel.load_config(path, **parts)
         kind = getattr(diffusers, config["_class_name"])
-        network = kind.from_pretrained(path, torch_dtype=torch.float32, **parts)
+        _check_inputs(config)
+        network = read(kind, path, **parts)
         scheduler = config[SCHEDULER] if SCHEDULER in config else _scheduler_config(path)
         prediction = DiffusionPrediction.from_scheduler(scheduler)
         return OwnNetwork(network, self, prediction, {**config, SCHEDULER: dict(scheduler)})
@@ -51,6 +52,7 @@ class UNet(ModuleFamily):
     def build(self, config: dict[str, Any]) -> nn.Module:
         """A new UNet, from its class's keyword arguments and a `scheduler` ({} is 1,000 linear betas, predicting ε)."""
         own = {key: value for key, value in config.items() if key != SCHEDULER}
+        _check_inputs(config)
         prediction = DiffusionPrediction.from_scheduler(config.get(SCHEDULER, {}))
         return OwnNetwork(
             self.network(**own), self, prediction, {"_class_name": "UNet2DModel", SCHEDULER: {}} | config
@@ -84,6 +86,28 @@ class UNet(ModuleFamily):
 
     def _conditioned(self, network: nn.Module) -> bool:
         return "cross_attention_dim" in network.config
+
+
+def _check_inputs(config: Mapping[str, Any]) -> None:
+    """Refuse a UNet that wants more than a state, a time and token states, or answers in other channels.
+
+    Raises:
+        UserError: it does.
+    """
+    wanted = [
+        key for key in ("addition_embed_type", "class_embed_type", "num_class_embeds") if config.get(key)
+    ]
+    if wanted:
+        raise UserError(
+            f"the teacher's UNet takes further inputs ({', '.join(wanted)}), which the family 'unet' does not give: "
+            "register a family of your own that does (docs/own_teacher.md)."
+        )
+    into, out = config.get("in_channels"), config.get("out_channels")
+    if into is not None and out is not None and into != out:
+        raise UserError(
+            f"the teacher's UNet maps {into} channels to {out}, and a velocity has the state's own: networks for "
+            "inpainting, or that learned variances, are no teachers."
+        )
 
 
 def _scheduler_config(path: str) -> dict[str, Any]:

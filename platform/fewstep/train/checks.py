@@ -13,9 +13,9 @@ from fewstep.evaluate.classifier import Classifier
 from fewstep.models.dual_stream import counterparts
 from fewstep.models.family import Family
 from fewstep.models.family_code import use_module
-from fewstep.models.network import PolicyNetwork
+from fewstep.models.network import PolicyNetwork, lora_target_modules
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import open_teacher
+from fewstep.models.teacher import check_guidance, open_teacher
 from fewstep.train.parallel import cpu_has_bfloat16
 from fewstep.train.recipe import (
     DistillRecipe,
@@ -43,6 +43,9 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
         teacher = recipe.teacher
         transformer, family, _ = open_teacher(teacher.path, teacher.family, teacher.embedded_guidance)
         _check_fit(info, transformer, family, teacher.path)
+        check_guidance(family, transformer, teacher.guidance, "teacher.guidance")
+        if (lora := recipe.student.lora) is not None:
+            lora_target_modules(transformer, family, lora.targets)
         _check_start(recipe, transformer, family)
         _check_evaluation(recipe.evaluation, info)
     else:
@@ -55,6 +58,7 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
             told = recipe.flow_matching.guidance if recipe.guidance_distillation.teacher else None
             transformer, family, _ = open_teacher(network.start, network.family, told)
         _check_fit(info, transformer, family, network.start or network.family)
+        check_guidance(family, transformer, recipe.flow_matching.guidance, "flow_matching.guidance")
         _check_imitated(recipe, info, transformer, family)
     check_reachable(recipe.tracking.uri)
     _check_cluster(recipe.train)

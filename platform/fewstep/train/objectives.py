@@ -171,6 +171,7 @@ class Distillation:
             embedded_guidance=recipe.teacher.embedded_guidance,
             teacher_shift=recipe.teacher.shift or (teacher.shift if teacher else None),
             guidance_interval=recipe.teacher.guidance_interval,
+            orthogonal=recipe.teacher.orthogonal,
             max_tokens=info.encoding.max_tokens,
             recipe=recipe.model_dump(mode="json"),
         )

@@ -34,7 +34,7 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family_code import use_module
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import locate, read_card, told_guidance
+from fewstep.models.teacher import check_guidance, locate, read_card, told_guidance
 from fewstep.train.recipe import DistillRecipe, TrainSection
 
 GB = 1e9
@@ -246,6 +246,7 @@ def build_on_meta(recipe: DistillRecipe) -> PolicyNetwork:
     with torch.device("meta"):
         transformer = family.build(config)
         family = told_guidance(family, transformer, recipe.teacher.embedded_guidance, recipe.teacher.path)
+        check_guidance(family, transformer, recipe.teacher.guidance, "teacher.guidance")
         student = recipe.student
         return PolicyNetwork(
             transformer, family, student.policy, student.lora, recipe.train.seed, student.full

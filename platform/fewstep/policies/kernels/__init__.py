@@ -27,7 +27,8 @@ def kernel(policy: object, x: torch.Tensor) -> ModuleType | None:
     if type(policy) is not GMFlowPolicy or x.device.type not in MODULES:
         return None
     tensors = (x, policy.means, policy.logstds, policy.logweights, policy.x_src)
-    fits = all(t.device == x.device and t.dtype in DTYPES for t in tensors) and x.shape == policy.x_src.shape
+    one_each = (len(policy.means), *policy.means.shape[2:]) == policy.x_src.shape == x.shape
+    fits = one_each and all(t.device == x.device and t.dtype in DTYPES for t in tensors)
     per_sample = _per_sample(policy.sigma_src, x) and _per_sample(policy.logstds, policy.means)
     return _load(x.device.type) if fits and per_sample and x.numel() else None
 
