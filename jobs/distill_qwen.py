@@ -14,7 +14,6 @@ EXAMPLES = """\
   ray job submit --working-dir . -- python jobs/distill_qwen.py --recipe emoji_qwen_4nfe_full
   ray job submit --working-dir . -- python jobs/distill_qwen.py --set train.steps=200 --set optimizer.rate=5e-4
   python jobs/distill_qwen.py --recipe qwen_image_4nfe --dry-run --gpus 8 --gpu-memory 80
-  python jobs/distill_qwen.py --recipe qwen_image_4nfe --dry-run --gpus 8 --gpu-memory 80
   python jobs/distill_qwen.py --resume emoji_qwen_4nfe-20260101-120000"""
 
 
