@@ -2,6 +2,7 @@
 """Train a flow-matching teacher with the same machinery that distils it."""
 
 from pathlib import Path
+from shlex import quote
 
 from fewstep.cli import chosen_recipe, connect_ray, recipe_parser, run_job
 
@@ -34,11 +35,16 @@ def main() -> None:
     print(f"\nteacher     {trained.folder}\nMLflow run  {trained.mlflow_run}", flush=True)
     job = DISTILLERS.get(recipe.network.family, "distill_qwen")
     network = recipe.network
-    module = f" --set teacher.module={network.module}" if network.module else ""
-    print(
-        f"distil it   jobs/{job}.py --set teacher.path={trained.folder} --set teacher.family={network.family}{module} "
-        f"--set data.path={recipe.data.path} --set 'student.lora={{rank: 48}}'"
-    )
+    settings = [
+        f"teacher.path={trained.folder}",
+        f"teacher.family={network.family}",
+        f"data.path={recipe.data.path}",
+    ]
+    if network.module:
+        settings.append(f"teacher.module={network.module}")
+    if network.family not in {"qwen_image", *DISTILLERS}:  # the default recipe adapts Qwen-Image's layers
+        settings.append("student.lora={rank: 48}")
+    print(f"distil it   jobs/{job}.py " + " ".join(f"--set {quote(setting)}" for setting in settings))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,9 +13,11 @@ from urllib.parse import quote
 
 from fastapi.responses import Response, StreamingResponse
 
-from serve.errors import error_body, failure, log
+from serve.errors import error_body, failure
 from serve.schema import Delivery, Drawn, Order, PreviewImage, Refused
 from serve.service import Service
+
+log = logging.getLogger("ray.serve")
 
 NO_USAGE = {
     "input_tokens": 0, "output_tokens": 0, "total_tokens": 0,

@@ -121,19 +121,14 @@ def chosen_recipe(kind: type[Recipe], options: argparse.Namespace, recipes: Path
         UserError: there is no such recipe, a key of it is unknown or ill-typed, or there is no such run.
     """
     from fewstep.train.recipe import load_recipe
-    from fewstep.train.runs import check_resumable, last_state, recorded_recipe
+    from fewstep.train.runs import check_resumable, recipe_of
 
-    named, run = options.recipe or default, options.resume
-    if run is None or options.recipe is not None:
-        recipe = load_recipe(kind, named, options.set, recipes)
-    elif (file := recorded_recipe(run)) is not None:
-        recipe = load_recipe(kind, str(file), options.set, recipes)
-    else:  # started from another folder or machine: its checkpoints know
-        recipe = load_recipe(kind, named, options.set, recipes)
-        if (state := last_state(recipe.train.storage, run)) is not None:
-            recipe = load_recipe(kind, state.recipe, options.set, recipes)
-    if run is not None:
-        check_resumable(recipe, run)
+    recipe, run = load_recipe(kind, options.recipe or default, options.set, recipes), options.resume
+    if run is None:
+        return recipe
+    if options.recipe is None and (own := recipe_of(run, recipe.train.storage)) is not None:
+        recipe = load_recipe(kind, own, options.set, recipes)
+    check_resumable(recipe, run)
     return recipe
 
 

@@ -153,6 +153,7 @@ class PromptEncoder:
     def __init__(self) -> None:
         self._thread = tensor_thread("encoder")
         self._remembered: OrderedDict[tuple[str, str], TextConditioning] = OrderedDict()
+        self._remembered_bytes = 0
         self._batcher: DynamicBatcher[CaptionEncoder, str, TextConditioning] = DynamicBatcher(
             self._encode_batch, max_batch_size=PROMPTS_TOGETHER, max_wait_s=0, max_pending=1 << 30
         )
@@ -180,10 +181,17 @@ class PromptEncoder:
         prompts = [entry.item for entry in entries]
         texts = await loop.run_in_executor(self._thread, encoder.each, prompts)
         if len(prompts) == 1:
-            self._remembered[encoder.name, prompts[0]] = texts[0]
-            while sum(text.states.nbytes for text in self._remembered.values()) > REMEMBERED_BYTES:
-                self._remembered.popitem(last=False)
+            self._remember((encoder.name, prompts[0]), texts[0])
         return texts
+
+    def _remember(self, key: tuple[str, str], text: TextConditioning) -> None:
+        if (known := self._remembered.pop(key, None)) is not None:
+            self._remembered_bytes -= known.states.nbytes
+        self._remembered[key] = text
+        self._remembered_bytes += text.states.nbytes
+        while self._remembered_bytes > REMEMBERED_BYTES:
+            _, oldest = self._remembered.popitem(last=False)
+            self._remembered_bytes -= oldest.states.nbytes
 
 
 class LocalStages:

@@ -47,7 +47,7 @@ class TeacherImages:
                 card.guidance_interval,
                 card.embedded_guidance,
                 card.teacher_shift or card.shift,
-                *([card.orthogonal] if card.orthogonal else []),
+                *([card.orthogonal] if card.orthogonal else []),  # as before there was such a fact
             ],
             "autoencoder": card.autoencoder,
             "text_encoder": card.text_encoder,

@@ -159,20 +159,14 @@ def _restructured(dit: nn.Module, scheduler: Mapping[str, Any] | None = None) ->
     norm = _AdaptiveNorm if dit.prediction is None else _ConvertingNorm
     dit.norm_out = norm(dit.norm_out, dit.proj_out_1)
     last = _projection(dit.proj_out_2, config.patch_size, config.in_channels)
-    dit.proj_out = last if dit.prediction is None else _ConvertingProjection(last)
+    if dit.prediction is None:
+        dit.proj_out = last
+    else:  # of `_ConvertingNorm`'s tokens
+        dit.proj_out = LastProjection(last, mixes_state=True, owns_layer=True)
     del dit.proj_out_1, dit.proj_out_2
     dit.register_to_config(out_channels=config.in_channels)
     dit.forward = MethodType(_forward, dit)
     return dit
-
-
-class _ConvertingProjection(LastProjection):
-    """The linear map of `_ConvertingNorm`'s tokens; its one layer is a part of it."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer, mixes_state=True)
-        del self.__dict__["layer"]  # `LastProjection` keeps it outside of nn.Module's registry
-        self.layer = layer
 
 
 def _projection(last: nn.Linear, patch: int, channels: int) -> nn.Linear:

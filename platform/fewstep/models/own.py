@@ -220,13 +220,17 @@ class LastProjection(nn.Module):
     + bias), so that a head's copy is a velocity, too.
 
     Args:
-        layer: the layer; stays registered in the network alone.
+        layer: the layer.
         mixes_state: whether tokens have those two parts more.
+        owns_layer: whether the layer is a part of this module; otherwise it stays registered in the network alone.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, mixes_state: bool) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, mixes_state: bool, *, owns_layer: bool = False) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer
+        if owns_layer:
+            self.layer = layer
+        else:
+            self.__dict__["layer"] = layer
         self.mixes_state = mixes_state
 
     @property

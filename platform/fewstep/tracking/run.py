@@ -99,15 +99,14 @@ class Tracker:
             UserError: a new run can't be created, `run_id` does not exist, or `spool` can't be written.
         """
         _make_spool(spool := Path(spool).absolute())
-        uri = check_reachable(uri) if run_id is None else absolute_uri(uri)
-        client = connect(uri)
-        with mlflow_settings(DOOR_SECONDS):
-            if run_id is None:
-                run_id = _create_run(client, uri, experiment, run_name)
-            elif not has_run(uri, run_id):
-                raise UserError(
-                    f"MLflow at {uri} has no run {run_id!r}: correct the id or the address, or start a new run"
-                )
+        if run_id is None:
+            uri = check_reachable(uri)
+            with mlflow_settings(DOOR_SECONDS):
+                run_id = _create_run(connect(uri), uri, experiment, run_name)
+        elif not has_run(uri := absolute_uri(uri), run_id):
+            raise UserError(
+                f"MLflow at {uri} has no run {run_id!r}: correct the id or the address, or start a new run"
+            )
         tracker = cls.join(TrackedRun(uri, run_id, spool))
         tracker._append({"kind": "status", "status": "RUNNING", "time_ms": _now_ms()})
         tracker.set_tags(tags)

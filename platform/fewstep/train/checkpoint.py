@@ -34,7 +34,6 @@ class TrainState:
 
     step: int
     """Optimizer steps done."""
-    world_size: int
     seed: int
     mlflow_run: str
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,12 +40,6 @@ class RunRecord:
         (RECORDS / f"{run_name}.yaml").write_text(resolved)
 
 
-def recorded_recipe(run_name: str) -> Path | None:
-    """The recipe of a run that was started from this folder."""
-    file = RECORDS / f"{run_name}.yaml"
-    return file if file.exists() else None
-
-
 def last_state(storage: str, run_name: str) -> ckpt.TrainState | None:
     """What a run's newest checkpoint says of it, wherever the run was started.
 
@@ -61,13 +55,21 @@ def last_state(storage: str, run_name: str) -> ckpt.TrainState | None:
     return None if content is None else ckpt.TrainState.parse(content)
 
 
+def recipe_of(run_name: str, storage: str) -> str | dict[str, Any] | None:
+    """A run's own recipe, as `load_recipe` takes it: this folder's record of it, or what its checkpoints say."""
+    if (file := RECORDS / f"{run_name}.yaml").exists():
+        return str(file)
+    state = last_state(storage, run_name)
+    return None if state is None else state.recipe
+
+
 def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> None:
     """Refuse to continue a run that is not there: under a mistyped name or address it would begin anew.
 
     Raises:
         UserError: the recipe's storage has no such run, and this folder none that was to be there.
     """
-    storage, record = absolute(recipe.train.storage), RunRecord.of(run_name)
+    storage, record = Storage.at(recipe.train.storage).root, RunRecord.of(run_name)
     if (record and record.storage == storage) or Storage.at(f"{storage}/{run_name}").list():
         return
     if record is not None:
@@ -80,8 +82,3 @@ def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> Non
         f"--resume: there is no run {run_name!r} in {recipe.train.storage}; "
         + (f"did you mean {near[0]!r}?" if near else "give the name that the run printed when it began.")
     )
-
-
-def absolute(address: str) -> str:
-    """A folder's absolute path; other addresses as they are."""
-    return address if "://" in address else os.path.abspath(os.path.expanduser(address))

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.data.schema import DatasetInfo
+from fewstep.data.storage import Storage
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
 from fewstep.models.family_code import code_of
 from fewstep.tracking.run import TrackedRun, Tracker, has_run
 from fewstep.train.checks import check
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainSection, network_section
-from fewstep.train.runs import RunRecord, absolute, last_state
+from fewstep.train.runs import RunRecord, last_state
 from fewstep.train.worker import EXPORT, Preview, WorkerJob, train_worker
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         run_id=_mlflow_run(recipe, run_name),
     )
     with tracker:
-        RunRecord(tracker.run_id, absolute(recipe.train.storage)).save(run_name, recipe)
+        RunRecord(tracker.run_id, Storage.at(recipe.train.storage).root).save(run_name, recipe)
         tracker.log_json(resolved, "recipe.json")
         tracker.flush()
         try:
@@ -124,7 +125,7 @@ def _ray_trainer(
         torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
         run_config=ray.train.RunConfig(
             name=run_name,
-            storage_path=absolute(settings.storage),
+            storage_path=Storage.at(settings.storage).root,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             worker_runtime_env={"env_vars": worker_environment(settings)},

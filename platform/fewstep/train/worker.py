@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from fewstep.data.autoencoder import load_autoencoder
@@ -100,9 +99,7 @@ def train_worker(job: WorkerJob) -> str | None:
         slots = ckpt.optimizer_tensors(optimizer, parameters)
         return {"model": parameters, "average": average.state_dict(), "optimizer": slots}
 
-    origin = ckpt.TrainState(
-        0, world_size, settings.seed, job.tracking.run_id, recipe.model_dump(mode="json")
-    )
+    origin = ckpt.TrainState(0, settings.seed, job.tracking.run_id, recipe.model_dump(mode="json"))
     checkpoints = ckpt.Checkpoints(tensors, origin, dist.new_group(backend="gloo"))
 
     # Resume
@@ -144,8 +141,8 @@ def train_worker(job: WorkerJob) -> str | None:
         if job.preview and (step - 1) % settings.sample_every == 0 and step > 1 and (sharded or rank == 0):
             latents = sample(objective, average, job.preview, settings.seed, device, batch_size)
             if tracker is not None:
-                images = pictures(latents, job.preview.autoencoder, batch_size)
-                tracker.log_image(images, f"samples/step-{step - 1:06d}.png")
+                pixels = load_autoencoder(job.preview.autoencoder).decode(latents).numpy()
+                tracker.log_image(sample_grid(pixels, columns=8), f"samples/step-{step - 1:06d}.png")
 
         # The step
         rate = learning_rate(recipe.optimizer, step, settings.steps)
@@ -260,12 +257,6 @@ def sample(
     drop_gathered(objective.model)
     objective.model.train()
     return torch.cat(latents)
-
-
-def pictures(latents: Tensor, autoencoder: str, batch_size: int) -> Image:
-    """The decoded latents side by side, as one picture."""
-    decode = load_autoencoder(autoencoder).decode
-    return sample_grid(torch.cat([decode(part) for part in latents.split(batch_size)]).numpy(), columns=8)
 
 
 def _non_finite(step: int, metrics: dict[str, float]) -> str:
