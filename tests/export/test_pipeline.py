@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from fewstep.errors import UserError
 from fewstep.export import FewStepPipeline, StudentCard, save_student
@@ -71,13 +73,31 @@ def test_other_step_counts_work_and_previews_arrive_after_each(pipe: FewStepPipe
 
 def test_other_sizes_work_and_impossible_ones_are_refused(pipe: FewStepPipeline) -> None:
     assert pipe(PROMPTS[0], height=8, width=24).images[0].size == (24, 8)
-    with pytest.raises(UserError, match="multiples of the patch size"):
-        pipe(PROMPTS[0], height=9)
+    for side in (9, 0, -8):
+        with pytest.raises(UserError, match="both sides must be multiples of 2"):
+            pipe(PROMPTS[0], height=side)
+
+
+def test_sizes_are_in_pixels_whatever_the_autoencoder_makes_of_them(folder: Path, tmp_path: Path) -> None:
+    AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=3,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    student = shutil.copytree(folder, tmp_path / "student")
+    write_card(replace(read_student_card(student), autoencoder=str(tmp_path / "vae")), student)
+    pipe = FewStepPipeline.from_pretrained(student)
+    assert pipe.size == (32, 32)
+    assert pipe.latent_shape() == (3, 16, 16)
+    assert pipe(PROMPTS[0], height=16, width=24).images[0].size == (24, 16)
+    assert pipe(PROMPTS[0], width=24).images[0].size == (24, 32)
+    with pytest.raises(UserError, match=r"an image of 32x18 pixels .* multiples of 4"):
+        pipe(PROMPTS[0], height=18)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"num_inference_steps": 0}, "num_inference_steps must be 1 to 128, got 0"),
         ({"num_inference_steps": 1000}, "num_inference_steps must be 1 to 128"),
         ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
         ({"temperature": 0}, "temperature must be above 0"),
@@ -99,8 +119,6 @@ def test_a_caption_too_long_is_refused(pipe: FewStepPipeline) -> None:
 
 
 def test_another_teacher_than_the_students_own_is_refused(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "student"
     shutil.copytree(folder, copy)
     card = read_student_card(copy)

@@ -230,7 +230,7 @@ def test_images_beyond_the_queue_are_refused_before_any_work(model) -> None:
 
 
 def test_a_size_that_no_patch_tiles_is_refused(model) -> None:
-    with pytest.raises(UserError, match="multiples of the patch size"):
+    with pytest.raises(UserError, match=r"15x16 pixels .* multiples of 2"):
         draw(model, [ImageTask("x", 0)], size=(16, 15))
 
 

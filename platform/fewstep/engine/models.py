@@ -93,19 +93,15 @@ class LoadedModel:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels, as trained."""
-        _, height, width = self.pipeline.card.latent_shape
-        return self.pipeline.autoencoder.image_size(height, width)
+        return self.pipeline.size
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
-        """(C, H, W) of the latent of an image of (height, width) pixels.
+        """(C, H, W) of the latent of an image of (height, width) pixels; as trained by default.
 
         Raises:
             UserError: the model can't take that size.
         """
-        if size is None:
-            return self.pipeline.card.latent_shape
-        _, height, width = self.pipeline.autoencoder.latent_shape(*size)
-        return self.pipeline.latent_shape(height, width)
+        return self.pipeline.latent_shape(*(size or ()))
 
 
 class ModelStore:

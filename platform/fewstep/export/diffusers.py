@@ -174,7 +174,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
 
         Args:
             prompt: one or several captions.
-            height, width: in latent cells; as trained by default.
+            height, width: in pixels; as trained by default.
             num_inference_steps: network evaluations; as trained by default.
             generator: of the noise: one, or one per prompt; random by default.
             temperature: mixture temperature; as trained by default.
@@ -187,7 +187,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
             UserError: a size, step count or prompt that the model can't take.
         """
         self._student.device = self.head.device
-        steps = num_inference_steps or self.head.card.nfe
+        steps = self.head.card.nfe if num_inference_steps is None else num_inference_steps
         with self.progress_bar(total=steps) as bar:
 
             def on_step(index: int, state: Tensor, _: Tensor) -> None:

@@ -224,7 +224,7 @@ class FewStepPipeline:
                 its own prompt and seed alone, not on its batch.
             generator: draw the noise from this instead of `seed`.
             temperature: mixture temperature; the trained setting by default.
-            height, width: in latent cells; as trained by default.
+            height, width: in pixels; as trained by default.
             output_type: what `images` holds.
             on_step: called after each evaluation with its index, the state, and the predicted clean latents.
 
@@ -238,7 +238,7 @@ class FewStepPipeline:
             raise UserError(
                 f"output_type must be one of {', '.join(get_args(OutputType))}; got {output_type!r}."
             )
-        steps = num_inference_steps or self.card.nfe
+        steps = self.card.nfe if num_inference_steps is None else num_inference_steps
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"num_inference_steps must be 1 to {MAX_STEPS}, got {steps}.")
         shape = self.latent_shape(height, width)
@@ -327,18 +327,32 @@ class FewStepPipeline:
     def _teacher_shift(self) -> TimeShift:
         return TimeShift(self.card.teacher_shift or self.card.shift)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, as trained."""
+        _, height, width = self.card.latent_shape
+        return self.autoencoder.image_size(height, width)
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, H, W) of a latent of that many cells; as trained by default.
+        """(C, h, w) of the latent of an image of (height, width) pixels; a side that is not given is as trained.
 
         Raises:
-            UserError: the network's patches do not tile it.
+            UserError: the autoencoder or the network's patches do not tile it.
         """
-        channels, trained_height, trained_width = self.card.latent_shape
-        shape = (channels, height or trained_height, width or trained_width)
+        if height is None and width is None:
+            return self.card.latent_shape
+        trained_height, trained_width = self.size
+        height, width = (
+            trained_height if height is None else height,
+            trained_width if width is None else width,
+        )
+        shape = self.autoencoder.latent_shape(height, width)
         patch = self.network.family.patch(self.network.transformer)
-        if any(side % patch or side < patch for side in shape[1:]):
+        if any(cells % patch or cells < patch for cells in shape[1:]):
+            multiple, _ = self.autoencoder.image_size(patch, patch)
             raise UserError(
-                f"height and width must be multiples of the patch size {patch}, got {shape[1]}x{shape[2]}."
+                f"an image of {width}x{height} pixels doesn't fit this model: both sides must be multiples of "
+                f"{multiple}."
             )
         return shape
 
