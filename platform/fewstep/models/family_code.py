@@ -42,12 +42,10 @@ class FamilyCode:
         Raises:
             UserError: there is none.
         """
-        file = Path(path).expanduser()
+        file = Path(path).expanduser().absolute()
         if not file.is_file():
-            raise UserError(
-                f"teacher.module: there is no file {str(path)!r}; name the file that registers the family."
-            )
-        return cls(str(file.absolute()), file.read_bytes())
+            raise UserError(f"the family's module: there is no file {file}; name the one that registers it.")
+        return cls(str(file), file.read_bytes())
 
     @property
     def sha256(self) -> str:
@@ -71,11 +69,11 @@ class FamilyCode:
         except Exception as error:
             del sys.modules[name]
             raise UserError(
-                f"teacher.module: {self.path} does not run ({type(error).__name__}: {error}): mend it."
+                f"the family's module: {self.path} does not run ({type(error).__name__}: {error}): mend it."
             ) from error
         new = [family for family, value in registered().items() if before.get(family) is not value]
         if not new:
-            raise UserError(f"teacher.module: {self.path} registers no family: end it with register(…).")
+            raise UserError(f"the family's module: {self.path} registers no family: end it with register(…).")
         _CODE.update(dict.fromkeys(new, self))
 
 
