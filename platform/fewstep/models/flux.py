@@ -17,8 +17,8 @@ class Flux(PackedTransformer):
     """Family of diffusers' `FluxTransformer2DModel`.
 
     Args:
-        embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.1 dev) is told beside the
-            time, one number or one per sample (B,); None for networks that take none (FLUX.1 schnell).
+        embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.1 dev, FLUX.2 dev) is told
+            beside the time, one number or one per sample (B,); None for networks that take none (FLUX.1 schnell).
     """
 
     embedded_guidance: float | Tensor | None = None
@@ -27,20 +27,39 @@ class Flux(PackedTransformer):
     network: ClassVar[str] = "FluxTransformer2DModel"
 
     def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
-        height, width = x.shape[-2:]
-        tokens, length = pack(x), conditioning.mask.shape[1]
+        tokens = pack(x)
+        rows, columns = (side // PATCH for side in x.shape[-2:])
         return transformer(
             hidden_states=tokens,
             encoder_hidden_states=conditioning.states,
-            pooled_projections=conditioning.summary(),
             timestep=t,
-            guidance=embedded(self.embedded_guidance, x),
-            # Rotary positions (image, row, column): those of text are all zero.
-            img_ids=grid(1, height // PATCH, width // PATCH, device=x.device),
-            txt_ids=torch.zeros(length, 3, device=x.device),
+            guidance=self._guidance(x),
             joint_attention_kwargs={"attention_mask": joint_mask(conditioning.mask, tokens.shape[1])},
             return_dict=False,
+            **self.inputs_beside(conditioning, rows, columns),
         )[0]
+
+    def inputs_beside(self, conditioning: TextConditioning, rows: int, columns: int) -> dict[str, Tensor]:
+        """What the network takes beside tokens, time and guidance: rotary positions, and here the pooled text.
+
+        Args:
+            conditioning: of L text tokens.
+            rows, columns: of the image's tokens.
+        """
+        device, length = conditioning.states.device, conditioning.states.shape[1]
+        return {
+            "pooled_projections": conditioning.summary(),
+            # Positions (image, row, column): those of text are all zero.
+            "img_ids": grid(1, rows, columns, device=device),
+            "txt_ids": torch.zeros(length, 3, device=device),
+        }
+
+    def _guidance(self, x: Tensor) -> Tensor | None:
+        """The guidance scale as the network takes it, (B,)."""
+        scale = self.embedded_guidance
+        if isinstance(scale, Tensor):
+            return scale.to(x)
+        return None if scale is None else x.new_full((len(x),), scale)
 
     def lora_targets(self, transformer: nn.Module) -> list[str]:
         single = [
@@ -77,10 +96,3 @@ def joint_mask(text: Tensor, image_tokens: int) -> Tensor:
     longest caption, on which no sample may depend; padding that a model was trained with belongs to the states.
     """
     return torch.cat([text, text.new_ones(len(text), image_tokens)], dim=1)[:, None, None]
-
-
-def embedded(guidance: float | Tensor | None, x: Tensor) -> Tensor | None:
-    """The guidance scale as the network takes it, (B,)."""
-    if isinstance(guidance, Tensor):
-        return guidance.to(x)
-    return None if guidance is None else x.new_full((len(x),), guidance)
