@@ -45,6 +45,14 @@ class Family(Protocol):
         """Width D of the token states (B, L, D) that it is conditioned on; 0 if it takes no condition."""
         ...
 
+    def pooled_width(self, transformer: nn.Module) -> int | None:
+        """Width of the vector of a whole caption that it takes beside the token states; None where it takes none."""
+        return None
+
+    def takes_guidance(self, transformer: nn.Module) -> bool:
+        """Whether the network is guidance-distilled: told the guidance scale beside the time."""
+        return False
+
     def classes(self, transformer: nn.Module) -> int | None:
         """Number of classes of a class-conditional network; None where it is conditioned on text."""
         return None

@@ -61,6 +61,12 @@ class Flux(PackedTransformer):
             return scale.to(x)
         return None if scale is None else x.new_full((len(x),), scale)
 
+    def pooled_width(self, transformer: nn.Module) -> int | None:
+        return transformer.config.pooled_projection_dim
+
+    def takes_guidance(self, transformer: nn.Module) -> bool:
+        return transformer.config.guidance_embeds
+
     def lora_targets(self, transformer: nn.Module) -> list[str]:
         single = [
             f"single_transformer_blocks.{index}.{layer}"  # in full: the network itself ends in a `proj_out`, too

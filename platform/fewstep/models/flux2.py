@@ -30,6 +30,9 @@ class Flux2(Flux):
             "txt_ids": grid(1, 1, 1, length, device=device),
         }
 
+    def pooled_width(self, transformer: nn.Module) -> int | None:
+        return None
+
     def lora_targets(self, transformer: nn.Module) -> list[str]:
         # FLUX.1's layers under their names here; in single blocks the FFN is one matrix with the attention.
         single = [

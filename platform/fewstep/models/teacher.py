@@ -179,7 +179,7 @@ def told_guidance(family: Family, transformer: nn.Module, scale: float | None, p
     Raises:
         UserError: the network wants a scale and there is none, or the other way round.
     """
-    wanted = bool(getattr(getattr(transformer, "config", None), "guidance_embeds", False))
+    wanted = family.takes_guidance(transformer)
     if wanted and scale is None:
         raise UserError(
             f"teacher.embedded_guidance: {path!r} is guidance-distilled and takes the scale as an input: name one "

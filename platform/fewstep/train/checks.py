@@ -70,7 +70,7 @@ def _check_imitated(recipe: TeacherRecipe, info: DatasetInfo, transformer: nn.Mo
     imitated = recipe.guidance_distillation
     if imitated.teacher is None:
         return
-    if not getattr(getattr(transformer, "config", None), "guidance_embeds", False):
+    if not family.takes_guidance(transformer):
         raise UserError(
             f"guidance_distillation: a new network of the family {family.name!r} with this network.config takes no "
             "guidance scale: add guidance_embeds: true (families flux and flux2), or leave "
@@ -137,7 +137,7 @@ def _check_fit(info: DatasetInfo, transformer: nn.Module, family: Family, teache
             f"data.path: latents of {uneven[0]} can't be cut into the teacher's {patch}x{patch} patches: prepare the "
             "data at a size that is a multiple of the patch."
         )
-    _check_pooled(info, transformer, teacher)
+    _check_pooled(info, transformer, family, teacher)
 
 
 def _check_evaluation(settings: EvaluationSection, info: DatasetInfo) -> None:
@@ -151,9 +151,9 @@ def _check_evaluation(settings: EvaluationSection, info: DatasetInfo) -> None:
         )
 
 
-def _check_pooled(info: DatasetInfo, transformer: nn.Module, teacher: str) -> None:
+def _check_pooled(info: DatasetInfo, transformer: nn.Module, family: Family, teacher: str) -> None:
     """FLUX.1's class takes a vector of the whole caption: the encoder's own, or else the mean token state."""
-    wanted = getattr(getattr(transformer, "config", None), "pooled_projection_dim", None)
+    wanted = family.pooled_width(transformer)
     width = info.encoding.pooled_dim or info.encoding.token_dim
     if wanted not in (None, width):
         raise UserError(

@@ -411,7 +411,7 @@ def _conditioning(network: PolicyNetwork, batch: int, tokens: int, dtype: torch.
     """Captions as the family takes them, on the default device."""
     width = network.family.condition_width(network.transformer)
     states = torch.empty(batch, tokens, width, dtype=dtype)
-    pooled = getattr(network.transformer.config, "pooled_projection_dim", None)
+    pooled = network.family.pooled_width(network.transformer)
     vectors = None if pooled is None else torch.empty(batch, pooled, dtype=dtype)
     return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool), vectors)
 
