@@ -71,6 +71,22 @@ def test_other_step_counts_work_and_previews_arrive_after_each(pipe: FewStepPipe
     assert [image.size for image in images] == [(16, 16)] * 2
 
 
+def test_the_last_temperature_is_the_card_s_however_it_is_sampled(pipe: FewStepPipeline) -> None:
+    conditioning = pipe.encode(PROMPTS[:1])
+    noise = torch.randn(1, *pipe.latent_shape(), generator=torch.Generator().manual_seed(0))
+
+    def student(**card: float) -> FewStepPipeline:
+        return FewStepPipeline(pipe.network, replace(pipe.card, **card))
+
+    sharpened = student(final_temperature=0.2, final_temperature_below=0.1)
+    drawn, x = sharpened.sample(noise, conditioning, 2), noise
+    for index in range(2):  # as a server does
+        x, _ = sharpened.sample_step(x, conditioning, sharpened.next_step(index, 2))
+    assert torch.equal(x, drawn)
+    for other in (pipe, student(final_temperature=0.2)):
+        assert not torch.equal(drawn, other.sample(noise, conditioning, 2))
+
+
 def test_other_sizes_work_and_impossible_ones_are_refused(pipe: FewStepPipeline) -> None:
     assert pipe(PROMPTS[0], height=8, width=24).images[0].size == (24, 8)
     for side in (9, 0, -8):

@@ -17,7 +17,7 @@ from fewstep.flow import (
     generate,
     generate_step,
 )
-from fewstep.policies import DXPolicy, GMFlowPolicy
+from fewstep.policies import DXPolicy, GMFlowPolicy, rollout
 
 SHIFT = TimeShift(3.2)
 TARGET = torch.linspace(-1, 1, 2 * 3 * 3).view(1, 2, 3, 3)
@@ -126,10 +126,30 @@ def test_temperature_spares_the_last_step() -> None:
     assert [one[0].item() for one in temperatures] == [pytest.approx(0.3), 0.5]
 
 
+def test_the_last_step_is_tempered_below_its_sigma_alone() -> None:
+    x, schedule, below = noise(), SamplerSchedule(2, SHIFT, 0.5), 0.3
+    [_, src], [_, dst] = (raw.float() for raw in (schedule.raw_src, schedule.raw_dst))
+    assert below < schedule.sigma_src[1]
+    between = SHIFT.unwarp(torch.tensor(below))
+    middle, _ = generate_step(student, x, schedule.next_step(0, len(x)), SHIFT)
+    policy = student(middle, schedule.sigma_src[1].expand(len(x)))
+    plain, _ = rollout(policy, middle, src.expand(len(x)), between.expand(len(x)), SHIFT)
+    tempered = policy.with_temperature(torch.full((len(x),), 0.5))
+    expected, _ = rollout(tempered, plain, between.expand(len(x)), dst.expand(len(x)), SHIFT)
+    drawn = generate(student, x, schedule, final_temperature=0.5, final_temperature_below=below)
+    torch.testing.assert_close(drawn, expected)
+    whole = generate(student, x, schedule, final_temperature=0.5)
+    assert not torch.allclose(drawn, whole, atol=1e-3)
+    above = generate(student, x, schedule, final_temperature=0.5, final_temperature_below=0.99)
+    assert torch.equal(above, whole)
+
+
 def test_a_batch_on_different_schedules_advances_each_sample_as_alone() -> None:
     x = noise(3)
     steps = [
-        SamplerSchedule(nfe, SHIFT, 0.5).next_step(index, temperature=temperature)
+        SamplerSchedule(nfe, SHIFT, 0.5).next_step(
+            index, temperature=temperature, final_temperature=0.5, final_temperature_below=0.3
+        )
         for nfe, index, temperature in ((3, 0, 0.3), (3, 2, 0.3), (8, 5, "auto"))
     ]
     together, clean = generate_step(student, x, NextStep.join(steps), SHIFT)

@@ -74,7 +74,7 @@ def test_a_resumed_run_brings_its_own_recipe(tmp_path: Path, monkeypatch: pytest
         ("optimiser.rate=1", r"unknown key 'optimiser'"),
         ("train.steps=many", r"train.steps: .*integer.*'many'"),
         ("train.steps=0", r"train.steps"),
-        ("imitation.final_step_scale=2", r"imitation.final_step_scale"),
+        ("imitation.final_step_scale=0", r"imitation.final_step_scale"),
         ("train.workers=5", r"multiple of train.workers"),
         ("steps", r"--set takes section.key=value"),
         ("evaluation.ladder=[2]", r"evaluation: .*ladder"),

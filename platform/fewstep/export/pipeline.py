@@ -77,6 +77,8 @@ class StudentCard:
     """Guidance scale that teacher and student take as an input, where they are guidance-distilled."""
     final_temperature: float = 1.0
     """Mixture temperature of the last step; `temperature` is that of all others."""
+    final_temperature_below: float = 1.0
+    """σ below which it acts."""
     more_nfes: tuple[int, ...] = ()
     """Further numbers of evaluations that it was trained for."""
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -318,6 +320,7 @@ class FewStepPipeline:
         return {
             "temperature": self.card.temperature if temperature is None else temperature,
             "final_temperature": self.card.final_temperature,
+            "final_temperature_below": self.card.final_temperature_below,
         }
 
     def _schedule(self, steps: int) -> SamplerSchedule:

@@ -33,6 +33,8 @@ class NextStep(NamedTuple):
     """m: 1 keeps the rollout's noise, 0 replaces all of it."""
     temperature: Tensor
     """GM temperature of the policy."""
+    raw_tempered: Tensor
+    """Raw time from which on it has that temperature; above, the mixture is as it was predicted."""
 
     @classmethod
     def join(cls, steps: Sequence[NextStep]) -> NextStep:
@@ -111,15 +113,17 @@ class SamplerSchedule:
         *,
         temperature: float | Literal["auto"] = 1.0,
         final_temperature: float = 1.0,
+        final_temperature_below: float = 1.0,
     ) -> NextStep:
         """Step `index` (from 0) for `batch` samples. Temperatures as for `generate`."""
+        raw_tempered = 1.0
         if index == self.nfe - 1:
-            temperature = final_temperature
+            temperature, raw_tempered = final_temperature, self.shift.unwarp(final_temperature_below)
         elif temperature == "auto":
             temperature = auto_temperature(self.nfe)
         tables = (self.raw_src, self.raw_dst, self.sigma_src, self.sigma_to, self.renoise)
         rows = [table[index].expand(batch) for table in tables]
-        return NextStep(*rows, torch.full((batch,), float(temperature)))
+        return NextStep(*rows, *(torch.full((batch,), float(value)) for value in (temperature, raw_tempered)))
 
 
 def generate(
@@ -129,6 +133,7 @@ def generate(
     *,
     temperature: float | Literal["auto"] = 1.0,
     final_temperature: float = 1.0,
+    final_temperature_below: float = 1.0,
     substeps: int = SUBSTEPS,
     generator: Generators = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -142,6 +147,8 @@ def generate(
         temperature: GM temperature of every step but the last; "auto" follows the number of steps.
         final_temperature: GM temperature of the last step. The paper's is 1; a student of one evaluation has no other
             step to sharpen.
+        final_temperature_below: σ below which it acts. Sharpening serves details; what the whole is to be is decided
+            above, where it would only take from the variety.
         substeps: substeps of the rollouts per unit of raw time.
         generator: source of the re-noise; one per sample makes a sample independent of its batch. Not
             drawn from where the schedule renews nothing (h = 0).
@@ -151,7 +158,13 @@ def generate(
         The clean latent, (B, C, H, W).
     """
     for i in range(schedule.nfe):
-        step = schedule.next_step(i, len(x), temperature=temperature, final_temperature=final_temperature)
+        step = schedule.next_step(
+            i,
+            len(x),
+            temperature=temperature,
+            final_temperature=final_temperature,
+            final_temperature_below=final_temperature_below,
+        )
         x, clean = generate_step(policy_at, x, step, schedule.shift, substeps=substeps, generator=generator)
         if on_step is not None:
             on_step(i, x, clean())
@@ -183,8 +196,13 @@ def generate_step(
     sigma_src, temperature = (
         column.to(x.device, non_blocking=True) for column in (step.sigma_src, step.temperature)
     )
-    policy = policy_at(x, sigma_src).with_temperature(temperature)
-    x_dst, sigma_dst = rollout(policy, x, step.raw_src, step.raw_dst, shift, substeps)
+    policy, raw = policy_at(x, sigma_src), step.raw_src
+    if (step.raw_tempered < raw).any():  # on the CPU: no accelerator is waited for
+        tempered = step.raw_tempered.clamp(min=step.raw_dst).minimum(raw)
+        x, _ = rollout(policy, x, raw, tempered, shift, substeps)
+        raw = tempered
+    policy = policy.with_temperature(temperature)
+    x_dst, sigma_dst = rollout(policy, x, raw, step.raw_dst, shift, substeps)
 
     def clean() -> Tensor:
         return x_dst - per_latent(sigma_dst, x_dst) * policy.velocity(x_dst, sigma_dst)

@@ -146,6 +146,7 @@ class Distillation:
             schedule,
             temperature=self.recipe.imitation.temperature,
             final_temperature=self.recipe.imitation.final_temperature,
+            final_temperature_below=self.recipe.imitation.final_temperature_below,
             substeps=self.settings.substeps,
         )
 
@@ -167,6 +168,7 @@ class Distillation:
             substeps=imitation.substeps,
             temperature=imitation.temperature,
             final_temperature=imitation.final_temperature,
+            final_temperature_below=imitation.final_temperature_below,
             guidance=recipe.teacher.guidance,
             embedded_guidance=recipe.teacher.embedded_guidance,
             teacher_shift=recipe.teacher.shift or (teacher.shift if teacher else None),

@@ -96,8 +96,8 @@ class ImitationSection(Section):
     more_nfes: tuple[PositiveInt, ...] = ()
     """Further counts of evaluations that the same student learns, so that one model serves 2 to 8 steps. One of all
     counts is drawn per sample; with data_free they take turns over the steps."""
-    final_step_scale: float = Field(0.5, gt=0, le=1)
-    """Size of the last segment relative to the others."""
+    final_step_scale: float = Field(0.5, gt=0)
+    """Size of the last segment relative to the others, and so its share of the training."""
     shift: float = Field(2.0, gt=0)
     """Time shift of the student's segments; need not be the teacher's."""
     intermediate_states: int = Field(2, ge=1)
@@ -112,6 +112,8 @@ class ImitationSection(Section):
     """Mixture temperature at inference, not on the last step; "auto" = clamp(0.1·(nfe − 1), 0, 1)."""
     final_temperature: float = Field(1.0, gt=0, le=1)
     """Mixture temperature of the last step; below 1 it takes speckle out of students of one or two evaluations."""
+    final_temperature_below: float = Field(1.0, gt=0, le=1)
+    """σ below which the last step has that temperature; above, the mixture is as predicted, and keeps its variety."""
     loss_scale: float = Field(30.0, gt=0)
     """Factor on the mean squared error."""
     mixing_steps: int = Field(0, ge=0)
