@@ -170,8 +170,9 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     from fewstep.data.schema import DatasetInfo
     from fewstep.distill import PowerEMA
     from fewstep.train.objectives import Distillation
+    from fewstep.train.optimizers import build_optimizers
     from fewstep.train.parallel import average_gradients, shard
-    from fewstep.train.worker import build_optimizer, seed_step, to_device
+    from fewstep.train.worker import seed_step, to_device
 
     rank, workers = 0, recipe.train.workers
     if workers > 1:
@@ -188,7 +189,8 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     objective = Distillation(recipe, null, device)
     shard(objective, replicas, workers)
     model, parameters = objective.model, objective.parameters()
-    optimizer = build_optimizer(parameters, recipe.optimizer)
+    blocks = objective.family.blocks(objective.transformer)
+    optimizers = build_optimizers(parameters.values(), blocks, recipe.optimizer)
     average, generator = PowerEMA(parameters, recipe.optimizer.ema_gamma), torch.Generator()
 
     rows = read_split(recipe.data.path, "train", BATCHES * size, shape=next(iter(info.buckets("train"))))
@@ -203,8 +205,9 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
         backward(to_device(batches[taken % len(batches)], device))
         average_gradients(parameters.values(), replicas, workers)
         torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         average.update(taken)
 
     def whole(batch: Batch) -> None:

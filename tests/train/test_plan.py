@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ from fewstep.distill import PowerEMA
 from fewstep.models.conditioning import TextConditioning
 from fewstep.train.objectives import Distillation
 from fewstep.train.recipe import DistillRecipe, load_recipe
-from fewstep.train.worker import build_optimizer, seed_step
+from fewstep.train.optimizers import build_optimizers
+from fewstep.train.worker import seed_step
 from fewstep.data.stream import Batch
 
 recipe = load_recipe(DistillRecipe, None, json.loads(sys.argv[1]), Path())
@@ -82,7 +84,8 @@ with torch.profiler.profile(profile_memory=True) as profile:
     if recipe.train.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
     parameters = objective.parameters()
-    optimizer = build_optimizer(parameters, recipe.optimizer)
+    blocks = objective.family.blocks(objective.transformer)
+    optimizers = build_optimizers(parameters.values(), blocks, recipe.optimizer)
     average, generator = PowerEMA(parameters, 7.0), torch.Generator()
     text = TextConditioning.collate([torch.randn(tokens, 384)] * batch_size)
     batch = Batch(
@@ -93,8 +96,9 @@ with torch.profiler.profile(profile_memory=True) as profile:
         seed_step(generator, 0, 0, step)
         for result in objective.losses(batch, generator, step):
             result.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         average.update(step)
 alive = peak = 0
 events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -129,6 +133,17 @@ def test_more_gpus_hold_smaller_shares_and_checkpointing_less() -> None:
     assert four.student + four.teacher == one.student + one.teacher, "the batch is the same"
     assert four.hours == pytest.approx(one.hours / 4)
     assert one.otherwise.activations < one.memory.activations
+
+
+def test_muon_keeps_one_number_per_weight_of_the_blocks_where_adam_keeps_two() -> None:
+    everything = ["student.lora=null", "student.full=true"]
+    adam, muon = small_plan(*everything), small_plan(*everything, "optimizer.type=muon")
+    network = build_on_meta(recipe(*SMALL, *everything))
+    blocks = network.family.blocks(network.transformer)
+    trained = [p for block in blocks for p in block.parameters() if p.requires_grad]
+    matrices = sum(p.numel() for p in trained if p.ndim == 2)
+    assert adam.memory.optimizer - muon.memory.optimizer == 4 * matrices > 0
+    assert replace(adam.memory, optimizer=0) == replace(muon.memory, optimizer=0)
 
 
 def test_operations_are_those_of_the_method() -> None:

@@ -185,24 +185,29 @@ def resuming(run: str, *overrides: str) -> Namespace:
 def test_a_loaded_optimizer_counts_its_steps_where_its_parameters_are() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
     optimizer = torch.optim.AdamW([parameter], fused=False)
-    slots = optimizer_tensors(optimizer, {"weight": parameter})["weight"]
+    slots = optimizer_tensors([optimizer], {"weight": parameter})["weight"]
     assert {name: slot.device.type for name, slot in slots.items()} == dict.fromkeys(slots, "meta")
 
 
-def test_two_workers_train_the_same_model_sharded_or_as_replicas(tiny_data, tiny_teacher, home) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_two_workers_train_the_same_model_sharded_or_as_replicas(
+    optimizer: str, tiny_data, tiny_teacher, home
+) -> None:
+    # Muon multiplies in bfloat16, where another order of sums is another number in the third digit.
+    tolerance = 1e-4 if optimizer == "adam" else 2e-3
     results = []
     for parallel in ("fsdp", "ddp"):
         trained = fit(
             recipe(tiny_data, tiny_teacher, "train.workers=2", "train.accumulate=2", "train.steps=4",
-                   "imitation.data_free=true", f"train.parallel={parallel}")
+                   "imitation.data_free=true", f"train.parallel={parallel}", f"optimizer.type={optimizer}")
         )  # fmt: skip
         values = [value for step in losses(home, trained.mlflow_run).values() for value in step]
         assert len(values) == 4
         results.append((values, exported(trained, home)))
     (sharded_losses, sharded), (replica_losses, replicas) = results
-    assert replica_losses == pytest.approx(sharded_losses, rel=1e-4)
+    assert replica_losses == pytest.approx(sharded_losses, rel=tolerance)
     for name, tensor in sharded.items():
-        torch.testing.assert_close(replicas[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(replicas[name], tensor, atol=tolerance, rtol=1e-3, msg=name)
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+
+from fewstep.train.optimizers import first_slots
 
 STATE = "state.json"
 """The part of a checkpoint that is no tensor."""
@@ -106,15 +108,21 @@ def load_tensors(tensors: Mapping[str, Any], folder: Path) -> None:
     dcp.load(dict(tensors), checkpoint_id=str(folder))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Any]:
-    """An optimizer's state by parameter name, created if no step was taken yet, for in-place loading."""
+def optimizer_tensors(
+    optimizers: Iterable[torch.optim.Optimizer], names: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Optimizers' state by parameter name, created if no step was taken yet, for in-place loading."""
+    owners = {
+        id(p): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     state: dict[str, Any] = {}
     for name, parameter in names.items():
+        optimizer = owners[id(parameter)]
         slots = optimizer.state[parameter]
         if not slots:
-            # Where fused Adam keeps it: a GPU's kernel reads the count from the GPU's own memory.
-            slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            slots["exp_avg"] = torch.zeros_like(parameter)
-            slots["exp_avg_sq"] = torch.zeros_like(parameter)
+            slots.update(first_slots(optimizer, parameter))
         state[name] = dict(slots)
     return state

@@ -20,6 +20,7 @@ from fewstep.train.parallel import cpu_has_bfloat16
 from fewstep.train.recipe import (
     DistillRecipe,
     EvaluationSection,
+    OptimizerSection,
     TeacherRecipe,
     TrainSection,
     network_section,
@@ -60,6 +61,7 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
         _check_fit(info, transformer, family, network.start or network.family)
         check_guidance(family, transformer, recipe.flow_matching.guidance, "flow_matching.guidance")
         _check_imitated(recipe, info, transformer, family)
+    _check_optimizer(recipe.optimizer, transformer, family)
     check_reachable(recipe.tracking.uri)
     _check_cluster(recipe.train)
     return info
@@ -160,6 +162,15 @@ def _check_pooled(info: DatasetInfo, transformer: nn.Module, family: Family, tea
             f"data.path: {info.root} holds whole captions as vectors of width {width} "
             f"({info.encoding.text_encoder!r}), the teacher {teacher!r} takes {wanted}: prepare the data with the "
             "teacher's own text encoders (--text-encoder flux:PIPELINE)."
+        )
+
+
+def _check_optimizer(settings: OptimizerSection, transformer: nn.Module, family: Family) -> None:
+    blocks = family.blocks(transformer)
+    if settings.type == "muon" and not any(p.ndim == 2 for block in blocks for p in block.parameters()):
+        raise UserError(
+            f"optimizer.type: muon moves the matrices of transformer blocks, and this {family.name} network names no "
+            "block that has one: set optimizer.type=adam, or name its blocks in the family."
         )
 
 

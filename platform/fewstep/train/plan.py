@@ -35,6 +35,7 @@ from fewstep.models.family_code import use_module
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import check_guidance, locate, read_card, told_guidance
+from fewstep.train.optimizers import muon_parameters
 from fewstep.train.recipe import DistillRecipe, TrainSection
 
 GB = 1e9
@@ -49,7 +50,7 @@ FULL_SIZE = 128
 """Latent cells per side of a one-megapixel image, where neither data nor a card says otherwise."""
 
 ADAM_BYTES = 8
-"""Two float32 averages per trained parameter."""
+"""Two float32 averages per parameter that Adam trains (Muon keeps one)."""
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text, about."""
@@ -201,7 +202,7 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     shape = _latent_shape(recipe, network, side)
     parameters = count_parameters(network)
     trained = sum(p.numel() for p in network.trainable().values())
-    standing = _standing(network, train, machine.gpus)
+    standing = _standing(network, recipe, machine.gpus)
 
     if _computes_bfloat16(train):
         network.to(torch.bfloat16)
@@ -416,14 +417,18 @@ def _conditioning(network: PolicyNetwork, batch: int, tokens: int, dtype: torch.
     return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool), vectors)
 
 
-def _standing(network: PolicyNetwork, train: TrainSection, gpus: int) -> Memory:
+def _standing(network: PolicyNetwork, recipe: DistillRecipe, gpus: int) -> Memory:
     """What stays in memory over the whole run (activations: 0), from a network in float32."""
+    train = recipe.train
     everything = sum(p.nbytes for p in network.parameters())
     own = sum(p.nbytes for p in network.trainable().values())
+    own_blocks = network.family.blocks(network.transformer)
+    momentum = sum(p.nbytes for p in muon_parameters(own_blocks, recipe.optimizer))
+    slots = (own - momentum) // 4 * ADAM_BYTES + momentum
     if train.parallel == "ddp" or (gpus == 1 and not train.gpu):
         # Averaging sends gradients as one message: a copy, and its mean.
         gradients = own if gpus == 1 else 3 * own
-        return Memory(everything, 0, gradients, own // 4 * ADAM_BYTES, own, activations=0)
+        return Memory(everything, 0, gradients, slots, own, activations=0)
     blocks = [block for part in network.transformers() for block in network.family.blocks(part)]
     sizes = sorted(sum(p.nbytes for p in block.parameters()) for block in blocks)
     outside = everything - sum(sizes)
@@ -434,7 +439,7 @@ def _standing(network: PolicyNetwork, train: TrainSection, gpus: int) -> Memory:
         weights=everything // gpus,
         gathered=int(compute * gathered),
         gradients=own // gpus + int((1 + compute) * largest),
-        optimizer=own // 4 * ADAM_BYTES // gpus,
+        optimizer=slots // gpus,
         average=own // gpus,
         activations=0,
     )

@@ -178,10 +178,14 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """Adam without weight decay, as in the paper."""
+    """Adam without weight decay, as in the paper; or Muon where all of a small model's weights are trained."""
 
+    type: Literal["adam", "muon"] = "adam"
+    """muon: the matrices of the transformer's blocks move by orthogonalised momentum, all else by Adam."""
     rate: float = Field(1e-3, gt=0)
-    """Learning rate after warm-up."""
+    """Adam's learning rate after warm-up."""
+    muon_rate: float = Field(0.02, gt=0)
+    """Muon's, the spectral norm of a step (more for matrices that are higher than wide); scheduled as Adam's is."""
     warmup_steps: int = Field(20, ge=0)
     """Steps of linear warm-up."""
     decay: Literal["none", "linear"] = "linear"

@@ -28,9 +28,10 @@ from fewstep.models.sharded import whole
 from fewstep.tracking.run import TrackedRun, Tracker
 from fewstep.train import checkpoint as ckpt
 from fewstep.train.objectives import Objective, build_objective
+from fewstep.train.optimizers import build_optimizers, rate_share
 from fewstep.train.parallel import average_gradients, drop_gathered, is_sharded, shard
 from fewstep.train.progress import Meter, progress_line
-from fewstep.train.recipe import DistillRecipe, OptimizerSection, TeacherRecipe
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
 EXPORT = "export"
 """Folder of the trained model inside the final checkpoint."""
@@ -92,11 +93,12 @@ def train_worker(job: WorkerJob) -> str | None:
     shard(objective, settings, world_size)
     objective.read_weights(device)
     parameters = objective.parameters()
-    optimizer = build_optimizer(parameters, recipe.optimizer)
+    blocks = objective.family.blocks(objective.transformer)
+    optimizers = build_optimizers(parameters.values(), blocks, recipe.optimizer)
     average = PowerEMA(parameters, recipe.optimizer.ema_gamma)
 
     def tensors() -> dict[str, Any]:
-        slots = ckpt.optimizer_tensors(optimizer, parameters)
+        slots = ckpt.optimizer_tensors(optimizers, parameters)
         return {"model": parameters, "average": average.state_dict(), "optimizer": slots}
 
     origin = ckpt.TrainState(0, settings.seed, job.tracking.run_id, recipe.model_dump(mode="json"))
@@ -145,9 +147,10 @@ def train_worker(job: WorkerJob) -> str | None:
                 tracker.log_image(sample_grid(pixels, columns=8), f"samples/step-{step - 1:06d}.png")
 
         # The step
-        rate = learning_rate(recipe.optimizer, step, settings.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        share = rate_share(recipe.optimizer, step, settings.steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak_rate"]
         for _ in range(settings.accumulate):
             seed_step(generator, settings.seed, rank, batches)
             batch = to_device(next(source), device)
@@ -157,8 +160,9 @@ def train_worker(job: WorkerJob) -> str | None:
             batches += 1
         average_gradients(parameters.values(), settings, world_size)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         average.update(step)
         meter.norm(whole(norm))
 
@@ -167,7 +171,7 @@ def train_worker(job: WorkerJob) -> str | None:
         if step % settings.log_every == 0 or save or step == 1:
             metrics = meter.read(recipe.data.batch_size, stream.seconds_waited)
             stream.seconds_waited = 0.0
-            metrics["train/learning_rate"] = rate
+            metrics["train/learning_rate"] = share * recipe.optimizer.rate
             if metrics["train/non_finite"]:
                 checkpoints.settle()
                 return _non_finite(step, metrics)
@@ -189,33 +193,6 @@ def train_worker(job: WorkerJob) -> str | None:
     if tracker is not None:
         tracker.flush(timeout=30)
     return None
-
-
-def build_optimizer(
-    parameters: dict[str, torch.nn.Parameter], settings: OptimizerSection
-) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay on matrices only."""
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim <= 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=settings.rate,
-        betas=settings.betas,
-        fused=True,
-    )
-
-
-def learning_rate(settings: OptimizerSection, step: int, steps: int) -> float:
-    """Rate of optimizer step `step` (counted from 1): linear warm-up, then constant or linear decay."""
-    warmup = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
-    if settings.decay == "none":
-        return settings.rate * warmup
-    begin = settings.decay_from * steps
-    remaining = (steps - step + 1) / (steps - begin)
-    return settings.rate * min(warmup, remaining, 1.0)
 
 
 def seed_step(generator: torch.Generator, seed: int, rank: int, batch: int) -> None:
