@@ -101,7 +101,8 @@ def add_student_options(parser: argparse.ArgumentParser) -> None:
     """`--model` and `--tracking-uri`: which student a job takes."""
     parser.add_argument(
         "--model", default="emoji-student",
-        help="a registered model (models:/name@alias), an exported folder, or the bundled emoji-student (default)",
+        help="a registered model (models:/name@alias), an exported folder, or a bundled one: emoji-student (default), "
+        "fashion-student",
     )  # fmt: skip
     parser.add_argument(
         "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"

@@ -21,7 +21,7 @@ from fewstep.models.registry import get_family
 
 BUNDLED = {
     "emoji": "emoji_teacher", "emoji-flux": "emoji_flux_teacher", "emoji-student": "emoji_student",
-    "fashion": "fashion_teacher",
+    "fashion": "fashion_teacher", "fashion-student": "fashion_student",
 }  # fmt: skip
 """Names of models that ship with fewstep → their folders among the assets."""
 
