@@ -85,12 +85,12 @@ def test_the_network_is_told_the_scale_of_the_recipe(tiny_flux_teacher) -> None:
 
 
 def test_data_without_the_whole_caption_s_vector_that_the_teacher_takes_is_refused(tiny_flux_teacher) -> None:
-    transformer, _, _ = load_teacher(str(tiny_flux_teacher), "flux", 3.5)
+    transformer, family, _ = load_teacher(str(tiny_flux_teacher), "flux", 3.5)
     info = SimpleNamespace(root="data", shards=(), encoding=Encoding("minilm", 384, "pixel"))
-    _check_pooled(info, transformer, "tiny")  # the mean token state serves
+    _check_pooled(info, transformer, family, "tiny")  # the mean token state serves
     info.encoding = Encoding("minilm", 384, "pixel", pooled_dim=768)
     with pytest.raises(UserError, match=r"vectors of width 768 .* takes 384"):
-        _check_pooled(info, transformer, "tiny")
+        _check_pooled(info, transformer, family, "tiny")
 
 
 SMALL = {
