@@ -99,31 +99,14 @@ def test_a_missing_set_names_its_package(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        # Named cases: gzip stamps the time into its bytes, and every pytest worker has to collect the same names.
-        pytest.param(*case, id=identifier)
-        for identifier, *case in (
-            ("not-zipped", "train-images-idx3-ubyte.gz", b"not zipped", "can't be reached or used"),
-            ("not-idx", "train-images-idx3-ubyte.gz", gzip.compress(b"hello, world"), "no whole idx file"),
-            (
-                "too-few",
-                "train-labels-idx1-ubyte.gz",
-                gzip.compress(idx(np.zeros(3, np.uint8))),
-                "holds no Fashion-MNIST",
-            ),
-            (
-                "no-label",
-                "train-labels-idx1-ubyte.gz",
-                gzip.compress(idx(np.full(20, 10, np.uint8))),
-                "labels .* up to 10",
-            ),
-            (
-                "cut",
-                "train-labels-idx1-ubyte.gz",
-                gzip.compress(idx(np.zeros(20, np.uint8))[:-5]),
-                "no whole idx file",
-            ),
-        )
+        ("train-images-idx3-ubyte.gz", b"not zipped", "can't be reached or used"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(b"hello, world"), "no whole idx file"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(np.zeros(3, np.uint8))), "holds no Fashion-MNIST"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(np.full(20, 10, np.uint8))), "labels .* up to 10"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(np.zeros(20, np.uint8))[:-5]), "no whole idx file"),
     ],
+    # gzip stamps the time into its bytes, and every pytest worker has to collect the same names.
+    ids=["not-zipped", "not-idx", "too-few", "no-label", "cut"],
 )
 def test_files_that_are_not_the_set_are_refused(folder, name: str, content: bytes, message: str) -> None:
     (folder / name).write_bytes(content)

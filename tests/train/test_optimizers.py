@@ -9,7 +9,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from fewstep.errors import UserError
+from fewstep.models import ModuleFamily
 from fewstep.train.checkpoint import load_tensors, optimizer_tensors
+from fewstep.train.checks import _check_optimizer
 from fewstep.train.optimizers import build_optimizers
 from fewstep.train.recipe import OptimizerSection
 
@@ -79,3 +82,13 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(kind: str, t
     train(second, optimizers, range(3, 6))
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, second.get_parameter(name)), name
+
+
+def test_muon_is_refused_where_no_block_has_a_matrix_for_it() -> None:
+    family = ModuleFamily("plain", Network, projection="head", channels=3, width=6)
+    _check_optimizer(OptimizerSection(type="adam"), Network(), family)
+    with pytest.raises(
+        UserError, match=r"optimizer.type: .* plain network .* set optimizer.type=adam"
+    ) as caught:
+        _check_optimizer(OptimizerSection(type="muon"), Network(), family)
+    assert "\n" not in str(caught.value)
