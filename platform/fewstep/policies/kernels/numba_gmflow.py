@@ -1,19 +1,23 @@
-"""GMFlow on the CPU: a block of 32 latent locations stays in the first-level cache for a whole rollout.
+"""GMFlow on the CPU: a block of latent locations stays in the first-level cache for a whole rollout.
 
 Compiled by numba at the first use (some seconds) and kept in numba's cache on disk. All that is compiled
 stands in this one file, because numba compiles anew when the file of a cached function changes, not when
 an imported one does. Array shapes are flat; N is the number of latent locations of a sample, H·W or T·H·W.
+
+A kernel is a C function of one pointer, to a `JOB`: any thread may call it, Python's or OpenMP's, and those
+that are given the same job share its blocks.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, from_dtype, njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
 from fewstep.policies.base import MIN_SIGMA
@@ -25,20 +29,17 @@ from fewstep.policies.gmflow import MIN_SPREAD
 LANES = 32
 """Latent locations per block."""
 
+CACHE_LINE = 64
+"""Bytes: rows begin at multiples of it."""
+
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 _CONTRACT = ("contract",)  # a·b + c may become one instruction; nothing else may be rearranged
 
+Floats = types.CPointer(types.float32)
+"""Numba's type of a pointer to float32. Arrays would be counted references, dearer than what is done with them."""
 
-part = njit(nogil=True, error_model="numpy")
-
-
-def entry(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile what torch code calls."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither this folder, nor the user's cache, nor NUMBA_CACHE_DIR can be written
-        return part(function)
+part = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
 class LanesType(types.Type):
@@ -57,57 +58,84 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, kind, _FLOATS)
 
 
-def _element(context: Any, builder: ir.IRBuilder, kind: types.Array, array: Any, row: Any) -> Any:
-    """Pointer to the vector at `row` of a flat float32 array."""
-    data = context.make_array(kind)(context, builder, array).data
+@intrinsic
+def floats(_: Any, address: types.Integer) -> Any:
+    """The float32 numbers at an address."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return Floats(types.intp), emit
+
+
+@intrinsic
+def claim(_: Any, counter: types.Integer, amount: types.Integer) -> Any:
+    """Add to the integer at an address, atomically, and return what it was."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "monotonic")
+
+    return types.intp(types.intp, types.intp), emit
+
+
+def _row(builder: ir.IRBuilder, rows: Any, row: Any) -> Any:
     first = builder.mul(row, ir.Constant(row.type, LANES))
-    return builder.bitcast(builder.gep(data, [first]), _FLOATS.as_pointer())
+    return builder.bitcast(builder.gep(rows, [first]), _FLOATS.as_pointer())
 
 
 @intrinsic
-def get(_: Any, rows: types.Array, row: types.Integer) -> Any:
-    """Row `row` of a buffer that `new_rows` made."""
+def get(_: Any, rows: Floats, row: types.Integer) -> Any:
+    """Row `row` of scratch memory."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.load(_element(context, builder, signature.args[0], *args), align=4 * LANES)
+        return builder.load(_row(builder, *args), align=CACHE_LINE)
 
-    return Lanes(rows, types.intp), emit
+    return Lanes(Floats, types.intp), emit
 
 
 @intrinsic
-def put(_: Any, rows: types.Array, row: types.Integer, value: LanesType) -> Any:
-    """Write row `row` of a buffer that `new_rows` made."""
+def put(_: Any, rows: Floats, row: types.Integer, value: LanesType) -> Any:
+    """Write row `row` of scratch memory."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _element(context, builder, signature.args[0], *args[:2]), align=4 * LANES)
+        builder.store(args[2], _row(builder, *args[:2]), align=CACHE_LINE)
         return context.get_dummy_value()
 
-    return types.void(rows, types.intp, Lanes), emit
+    return types.void(Floats, types.intp, Lanes), emit
 
 
 @intrinsic
-def load(_: Any, flat: types.Array, start: types.Integer) -> Any:
-    """`LANES` neighbours in any flat float32 array."""
+def from_row(_: Any, rows: Floats, row: types.Integer) -> Any:
+    """The rows from `row` on."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        pointer = builder.bitcast(builder.gep(data, [args[1]]), _FLOATS.as_pointer())
+        return builder.gep(args[0], [builder.mul(args[1], ir.Constant(args[1].type, LANES))])
+
+    return Floats(Floats, types.intp), emit
+
+
+@intrinsic
+def load(_: Any, flat: Floats, start: types.Integer) -> Any:
+    """`LANES` neighbours anywhere in memory."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        pointer = builder.bitcast(builder.gep(args[0], [args[1]]), _FLOATS.as_pointer())
         return builder.load(pointer, align=4)
 
-    return Lanes(flat, types.intp), emit
+    return Lanes(Floats, types.intp), emit
 
 
 @intrinsic
-def store(_: Any, flat: types.Array, start: types.Integer, value: LanesType) -> Any:
-    """Write `LANES` neighbours in any flat float32 array."""
+def store(_: Any, flat: Floats, start: types.Integer, value: LanesType) -> Any:
+    """Write `LANES` neighbours anywhere in memory."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        pointer = builder.bitcast(builder.gep(data, [args[1]]), _FLOATS.as_pointer())
+        pointer = builder.bitcast(builder.gep(args[0], [args[1]]), _FLOATS.as_pointer())
         builder.store(args[2], pointer, align=4)
         return context.get_dummy_value()
 
-    return types.void(flat, types.intp, Lanes), emit
+    return types.void(Floats, types.intp, Lanes), emit
 
 
 @intrinsic
@@ -174,24 +202,17 @@ def _scale_by_power(_: Any, value: LanesType, shifted: LanesType) -> Any:
     return Lanes(Lanes, Lanes), emit
 
 
-@intrinsic
-def _zero_below(_: Any, value: LanesType, x: LanesType, limit: LanesType) -> Any:
-    """`value`, or 0 where x < limit."""
-
-    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        value, x, limit = args
-        return builder.select(builder.fcmp_ordered("<", x, limit), ir.Constant(_FLOATS, None), value)
-
-    return Lanes(Lanes, Lanes, Lanes), emit
-
-
 # Adding it rounds to an integer, which then stands in the low bits: float32 of this size has no fraction.
 _ROUND = np.float32(1.5 * 2**23)
+
+SMALLEST = np.float32(-126.0)
+"""Below this power of 2 there is no float32 of full precision."""
 
 
 @part
 def exp2(x: LanesType) -> LanesType:
-    """2^x for x ≤ 0, relative error 2e-7; 0 below 2^-126, so also at −∞."""
+    """2^x for x ≤ 0, relative error 2e-7; 2^-126, which is 1e-38, where it would be less, so also at −∞."""
+    x = larger(splat(SMALLEST), x)  # in this order: NaN remains
     shifted = x + _ROUND
     f = x - (shifted - _ROUND)  # in [−½, ½]
     p = f * np.float32(0.0013276471519582042) + np.float32(0.009675541330674808)  # minimax, degree 5
@@ -199,12 +220,12 @@ def exp2(x: LanesType) -> LanesType:
     p = p * f + np.float32(0.24022119723934107)
     p = p * f + np.float32(0.6931469670638657)
     p = p * f + np.float32(1.000000071654655)
-    return _zero_below(_scale_by_power(p, shifted), x, splat(np.float32(-126.0)))
+    return _scale_by_power(p, shifted)
 
 
 @part
-def read(flat: np.ndarray, start: int, count: int, spare: np.ndarray) -> LanesType:
-    """The first `count` lanes from `flat[start:]`, zeros in the others; `spare` is a buffer of one row."""
+def read(flat: Floats, start: int, count: int, spare: Floats) -> LanesType:
+    """The first `count` lanes from `flat[start:]`, zeros in the others; `spare` is a row of scratch memory."""
     if count == LANES:
         return load(flat, start)
     for lane in range(LANES):
@@ -213,8 +234,8 @@ def read(flat: np.ndarray, start: int, count: int, spare: np.ndarray) -> LanesTy
 
 
 @part
-def write(flat: np.ndarray, start: int, count: int, value: LanesType, spare: np.ndarray) -> None:
-    """The first `count` lanes to `flat[start:]`; `spare` is a buffer of one row."""
+def write(flat: Floats, start: int, count: int, value: LanesType, spare: Floats) -> None:
+    """The first `count` lanes to `flat[start:]`; `spare` is a row of scratch memory."""
     if count == LANES:
         store(flat, start, value)
     else:
@@ -223,139 +244,225 @@ def write(flat: np.ndarray, start: int, count: int, value: LanesType, spare: np.
             flat[start + lane] = spare[lane]
 
 
-@part
-def new_rows(count: int) -> np.ndarray:
-    """An uninitialised buffer of `count` rows; it begins at a cache line, for aligned loads."""
-    buffer = np.empty((count + 1) * LANES, np.float32)
-    first = (-(buffer.ctypes.data // 4)) % LANES
-    return buffer[first : first + count * LANES]
-
-
 # The kernels
 
 LOG2E = np.float32(1.4426950408889634)
 
+JOB = np.dtype(
+    [
+        (name, np.intp)
+        for name in (
+            # sizes: B, K, C, N and the number of substeps S
+            *("samples", "components", "channels", "space", "steps"),
+            # addresses of the policy: means (B·K·C·N,), log-weights (B·K·N,), v (B,), x_src (B·C·N,), σ_src (B,)
+            *("means", "logweights", "variances", "x_src", "sigma_src"),
+            # of the state at the start (B·C·N,), σ at the substeps' ends (S + 1, B), their shares in the mean (S, B)
+            *("x_from", "sigmas", "shares"),
+            # of what is asked for, 0 for nothing: end state, mean velocity (B·C·N,)
+            *("x_to", "mean_velocity"),
+            # of the gradient to the mean velocity, and of those to the policy and the start, arranged as these are;
+            # the gradient to v is one summand per block, (B·⌈N / LANES⌉,)
+            *("cotangent", "to_means", "to_logweights", "to_variances", "to_x_src", "to_x_from"),
+            # blocks that a thread takes at a time; the address of the next one's number
+            *("grain", "next_block"),
+            # each thread's scratch memory in bytes; the first one's address; the address of the next one's number
+            *("scratch_size", "scratch", "next_scratch"),
+        )
+    ]
+)
+"""What a kernel is told: sizes and addresses."""
 
-class FlatPolicy(NamedTuple):
-    """A `GMFlowPolicy` as flat float32 arrays."""
 
-    means: np.ndarray  # (B·K·C·N,)
-    logweights: np.ndarray  # (B·K·N,)
-    variances: np.ndarray  # v, (B,)
-    x_src: np.ndarray  # (B·C·N,)
-    sigma_src: np.ndarray  # (B,)
+@intrinsic
+def job_at(_: Any, pointer: types.RawPointer) -> Any:
+    """The job at an address."""
+    record = from_dtype(JOB)
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(record))
+
+    return record(types.voidptr), emit
 
 
-class Gradients(NamedTuple):
-    """Where `pull_back` writes, arranged like the quantities themselves."""
-
-    means: np.ndarray
-    logweights: np.ndarray
-    variances: np.ndarray  # one summand per block, (B·⌈N / LANES⌉,)
-    x_src: np.ndarray
-    x_from: np.ndarray
+@functools.cache
+def compiled(kernel: Callable[..., None]) -> Any:
+    """The kernel as a C function `void (JOB *)`."""
+    settings = {"nopython": True, "error_model": "numpy", "_nrt": False}
+    signature = types.void(types.voidptr)
+    try:
+        return cfunc(signature, cache=True, **settings)(kernel)
+    except RuntimeError:  # neither this folder, nor the user's cache, nor NUMBA_CACHE_DIR can be written
+        return cfunc(signature, **settings)(kernel)
 
 
 class Block(NamedTuple):
-    """A policy at `LANES` locations, in the coordinates of `GMFlowPolicy`, and one query's answer."""
+    """A policy at `LANES` locations, in the coordinates of `GMFlowPolicy`, and one query's answer.
 
-    centres: np.ndarray  # μ_k − c, K·C rows
-    squares: np.ndarray  # ‖μ_k − c‖², K rows
-    logweights: np.ndarray  # log2 A_k, K rows
-    origin: np.ndarray  # c, C rows
-    evidence: np.ndarray  # ν's part of the source, C rows
-    nu: np.ndarray  # ν of the query, C rows
-    weights: np.ndarray  # softmax(a') of the query, K rows
-    posterior: np.ndarray  # Σ_k w_k·(μ_k − c) of the query, C rows
+    A state is y = x − α·c: in these coordinates the mixture's own mean c occurs nowhere else.
+    """
+
+    centres: Floats  # μ_k − c, K·C rows
+    squares: Floats  # ‖μ_k − c‖², K rows
+    logweights: Floats  # log2 A_k, K rows
+    origin: Floats  # c, C rows
+    evidence: Floats  # ν's part of the source, C rows
+    nu: Floats  # ν of the query, C rows
+    weights: Floats  # exp(a'_k − max a') of the query, K rows
+    posterior: Floats  # Σ_k w_k·(μ_k − c) of the query, w = softmax(a'), C rows
+    spare: Floats  # one row
+    rest: Floats  # what follows
 
 
 class Moment(NamedTuple):
     """One sample's scalars at one σ."""
 
     sigma: float
-    alpha: float
     gain: float  # α/σ²
     zeta: float
     shrink: float  # 1 / (v·ζ + 1)
 
 
 @part
-def padded(components: int) -> int:
-    """K, rounded up to groups of four: `query` takes sums four at a time."""
-    return -(-components // 4) * 4
+def padded(count: int) -> int:
+    """Rounded up to groups of four: sums are taken four at a time."""
+    return -(-count // 4) * 4
 
 
 @part
-def new_block(components: int, channels: int) -> Block:
+def block_rows(components: int, channels: int) -> int:
+    """Rows of scratch memory before `rest`."""
+    return padded(components) * (channels + 3) + 4 * channels + 10
+
+
+def scratch_size(components: int, channels: int, steps: int) -> int:
+    """Bytes that either kernel needs per thread."""
+    rows = block_rows.py_func(components, channels)
+    by_products = padded.py_func(components) * (padded.py_func(components) + 5)
+    gradient = components * (channels + 2) + (steps + 7) * channels
+    return 4 * LANES * (rows + max(by_products, gradient) + channels)
+
+
+@part
+def new_block(job: Any) -> Block:
+    """In scratch memory that no other thread has."""
+    components, channels = job.components, job.channels
+    begin = floats(job.scratch + claim(job.next_scratch, 1) * job.scratch_size)
     rows = padded(components)
-    block = Block(
-        new_rows(rows * channels + 3),
-        new_rows(rows),
-        new_rows(rows),
-        new_rows(channels),
-        new_rows(channels),
-        new_rows(channels),
-        new_rows(rows),
-        new_rows(channels + 3),
-    )
-    block.centres[:] = 0  # components beyond K have no weight
-    block.squares[:] = 0
-    block.logweights[:] = -np.inf
-    return block
+    squares = from_row(begin, rows * channels + 3)
+    logweights = from_row(squares, rows)
+    weights = from_row(logweights, rows)
+    origin = from_row(weights, rows)
+    evidence = from_row(origin, channels)
+    nu = from_row(evidence, channels)
+    posterior = from_row(nu, channels)
+    spare = from_row(posterior, channels + 3)
+    rest = from_row(spare, 1)
+    for row in range(components * channels, rows * channels + 3):  # components beyond K have no weight
+        put(begin, row, splat(np.float32(0)))
+    for k in range(components, rows):
+        put(squares, k, splat(np.float32(0)))
+        put(logweights, k, splat(np.float32(-np.inf)))
+    return Block(begin, squares, logweights, origin, evidence, nu, weights, posterior, spare, rest)
 
 
 @part
 def moment(sigma: float, sigma_src: float, variance: float) -> Moment:
     s, s_src = max(np.float64(sigma), MIN_SIGMA), max(np.float64(sigma_src), MIN_SIGMA)
     zeta = ((1 - s) / s) ** 2 - ((1 - s_src) / s_src) ** 2
-    return Moment(s, 1 - s, (1 - s) / s**2, zeta, 1 / max(variance * zeta + 1, MIN_SPREAD))
+    return Moment(s, (1 - s) / s**2, zeta, 1 / max(variance * zeta + 1, MIN_SPREAD))
 
 
 @part
-def softmax(logits: np.ndarray, components: int) -> None:
-    """Base-2 softmax over the rows, in place."""
-    top = get(logits, 0)
-    for k in range(1, components):
-        top = larger(top, get(logits, k))
-    total = splat(np.float32(0))
+def expectation(
+    logits: Floats, top: LanesType, components: int, values: Floats, width: int, into: Floats
+) -> LanesType:
+    """Write Σ_k w_k·values_k, rows of `width`, w = softmax in base 2 of the K rows of `logits`.
+
+    `top` is their maximum. Leaves 2^(logit − top) in `logits`; returns 1 / their sum. The first sums, four at a
+    time, are taken while the power is at hand; up to three beyond `width` have no meaning.
+    """
+    zero = splat(np.float32(0))
+    total, a, b, c, d = zero, zero, zero, zero, zero
     for k in range(components):
-        power = exp2(get(logits, k) - top)
-        total = total + power
+        power, row = exp2(get(logits, k) - top), k * width
         put(logits, k, power)
+        total = total + power
+        a = a + get(values, row) * power
+        b = b + get(values, row + 1) * power
+        c = c + get(values, row + 2) * power
+        d = d + get(values, row + 3) * power
     scale = splat(np.float32(1)) / total
-    for k in range(components):
-        put(logits, k, get(logits, k) * scale)
+    put_four(into, 0, a * scale, b * scale, c * scale, d * scale)
+    for first in range(4, width, 4):
+        a, b, c, d = zero, zero, zero, zero
+        for k in range(components):
+            power, row = get(logits, k), k * width + first
+            a = a + get(values, row) * power
+            b = b + get(values, row + 1) * power
+            c = c + get(values, row + 2) * power
+            d = d + get(values, row + 3) * power
+        put_four(into, first, a * scale, b * scale, c * scale, d * scale)
+    return scale
 
 
 @part
-def load_block(
-    block: Block, policy: FlatPolicy, shape: tuple[int, int, int], sample: int, n: int, spare: np.ndarray
-) -> None:
-    """Fill a block with the policy at a sample's locations from `n` on."""
-    components, channels, space = shape
-    count = min(LANES, space - n)
-    for k in range(components):
-        log2 = read(policy.logweights, (sample * components + k) * space + n, count, spare) * LOG2E
-        put(block.logweights, k, log2)
-        put(block.weights, k, log2)
-    softmax(block.weights, components)
+def put_four(rows: Floats, first: int, a: LanesType, b: LanesType, c: LanesType, d: LanesType) -> None:
+    put(rows, first, a)
+    put(rows, first + 1, b)
+    put(rows, first + 2, c)
+    put(rows, first + 3, d)
 
-    sigma = max(np.float64(policy.sigma_src[sample]), MIN_SIGMA)
+
+@part
+def products(block: Block, vector: Floats, channels: int, k: int) -> tuple[LanesType, ...]:
+    """Four inner products of centres, from `k` on, and the C rows of `vector`."""
+    zero = splat(np.float32(0))
+    a, b, c, d = zero, zero, zero, zero
+    for channel in range(channels):
+        value, row = get(vector, channel), k * channels + channel
+        a = a + get(block.centres, row) * value
+        b = b + get(block.centres, row + channels) * value
+        c = c + get(block.centres, row + 2 * channels) * value
+        d = d + get(block.centres, row + 3 * channels) * value
+    return a, b, c, d
+
+
+@part
+def load_block(job: Any, block: Block, sample: int, n: int, count: int) -> None:
+    """Fill a block with the policy at a sample's `count` locations from `n` on."""
+    components, channels, space = job.components, job.channels, job.space
+    means, weights = floats(job.means), floats(job.logweights)
+    top, zero = splat(np.float32(-np.inf)), splat(np.float32(0))
+    for k in range(components):
+        log2 = read(weights, (sample * components + k) * space + n, count, block.spare) * LOG2E
+        put(block.logweights, k, log2)
+        top = larger(top, log2)
+    total = zero
+    for k in range(components):
+        power = exp2(get(block.logweights, k) - top)
+        put(block.weights, k, power)
+        total = total + power
+    scale = splat(np.float32(1)) / total
+
+    sigma = max(np.float64(floats(job.sigma_src)[sample]), MIN_SIGMA)
     alpha, gain = 1 - sigma, (1 - sigma) / sigma**2
     for c in range(channels):
-        x = read(policy.x_src, (sample * channels + c) * space + n, count, spare)
-        mean = splat(np.float32(0))
+        mean = zero
         for k in range(components):
-            value = read(policy.means, ((sample * components + k) * channels + c) * space + n, count, spare)
-            put(block.centres, k * channels + c, value)
+            row = k * channels + c
+            value = read(means, (sample * components * channels + row) * space + n, count, block.spare)
+            put(block.centres, row, value)
             mean = mean + get(block.weights, k) * value
+        mean = mean * scale
+        x = read(floats(job.x_src), (sample * channels + c) * space + n, count, block.spare)
         origin = x - mean * sigma
         put(block.origin, c, origin)
         put(block.evidence, c, (x - origin * alpha) * gain)
         for k in range(components):
-            put(block.centres, k * channels + c, (mean - get(block.centres, k * channels + c)) * sigma)
+            row = k * channels + c
+            put(block.centres, row, (mean - get(block.centres, row)) * sigma)
     for k in range(components):
-        square = splat(np.float32(0))
+        square = zero
         for c in range(channels):
             centre = get(block.centres, k * channels + c)
             square = square + centre * centre
@@ -363,233 +470,282 @@ def load_block(
 
 
 @part
-def logit(block: Block, k: int, agreement: LanesType, scale: float, contrast: float) -> LanesType:
-    """a'_k in base 2, given μ_k·ν."""
-    return agreement * scale + (get(block.logweights, k) - get(block.squares, k) * contrast)
+def load_state(job: Any, block: Block, sample: int, n: int, count: int, into: Floats) -> float:
+    """Write y at the start to C rows; returns its α."""
+    alpha = 1 - max(np.float64(floats(job.sigmas)[sample]), MIN_SIGMA)
+    for c in range(job.channels):
+        x = read(floats(job.x_from), (sample * job.channels + c) * job.space + n, count, block.spare)
+        put(into, c, x - get(block.origin, c) * alpha)
+    return alpha
 
 
 @part
-def query(block: Block, x: np.ndarray, first: int, at: Moment, components: int, channels: int) -> None:
-    """Write ν, the weights and their mean centre for the state in rows `first` … of `x`."""
-    for c in range(channels):
-        shifted = get(x, first + c) - get(block.origin, c) * at.alpha
-        put(block.nu, c, shifted * at.gain - get(block.evidence, c))
+def query(block: Block, state: Floats, at: Moment, components: int, channels: int) -> LanesType:
+    """Write ν, the weights and their mean centre for the state in the C rows `state`; returns 1 / Σ weights."""
+    for channel in range(channels):
+        put(block.nu, channel, get(state, channel) * at.gain - get(block.evidence, channel))
     scale = at.shrink * LOG2E
     contrast = 0.5 * at.zeta * scale
-    zero, rows = splat(np.float32(0)), padded(components)
-    # Sums four at a time: one factor of each product then stays in a register.
-    for k in range(0, rows, 4):
-        a, b, c, d = zero, zero, zero, zero
-        for channel in range(channels):
-            nu, row = get(block.nu, channel), k * channels + channel
-            a = a + get(block.centres, row) * nu
-            b = b + get(block.centres, row + channels) * nu
-            c = c + get(block.centres, row + 2 * channels) * nu
-            d = d + get(block.centres, row + 3 * channels) * nu
-        put(block.weights, k, logit(block, k, a, scale, contrast))
-        put(block.weights, k + 1, logit(block, k + 1, b, scale, contrast))
-        put(block.weights, k + 2, logit(block, k + 2, c, scale, contrast))
-        put(block.weights, k + 3, logit(block, k + 3, d, scale, contrast))
-    softmax(block.weights, rows)
-    for channel in range(0, channels, 4):  # up to three beyond C, of no meaning
-        a, b, c, d = zero, zero, zero, zero
-        for k in range(components):
-            weight, row = get(block.weights, k), k * channels + channel
-            a = a + get(block.centres, row) * weight
-            b = b + get(block.centres, row + 1) * weight
-            c = c + get(block.centres, row + 2) * weight
-            d = d + get(block.centres, row + 3) * weight
-        put(block.posterior, channel, a)
-        put(block.posterior, channel + 1, b)
-        put(block.posterior, channel + 2, c)
-        put(block.posterior, channel + 3, d)
+    top = splat(np.float32(-np.inf))
+    for first in range(0, padded(components), 4):
+        a, b, c, d = products(block, block.nu, channels, first)
+        a = a * scale + (get(block.logweights, first) - get(block.squares, first) * contrast)
+        b = b * scale + (get(block.logweights, first + 1) - get(block.squares, first + 1) * contrast)
+        c = c * scale + (get(block.logweights, first + 2) - get(block.squares, first + 2) * contrast)
+        d = d * scale + (get(block.logweights, first + 3) - get(block.squares, first + 3) * contrast)
+        put_four(block.weights, first, a, b, c, d)
+        top = larger(top, larger(larger(a, b), larger(c, d)))
+    return expectation(block.weights, top, components, block.centres, channels, block.posterior)
 
 
 @part
-def velocity(block: Block, x: LanesType, c: int, at: Moment, variance: float) -> LanesType:
-    """Channel `c` of π at the state of the last query."""
-    correction = (get(block.posterior, c) + get(block.nu, c) * variance) * at.shrink
-    return (x - get(block.origin, c) - correction) * (1 / at.sigma)
+def direction(at: Moment, variance: float) -> tuple[float, float, float]:
+    """Of y with σ, at the last query: factors of y, of the source's evidence and of the posterior mean."""
+    return (
+        (1 - at.shrink * variance * at.gain) / at.sigma,
+        at.shrink * variance / at.sigma,
+        -at.shrink / at.sigma,
+    )
 
 
-@entry
-def integrate(
-    policy: FlatPolicy,
-    x_from: np.ndarray,
-    sigmas: np.ndarray,
-    shares: np.ndarray,
-    x_to: np.ndarray,
-    mean_velocity: np.ndarray,
-    shape: tuple[int, int, int],
-    first: int,
-    last: int,
-) -> None:
-    """Integrate blocks `first` … `last`, counted over all samples.
+@part
+def follow(job: Any, block: Block, sample: int, n: int, count: int) -> None:
+    """Integrate one block, and sum its velocities where the mean is asked for."""
+    components, channels, samples = job.components, job.channels, job.samples
+    sigmas, shares = floats(job.sigmas), floats(job.shares)
+    sigma_src, variance = floats(job.sigma_src)[sample], np.float64(floats(job.variances)[sample])
+    state, mean, shared = block.rest, from_row(block.rest, channels), 0.0
+    alpha = load_state(job, block, sample, n, count, state)
+    for c in range(channels):
+        put(mean, c, splat(np.float32(0)))
+    for s in range(job.steps):
+        here = s * samples + sample
+        change, share = np.float64(sigmas[here + samples]) - sigmas[here], np.float64(0)
+        if job.mean_velocity:
+            share = np.float64(shares[here])
+        if change == 0 and share == 0:
+            continue  # a sample with fewer substeps rests
+        at = moment(sigmas[here], sigma_src, variance)
+        query(block, state, at, components, channels)
+        along, evident, believed = direction(at, variance)
+        for c in range(channels):
+            y, evidence, posterior = get(state, c), get(block.evidence, c), get(block.posterior, c)
+            if share != 0:
+                u = y * (share * along) + evidence * (share * evident) + posterior * (share * believed)
+                put(mean, c, get(mean, c) + u)
+            moved = y * (1 + change * along) + evidence * (change * evident)
+            put(state, c, moved + posterior * (change * believed))
+        alpha -= change
+        shared += share
+    for c in range(channels):
+        start, origin = (sample * channels + c) * job.space + n, get(block.origin, c)
+        if job.x_to:
+            write(floats(job.x_to), start, count, get(state, c) + origin * alpha, block.spare)
+        if job.mean_velocity:
+            write(floats(job.mean_velocity), start, count, get(mean, c) - origin * shared, block.spare)
 
-    Args:
-        policy: what to follow.
-        x_from: start states, (B·C·N,).
-        sigmas: σ at the substeps' ends, (S + 1, B).
-        shares: weight of each substep in the mean velocity, (S, B).
-        x_to: receives the end states, (B·C·N,).
-        mean_velocity: receives Σ_s share_s·velocity_s, (B·C·N,).
-        shape: K, C, N.
-        first, last: range of blocks.
+
+@part
+def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int) -> None:
+    """Integrate one block by the inner products of its centres alone, K² per substep instead of 2·K·C.
+
+    The state moves in the span of where it began, the evidence of the source and the centres; queries need its
+    products with the centres, and these move as it does. The C channels occur before the first substep and after
+    the last.
     """
-    components, channels, space = shape
-    blocks = -(-space // LANES)
-    block = new_block(components, channels)
-    x, mean, spare = new_rows(channels), new_rows(channels), new_rows(1)
-    for index in range(first, last):
-        sample, n = index // blocks, index % blocks * LANES
-        count = min(LANES, space - n)
-        sigma_src, variance = policy.sigma_src[sample], np.float64(policy.variances[sample])
-        load_block(block, policy, shape, sample, n, spare)
-        for c in range(channels):
-            put(x, c, read(x_from, (sample * channels + c) * space + n, count, spare))
-            put(mean, c, splat(np.float32(0)))
-        for s in range(len(shares)):
-            change, share = sigmas[s + 1, sample] - sigmas[s, sample], shares[s, sample]
-            if change == 0 and share == 0:
-                continue  # a sample with fewer substeps rests
-            at = moment(sigmas[s, sample], sigma_src, variance)
-            query(block, x, 0, at, components, channels)
-            for c in range(channels):
-                u = velocity(block, get(x, c), c, at, variance)
-                put(x, c, get(x, c) + u * change)
-                put(mean, c, get(mean, c) + u * share)
-        for c in range(channels):
-            write(x_to, (sample * channels + c) * space + n, count, get(x, c), spare)
-            write(mean_velocity, (sample * channels + c) * space + n, count, get(mean, c), spare)
+    components, channels, samples = job.components, job.channels, job.samples
+    rows = padded(components)
+    sigmas = floats(job.sigmas)
+    sigma_src, variance = floats(job.sigma_src)[sample], np.float64(floats(job.variances)[sample])
+    gram = block.rest
+    on_evidence = from_row(gram, rows * rows)
+    on_state = from_row(on_evidence, rows)
+    sums = from_row(on_state, rows)
+    taken = from_row(sums, rows)  # how much of each centre the state has taken on
+    state = from_row(taken, rows)
+    alpha = load_state(job, block, sample, n, count, state)
+    for k in range(0, rows, 4):
+        a, b, c, d = products(block, state, channels, k)
+        put_four(on_state, k, a, b, c, d)
+        a, b, c, d = products(block, block.evidence, channels, k)
+        put_four(on_evidence, k, a, b, c, d)
+        for other in range(components):
+            a, b, c, d = products(block, from_row(block.centres, other * channels), channels, k)
+            put_four(gram, other * rows + k, a, b, c, d)
+        zero = splat(np.float32(0))
+        put_four(taken, k, zero, zero, zero, zero)
+
+    of_start, of_evidence = 1.0, 0.0
+    for s in range(job.steps):
+        here = s * samples + sample
+        change = np.float64(sigmas[here + samples]) - sigmas[here]
+        if change == 0:
+            continue  # a sample with fewer substeps rests
+        at = moment(sigmas[here], sigma_src, variance)
+        scale, contrast = at.shrink * LOG2E, 0.5 * at.zeta
+        top = splat(np.float32(-np.inf))
+        for k in range(components):
+            constant = get(on_evidence, k) + get(block.squares, k) * contrast
+            constant = get(block.logweights, k) - constant * scale
+            a = get(on_state, k) * (at.gain * scale) + constant
+            put(block.weights, k, a)
+            top = larger(top, a)
+        inverse = expectation(block.weights, top, components, gram, rows, sums)
+        along, evident, believed = direction(at, variance)
+        keep, evident, believed = 1 + change * along, change * evident, change * believed
+        for k in range(components):
+            moved = get(on_state, k) * keep + get(on_evidence, k) * evident
+            put(on_state, k, moved + get(sums, k) * believed)
+            put(taken, k, get(taken, k) * keep + get(block.weights, k) * inverse * believed)
+        of_start, of_evidence = of_start * keep, of_evidence * keep + evident
+        alpha -= change
+
+    for channel in range(channels):
+        x = get(state, channel) * of_start + get(block.evidence, channel) * of_evidence
+        x = x + get(block.origin, channel) * alpha
+        for k in range(components):
+            x = x + get(block.centres, k * channels + channel) * get(taken, k)
+        write(floats(job.x_to), (sample * channels + channel) * job.space + n, count, x, block.spare)
 
 
-@entry
-def pull_back(
-    policy: FlatPolicy,
-    x_from: np.ndarray,
-    sigmas: np.ndarray,
-    shares: np.ndarray,
-    cotangent: np.ndarray,
-    gradients: Gradients,
-    shape: tuple[int, int, int],
-    first: int,
-    last: int,
-) -> None:
-    """Vector-Jacobian product of `integrate`'s mean velocity, for blocks `first` … `last`.
+def integrate(pointer: Any) -> None:
+    """End states and mean velocities: what the job asks for."""
+    job = job_at(pointer)
+    blocks, block = -(-job.space // LANES), new_block(job)
+    by_products = job.mean_velocity == 0 and job.components <= 2 * job.channels
+    first = claim(job.next_block, job.grain)
+    while first < job.samples * blocks:
+        for index in range(first, min(first + job.grain, job.samples * blocks)):
+            sample, n = index // blocks, index % blocks * LANES
+            count = min(LANES, job.space - n)
+            load_block(job, block, sample, n, count)
+            if by_products:
+                follow_by_products(job, block, sample, n, count)
+            else:
+                follow(job, block, sample, n, count)
+        first = claim(job.next_block, job.grain)
+
+
+def pull_back(pointer: Any) -> None:
+    """Vector-Jacobian product of `integrate`'s mean velocity."""
+    job = job_at(pointer)
+    blocks, block = -(-job.space // LANES), new_block(job)
+    first = claim(job.next_block, job.grain)
+    while first < job.samples * blocks:
+        for index in range(first, min(first + job.grain, job.samples * blocks)):
+            sample, n = index // blocks, index % blocks * LANES
+            count = min(LANES, job.space - n)
+            load_block(job, block, sample, n, count)
+            floats(job.to_variances)[index] = pull_back_block(job, block, sample, n, count)
+        first = claim(job.next_block, job.grain)
+
+
+@part
+def pull_back_block(job: Any, block: Block, sample: int, n: int, count: int) -> float:
+    """Write one block's gradients; returns its part of the one to v.
 
     The states of the block are integrated again and kept, S·C rows; everything else is recomputed query by
     query, from the last substep to the first. A bar marks the gradient to a quantity of the class docstring
-    of `GMFlowPolicy`.
-
-    Args:
-        policy, x_from, sigmas, shares, shape, first, last: as for `integrate`.
-        cotangent: gradient to the mean velocity, (B·C·N,).
-        gradients: receives the gradients.
+    of `GMFlowPolicy`; c has none, for the velocity does not depend on it.
     """
-    components, channels, space = shape
-    blocks, steps = -(-space // LANES), len(shares)
-    block, zero = new_block(components, channels), splat(np.float32(0))
-    x, spare = new_rows((steps + 1) * channels), new_rows(1)
-    centres_bar, logweights_bar = new_rows(components * channels), new_rows(components)
-    contraction = new_rows(components)  # Σ_s ζ·ā'_k / (v·ζ + 1): the gradient through ‖μ_k‖², per μ_k
-    mean_bar, x_bar, x_0_bar = new_rows(channels), new_rows(channels), new_rows(channels)
-    nu_bar, evidence_bar = new_rows(channels), new_rows(channels)
-    for index in range(first, last):
-        sample, n = index // blocks, index % blocks * LANES
-        count = min(LANES, space - n)
-        sigma_src, variance = policy.sigma_src[sample], np.float64(policy.variances[sample])
-        load_block(block, policy, shape, sample, n, spare)
+    components, channels, samples, steps = job.components, job.channels, job.samples, job.steps
+    space, spare, zero = job.space, block.spare, splat(np.float32(0))
+    sigmas, shares = floats(job.sigmas), floats(job.shares)
+    sigma_src, variance = floats(job.sigma_src)[sample], np.float64(floats(job.variances)[sample])
+    states = block.rest
+    centres_bar = from_row(states, (steps + 1) * channels)
+    logweights_bar = from_row(centres_bar, components * channels)
+    contraction = from_row(logweights_bar, components)  # Σ_s ζ·ā'_k / (v·ζ + 1): through ‖μ_k‖², per μ_k
+    mean_bar = from_row(contraction, components)
+    x_bar = from_row(mean_bar, channels)
+    x_0_bar = from_row(x_bar, channels)
+    nu_bar = from_row(x_0_bar, channels)
+    evidence_bar = from_row(nu_bar, channels)
+
+    load_state(job, block, sample, n, count, states)
+    for c in range(channels):
+        put(mean_bar, c, read(floats(job.cotangent), (sample * channels + c) * space + n, count, spare))
+        put(x_bar, c, zero)
+        put(evidence_bar, c, zero)
+    for k in range(components):
+        put(logweights_bar, k, zero)
+        put(contraction, k, zero)
+    for row in range(components * channels):
+        put(centres_bar, row, zero)
+    variance_bar = zero
+
+    for s in range(steps - 1):
+        here = s * samples + sample
+        change = np.float64(sigmas[here + samples]) - sigmas[here]
+        at, state = moment(sigmas[here], sigma_src, variance), from_row(states, s * channels)
+        query(block, state, at, components, channels)
+        along, evident, believed = direction(at, variance)
         for c in range(channels):
-            start = (sample * channels + c) * space + n
-            put(x, c, read(x_from, start, count, spare))
-            put(mean_bar, c, read(cotangent, start, count, spare))
-            put(x_bar, c, zero)
-            put(evidence_bar, c, zero)
+            moved = get(state, c) * (1 + change * along) + get(block.evidence, c) * (change * evident)
+            put(state, channels + c, moved + get(block.posterior, c) * (change * believed))
+
+    for s in range(steps - 1, -1, -1):
+        here = s * samples + sample
+        change, share = np.float64(sigmas[here + samples]) - sigmas[here], np.float64(shares[here])
+        if change == 0 and share == 0:
+            continue
+        at = moment(sigmas[here], sigma_src, variance)
+        inverse = query(block, from_row(states, s * channels), at, components, channels)
+
+        shrink_bar, expected = zero, zero
+        for c in range(channels):
+            u_bar = get(mean_bar, c) * share + get(x_bar, c) * change
+            through_x = u_bar * (1 / at.sigma)
+            put(x_bar, c, get(x_bar, c) + through_x)
+            scaled = through_x * (-at.shrink)  # gradient to Σ_k w_k·μ_k + v·ν
+            put(x_0_bar, c, scaled)
+            posterior, nu = get(block.posterior, c), get(block.nu, c)
+            shrink_bar = shrink_bar - through_x * (posterior + nu * variance)
+            variance_bar = variance_bar + scaled * nu
+            expected = expected + scaled * posterior
+            put(nu_bar, c, scaled * variance)
+
         for k in range(components):
-            put(logweights_bar, k, zero)
-            put(contraction, k, zero)
-        for row in range(components * channels):
-            put(centres_bar, row, zero)
-        variance_bar = zero
-
-        for s in range(steps - 1):
-            change, now = sigmas[s + 1, sample] - sigmas[s, sample], s * channels
-            at = moment(sigmas[s, sample], sigma_src, variance)
-            query(block, x, now, at, components, channels)
+            agreement, weight_bar = zero, zero
             for c in range(channels):
-                value = get(x, now + c)
-                put(x, now + channels + c, value + velocity(block, value, c, at, variance) * change)
-
-        for s in range(steps - 1, -1, -1):
-            change, share = sigmas[s + 1, sample] - sigmas[s, sample], shares[s, sample]
-            if change == 0 and share == 0:
-                continue
-            at = moment(sigmas[s, sample], sigma_src, variance)
-            query(block, x, s * channels, at, components, channels)
-
-            shrink_bar, expected = zero, zero
+                centre = get(block.centres, k * channels + c)
+                agreement = agreement + centre * get(block.nu, c)
+                weight_bar = weight_bar + centre * get(x_0_bar, c)
+            weight = get(block.weights, k) * inverse
+            logit_bar = weight * (weight_bar - expected)
+            put(logweights_bar, k, get(logweights_bar, k) + logit_bar)
+            shrink_bar = shrink_bar + logit_bar * (agreement - get(block.squares, k) * (0.5 * at.zeta))
+            pull = logit_bar * at.shrink
+            put(contraction, k, get(contraction, k) + pull * at.zeta)
             for c in range(channels):
-                u_bar = get(mean_bar, c) * share + get(x_bar, c) * change
-                through_x = u_bar * (1 / at.sigma)
-                put(x_bar, c, get(x_bar, c) + through_x)
-                scaled = through_x * (-at.shrink)  # gradient to Σ_k w_k·μ_k + v·ν
-                put(x_0_bar, c, scaled)
-                posterior, nu = get(block.posterior, c), get(block.nu, c)
-                shrink_bar = shrink_bar - through_x * (posterior + nu * variance)
-                variance_bar = variance_bar + scaled * nu
-                expected = expected + scaled * posterior
-                put(nu_bar, c, scaled * variance)
-
-            for k in range(components):
-                agreement, weight_bar = zero, zero
-                for c in range(channels):
-                    centre = get(block.centres, k * channels + c)
-                    agreement = agreement + centre * get(block.nu, c)
-                    weight_bar = weight_bar + centre * get(x_0_bar, c)
-                weight = get(block.weights, k)
-                logit_bar = weight * (weight_bar - expected)
-                put(logweights_bar, k, get(logweights_bar, k) + logit_bar)
-                shrink_bar = shrink_bar + logit_bar * (agreement - get(block.squares, k) * (0.5 * at.zeta))
-                pull = logit_bar * at.shrink
-                put(contraction, k, get(contraction, k) + pull * at.zeta)
-                for c in range(channels):
-                    row = k * channels + c
-                    put(nu_bar, c, get(nu_bar, c) + pull * get(block.centres, row))
-                    change_bar = weight * get(x_0_bar, c) + pull * get(block.nu, c)
-                    put(centres_bar, row, get(centres_bar, row) + change_bar)
-
-            if at.shrink < 1 / MIN_SPREAD:
-                variance_bar = variance_bar - shrink_bar * (at.shrink**2 * at.zeta)
-            for c in range(channels):
-                put(x_bar, c, get(x_bar, c) + get(nu_bar, c) * at.gain)
-                put(evidence_bar, c, get(evidence_bar, c) - get(nu_bar, c))
-
-        source = moment(sigma_src, sigma_src, variance)
-        for c in range(channels):
-            x_src_bar = get(evidence_bar, c) * source.gain
-            for k in range(components):
                 row = k * channels + c
-                centre_bar = get(centres_bar, row) - get(contraction, k) * get(block.centres, row)
-                x_src_bar = x_src_bar + centre_bar
-                write(
-                    gradients.means,
-                    ((sample * components + k) * channels + c) * space + n,
-                    count,
-                    centre_bar * (-source.sigma),
-                    spare,
-                )
-            write(gradients.x_src, (sample * channels + c) * space + n, count, x_src_bar, spare)
-            write(gradients.x_from, (sample * channels + c) * space + n, count, get(x_bar, c), spare)
+                put(nu_bar, c, get(nu_bar, c) + pull * get(block.centres, row))
+                change_bar = weight * get(x_0_bar, c) + pull * get(block.nu, c)
+                put(centres_bar, row, get(centres_bar, row) + change_bar)
+
+        if at.shrink < 1 / MIN_SPREAD:
+            variance_bar = variance_bar - shrink_bar * (at.shrink**2 * at.zeta)
+        for c in range(channels):
+            put(x_bar, c, get(x_bar, c) + get(nu_bar, c) * at.gain)
+            put(evidence_bar, c, get(evidence_bar, c) - get(nu_bar, c))
+
+    source = moment(sigma_src, sigma_src, variance)
+    for c in range(channels):
+        x_src_bar = get(evidence_bar, c) * source.gain
         for k in range(components):
-            write(
-                gradients.logweights,
-                (sample * components + k) * space + n,
-                count,
-                get(logweights_bar, k),
-                spare,
-            )
-        put(spare, 0, variance_bar)
-        total = 0.0
-        for lane in range(LANES):
-            total += spare[lane]
-        gradients.variances[index] = total
+            row = k * channels + c
+            centre_bar = get(centres_bar, row) - get(contraction, k) * get(block.centres, row)
+            x_src_bar = x_src_bar + centre_bar
+            start = (sample * components * channels + row) * space + n
+            write(floats(job.to_means), start, count, centre_bar * (-source.sigma), spare)
+        start = (sample * channels + c) * space + n
+        write(floats(job.to_x_src), start, count, x_src_bar, spare)
+        write(floats(job.to_x_from), start, count, get(x_bar, c), spare)
+    for k in range(components):
+        start = (sample * components + k) * space + n
+        write(floats(job.to_logweights), start, count, get(logweights_bar, k), spare)
+    put(spare, 0, variance_bar)
+    total = 0.0
+    for lane in range(LANES):
+        total += spare[lane]
+    return total
