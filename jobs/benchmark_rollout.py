@@ -16,7 +16,7 @@ from fewstep.benchmark import Rates, aligned, device_time, interleaved, log_to_m
 from fewstep.cli import run_job
 from fewstep.flow import TEXT_TO_IMAGE_SHIFT as SHIFT
 from fewstep.policies import SUBSTEPS, DXPolicy, GMFlowPolicy, Policy, mean_velocity, rollout
-from fewstep.policies.rollout import _substep_sigmas, rollout_reference, substep_count
+from fewstep.policies.rollout import rollout_reference, substep_sigmas
 
 DESCRIPTION = """\
 Time a whole rollout of a policy, from the head's output to the state at its end, three ways in one process:
@@ -211,7 +211,7 @@ def measure_rollout(
     set_memory(memory)
     head = Head.draw(case, device)
     raw_to = head.raw_src - case.substeps / SUBSTEPS
-    sigmas = _substep_sigmas(head.raw_src, raw_to, substep_count(head.raw_src, raw_to), SHIFT)
+    sigmas = substep_sigmas(head.raw_src, raw_to, SHIFT)
     runs: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: plain_rollout(case, head, sigmas),
         "torch": lambda: rollout_reference(head.policy(case), head.x_src, sigmas.to(device)),
@@ -249,7 +249,7 @@ def measure_window(
         leaf.requires_grad_()
     raw_a = head.raw_src
     raw_to = raw_a - 3 / SUBSTEPS
-    sigmas = _substep_sigmas(raw_a, raw_to, substep_count(raw_a, raw_to), SHIFT)
+    sigmas = substep_sigmas(raw_a, raw_to, SHIFT)
     changes = sigmas.diff(dim=0)
 
     def gradient(velocity: Callable[[Policy], Tensor]) -> Callable[[], object]:

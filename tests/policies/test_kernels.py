@@ -20,11 +20,10 @@ from fewstep.flow import TimeShift
 from fewstep.policies import DXPolicy, GMFlowPolicy, kernels, mean_velocity, rollout
 from fewstep.policies.kernels import window
 from fewstep.policies.rollout import (
-    _substep_sigmas,
     _window,
     mean_velocity_reference,
     rollout_reference,
-    substep_count,
+    substep_sigmas,
 )
 
 CLOSE = 1e-4
@@ -74,16 +73,12 @@ def exactness(single: Tensor, double: Tensor, ours: Tensor) -> tuple[Tensor, Ten
     return (ours - double).abs(), CLOSE * scale + 4 * (single - double).abs().amax()
 
 
-def tables(raw_from: Tensor, raw_to: Tensor, shift: TimeShift) -> Tensor:
-    return _substep_sigmas(raw_from, raw_to, substep_count(raw_from, raw_to), shift)
-
-
 @given(gm_cases())
 @settings(max_examples=60, deadline=None)
 def test_the_fused_rollout_is_the_reference(case: tuple[GMFlowPolicy, Tensor, Tensor, TimeShift]) -> None:
     policy, raw_src, raw_to, shift = case
     x, sigma = rollout(policy, policy.x_src, raw_src, raw_to, shift)
-    sigmas = tables(raw_src, raw_to, shift)
+    sigmas = substep_sigmas(raw_src, raw_to, shift)
     single = rollout_reference(policy, policy.x_src, sigmas)
     double = rollout_reference(cast(policy, torch.float64), policy.x_src.double(), sigmas.double())
     error, allowed = exactness(single, double, x)
@@ -179,7 +174,7 @@ def test_dx_in_closed_form_is_the_reference(
 
     ours, _ = rollout(policy, x, raw_src, raw_to, shift)
     torch.testing.assert_close(
-        ours, rollout_reference(policy, x, tables(raw_src, raw_to, shift)), atol=CLOSE, rtol=CLOSE
+        ours, rollout_reference(policy, x, substep_sigmas(raw_src, raw_to, shift)), atol=CLOSE, rtol=CLOSE
     )
     window = _window(raw_src, (raw_src - 3 / 128).clamp(min=0), shift, 128)
     means = (
@@ -295,7 +290,7 @@ def test_without_a_compiler_plain_torch_does_it_and_says_so_once(caplog: pytest.
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             x, _ = rollout(policy, policy.x_src, raw, raw / 2, TimeShift(3.2))
-    assert torch.equal(x, rollout_reference(policy, policy.x_src, tables(raw, raw / 2, TimeShift(3.2))))
+    assert torch.equal(x, rollout_reference(policy, policy.x_src, substep_sigmas(raw, raw / 2, TimeShift(3.2))))
     assert [record.getMessage().count("\n") for record in caplog.records] == [0]
     assert "numba" in caplog.text
 
@@ -368,7 +363,7 @@ def test_the_triton_rollout_is_the_reference(
     on_triton: ModuleType, case: tuple[GMFlowPolicy, Tensor, Tensor, TimeShift]
 ) -> None:
     policy, raw_src, raw_to, shift = case
-    sigmas = tables(raw_src, raw_to, shift)
+    sigmas = substep_sigmas(raw_src, raw_to, shift)
     single = rollout_reference(policy, policy.x_src, sigmas)
     double = rollout_reference(cast(policy, torch.float64), policy.x_src.double(), sigmas.double())
     there = cast(policy, DEVICE)
@@ -399,4 +394,4 @@ def test_one_policy_for_several_states_is_left_to_plain_torch() -> None:
     assert kernels.kernel(policy, policy.x_src) is None
     ends = (torch.full((3,), 0.9), torch.full((3,), 0.2), TimeShift(1.0))
     x, _ = rollout(policy, policy.x_src, *ends)
-    torch.testing.assert_close(x, rollout_reference(policy, policy.x_src, tables(*ends)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x, rollout_reference(policy, policy.x_src, substep_sigmas(*ends)), atol=1e-4, rtol=0)

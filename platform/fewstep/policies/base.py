@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MIN_SIGMA = 1e-6
 """σ is clamped here, so that velocities stay finite at the data end."""
 
-Time = TypeVar("Time", float, Tensor)
+Time = TypeVar("Time", float, Tensor, np.ndarray)
 
 
 class Shift(Protocol):

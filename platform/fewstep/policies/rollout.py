@@ -52,7 +52,7 @@ def rollout(
     Returns:
         The state at `raw_to`, (B, C, H, W), and its σ, (B,).
     """
-    sigmas = _substep_sigmas(raw_from, raw_to, substep_count(raw_from, raw_to, substeps), shift)
+    sigmas = substep_sigmas(raw_from, raw_to, shift, substeps)
     there = sigmas.to(x.device, non_blocking=True)
     if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
         return policy.closed_form(x, sigmas, torch.zeros_like(sigmas[1:]), 1.0), there[-1]
@@ -136,13 +136,14 @@ def mean_velocity_reference(policy: Policy, x: Tensor, sigmas: Tensor, shares: T
 
 def _window(raw_a: Tensor, raw_to: Tensor, shift: Shift | None, substeps: int) -> tuple[Tensor, Tensor]:
     """σ at the ends of a micro window's substeps, (S + 1, B), and their shares in its mean velocity, (S, B)."""
-    instantaneous = torch.from_numpy(np.rint((_on_host(raw_a) - _on_host(raw_to)) * substeps) < 2)
-    counts = substep_count(raw_a, raw_to, substeps).masked_fill(instantaneous, 1)
-    sigmas = _substep_sigmas(raw_a, raw_to, counts, shift)
+    begin, end = _on_host(raw_a), _on_host(raw_to)
+    instantaneous = np.rint((begin - end) * substeps) < 2
+    counts = np.where(instantaneous, 1, substep_count(begin, end, substeps))
+    sigmas = _sigmas(begin, end, counts, shift)
     changes = sigmas.diff(dim=0)
     only_first = torch.zeros_like(changes)
     only_first[0] = 1
-    return sigmas, torch.where(instantaneous, only_first, changes / changes.sum(0))
+    return sigmas, torch.where(torch.from_numpy(instantaneous), only_first, changes / changes.sum(0))
 
 
 def _asks_for_gradient(policy: Policy, x: Tensor) -> bool:
@@ -151,25 +152,31 @@ def _asks_for_gradient(policy: Policy, x: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *head))
 
 
-def substep_count(raw_from: Tensor, raw_to: Tensor, substeps: int = SUBSTEPS) -> Tensor:
-    """Number of equal raw-time substeps from `raw_from` to `raw_to`, (B,) int64, on the CPU."""
-    steps = np.ceil((_on_host(raw_from) - _on_host(raw_to)) * substeps - ROUNDING)
-    return torch.from_numpy(np.maximum(steps, 1).astype(np.int64))
+def substep_sigmas(
+    raw_from: Tensor, raw_to: Tensor, shift: Shift | None = None, substeps: int = SUBSTEPS
+) -> Tensor:
+    """σ at the ends of a rollout's substeps, (S + 1, B), on the CPU; samples with fewer stay at their last one."""
+    begin, end = _on_host(raw_from), _on_host(raw_to)
+    return _sigmas(begin, end, substep_count(begin, end, substeps), shift)
 
 
-def _substep_sigmas(raw_from: Tensor, raw_to: Tensor, counts: Tensor, shift: Shift | None) -> Tensor:
-    """σ at the substeps' ends, (max(counts) + 1, B), on the CPU; samples with fewer substeps stay at their last one.
+def substep_count(raw_from: np.ndarray, raw_to: np.ndarray, substeps: int = SUBSTEPS) -> np.ndarray:
+    """Number of equal raw-time substeps from `raw_from` to `raw_to`: whole numbers, (B,)."""
+    return np.maximum(np.ceil((raw_from - raw_to) * substeps - ROUNDING), 1)
+
+
+def _sigmas(begin: np.ndarray, end: np.ndarray, counts: np.ndarray, shift: Shift | None) -> Tensor:
+    """`substep_sigmas` for given counts.
 
     The clock runs by repeated subtraction in float32, as the reference implementation's does: its end is a
-    few 1e-7 off `raw_to`, which the steep x̂_0(τ) of a short DX grid makes visible in the velocity.
+    few 1e-7 off `end`, which the steep x̂_0(τ) of a short DX grid makes visible in the velocity.
     """
-    begin, number = _on_host(raw_from), _on_host(counts)
-    step = (_on_host(raw_to) - begin) / number.astype(begin.dtype)
-    moves = (np.arange(number.max())[:, None] < number) * step
-    # numpy accumulates one by one, in the table's own precision
-    clock = np.add.accumulate(np.concatenate([begin[None], moves]), 0)
-    raw = torch.from_numpy(np.maximum(clock, 0))
-    return raw if shift is None else shift.warp(raw)
+    clock = np.empty((int(counts.max()) + 1, len(begin)), begin.dtype)
+    clock[0] = begin
+    np.multiply(np.arange(len(clock) - 1)[:, None] < counts, (end - begin) / counts, out=clock[1:])
+    np.add.accumulate(clock, 0, out=clock)  # one by one, in the table's own precision
+    np.maximum(clock, 0, out=clock)
+    return torch.from_numpy(clock if shift is None else shift.warp(clock))
 
 
 def _on_host(times: Tensor) -> np.ndarray:

@@ -7,21 +7,20 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.policies.gmflow import GMFlowPolicy
 from fewstep.policies.kernels.numba_gmflow import (
-    CACHE_LINE,
-    JOB,
     LANES,
     compiled,
     integrate,
+    new_job,
     pull_back,
-    scratch_size,
+    scratch_floats,
 )
 
 SLICE = 50_000
@@ -50,9 +49,9 @@ def window_gradient(
     """Of `window`: gradients to x, means, logstds (one per sample), log-weights (B, K, 1, H, W) and x_src."""
     means = policy.means
     samples, blocks = len(means), -(-means.shape[3:].numel() // LANES)
+    to_logstds = torch.empty(samples, blocks)
     to_x, to_x_src = torch.empty(x.shape), torch.empty(x.shape)
     to_means, to_logweights = torch.empty(means.shape), torch.empty(_weights_shape(means))
-    to_variances = torch.empty(samples, blocks)
     _run(
         pull_back,
         policy,
@@ -62,12 +61,12 @@ def window_gradient(
         cotangent=_flat(cotangent),
         to_means=to_means,
         to_logweights=to_logweights,
-        to_variances=to_variances,
+        to_logstds=to_logstds,
         to_x_src=to_x_src,
         to_x_from=to_x,
     )
-    to_logstds = 2 * _variances(policy) * to_variances.sum(1)
-    return to_x, to_means, to_logstds.view(-1, *[1] * (means.ndim - 1)), to_logweights, to_x_src
+    to_logstds = to_logstds.sum(1).view(-1, *[1] * (means.ndim - 1))
+    return to_x, to_means, to_logstds, to_logweights, to_x_src
 
 
 def _run(
@@ -75,50 +74,25 @@ def _run(
 ) -> None:
     """Run a kernel on all blocks; `others` are the further fields of its `JOB`."""
     (samples, components, channels, *space), steps = policy.means.shape, len(sigmas) - 1
-    tensors = {
-        "means": _flat(policy.means),
-        "logweights": _flat(policy.logweights.expand(_weights_shape(policy.means))),
-        "variances": _variances(policy),
-        "x_src": _flat(policy.x_src),
-        "sigma_src": _flat(_one_each(policy.sigma_src, samples)),
-        "x_from": _flat(x),
-        "sigmas": _flat(sigmas),
-        **others,
-    }
-    job = np.zeros((), JOB)
-    for name, tensor in tensors.items():
-        job[name] = tensor.data_ptr()
-    locations = int(np.prod(space))
+    locations = prod(space)
     blocks = samples * -(-locations // LANES)
     threads = max(1, min(torch.get_num_threads(), blocks, blocks * components * channels * steps // SLICE))
-    size = -(-scratch_size(components, channels, steps) // CACHE_LINE) * CACHE_LINE
-    scratch = torch.empty(threads * size, dtype=torch.uint8)
-    counters = np.zeros(2, np.intp)
-    for name, number in {
-        "samples": samples,
-        "components": components,
-        "channels": channels,
-        "space": locations,
-        "steps": steps,
-        "grain": -(-blocks // (SLICES_PER_THREAD * threads)) if threads > 1 else blocks,
-        "next_block": counters.ctypes.data,
-        "scratch_size": size,
-        "scratch": scratch.data_ptr(),
-        "next_scratch": counters.ctypes.data + counters.itemsize,
-    }.items():
-        job[name] = number
+    tensors = {
+        "means": _flat(policy.means),
+        "logstds": _flat(policy.logstds.reshape(-1).expand(samples)),
+        "logweights": _flat(policy.logweights.expand(_weights_shape(policy.means))),
+        "x_src": _flat(policy.x_src),
+        "sigma_src": _flat(policy.sigma_src.reshape(-1).expand(samples)),
+        "x_from": _flat(x),
+        "sigmas": _flat(sigmas),
+        "scratch": torch.empty(threads, scratch_floats(components, channels, steps)),
+        "counters": torch.zeros(2, dtype=torch.int64),
+        **others,
+    }
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    grain = blocks if threads == 1 else -(-blocks // (SLICES_PER_THREAD * threads))
+    job = new_job(samples, components, channels, locations, steps, grain, **addresses)
     _on_threads(compiled(kernel), job.ctypes.data, threads)
-
-
-def _variances(policy: GMFlowPolicy) -> Tensor:
-    """v, (B,)."""
-    samples = len(policy.means)
-    sigma_src = _one_each(policy.sigma_src, samples)
-    return (2 * _one_each(policy.logstds, samples)).exp() * sigma_src.square()
-
-
-def _one_each(scalars: Tensor, samples: int) -> Tensor:
-    return scalars.detach().float().reshape(-1).expand(samples)
 
 
 def _weights_shape(means: Tensor) -> tuple[int, ...]:
@@ -127,6 +101,8 @@ def _weights_shape(means: Tensor) -> tuple[int, ...]:
 
 def _flat(tensor: Tensor) -> Tensor:
     """Contiguous in float32: itself where it is."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.detach().float().contiguous()
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, from_dtype, njit, types
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import intrinsic, models, overload, register_jitable, register_model
 
 from fewstep.policies.base import MIN_SIGMA
 from fewstep.policies.gmflow import MIN_SPREAD
@@ -248,29 +248,30 @@ def write(flat: Floats, start: int, count: int, value: LanesType, spare: Floats)
 
 LOG2E = np.float32(1.4426950408889634)
 
-JOB = np.dtype(
-    [
-        (name, np.intp)
-        for name in (
-            # sizes: B, K, C, N and the number of substeps S
-            *("samples", "components", "channels", "space", "steps"),
-            # addresses of the policy: means (B·K·C·N,), log-weights (B·K·N,), v (B,), x_src (B·C·N,), σ_src (B,)
-            *("means", "logweights", "variances", "x_src", "sigma_src"),
-            # of the state at the start (B·C·N,), σ at the substeps' ends (S + 1, B), their shares in the mean (S, B)
-            *("x_from", "sigmas", "shares"),
-            # of what is asked for, 0 for nothing: end state, mean velocity (B·C·N,)
-            *("x_to", "mean_velocity"),
-            # of the gradient to the mean velocity, and of those to the policy and the start, arranged as these are;
-            # the gradient to v is one summand per block, (B·⌈N / LANES⌉,)
-            *("cotangent", "to_means", "to_logweights", "to_variances", "to_x_src", "to_x_from"),
-            # blocks that a thread takes at a time; the address of the next one's number
-            *("grain", "next_block"),
-            # each thread's scratch memory in bytes; the first one's address; the address of the next one's number
-            *("scratch_size", "scratch", "next_scratch"),
-        )
-    ]
+SIZES = ("samples", "components", "channels", "space", "steps", "grain")
+"""B, K, C, N, the number of substeps S, and the blocks that a thread takes at a time."""
+
+ADDRESSES = (
+    # of the policy: means (B·K·C·N,), one logstd each (B,), log-weights (B·K·N,), x_src (B·C·N,), σ_src (B,)
+    *("means", "logstds", "logweights", "x_src", "sigma_src"),
+    # of the state at the start (B·C·N,), σ at the substeps' ends (S + 1, B), their shares in the mean (S, B)
+    *("x_from", "sigmas", "shares"),
+    # of what is asked for: end state, mean velocity (B·C·N,)
+    *("x_to", "mean_velocity"),
+    # of the gradient to the mean velocity, and of those to the policy and the start, arranged as these are; the
+    # one to logstd is a summand per block, (B·⌈N / LANES⌉,)
+    *("cotangent", "to_means", "to_logstds", "to_logweights", "to_x_src", "to_x_from"),
+    # of scratch memory, `scratch_floats` for each thread, and of two int64 counters: blocks and scratch given out
+    *("scratch", "counters"),
 )
-"""What a kernel is told: sizes and addresses."""
+
+JOB = np.dtype([(name, np.intp) for name in SIZES + ADDRESSES])
+"""What a kernel is told."""
+
+
+def new_job(*sizes: int, **addresses: int) -> np.ndarray:
+    """A job of these `SIZES` and `ADDRESSES`; those left out are 0, which asks for nothing."""
+    return np.array((*sizes, *(addresses.get(name, 0) for name in ADDRESSES)), JOB)
 
 
 @intrinsic
@@ -322,31 +323,37 @@ class Moment(NamedTuple):
     shrink: float  # 1 / (v·ζ + 1)
 
 
-@part
+@register_jitable
 def padded(count: int) -> int:
     """Rounded up to groups of four: sums are taken four at a time."""
     return -(-count // 4) * 4
 
 
-@part
+@register_jitable
 def block_rows(components: int, channels: int) -> int:
     """Rows of scratch memory before `rest`."""
     return padded(components) * (channels + 3) + 4 * channels + 10
 
 
-def scratch_size(components: int, channels: int, steps: int) -> int:
-    """Bytes that either kernel needs per thread."""
-    rows = block_rows.py_func(components, channels)
-    by_products = padded.py_func(components) * (padded.py_func(components) + 5)
-    gradient = components * (channels + 2) + (steps + 7) * channels
-    return 4 * LANES * (rows + max(by_products, gradient) + channels)
+def scratch_floats(components: int, channels: int, steps: int) -> int:
+    """Numbers that either kernel needs per thread."""
+    return scratch_rows(components, channels, steps) * LANES
+
+
+@register_jitable
+def scratch_rows(components: int, channels: int, steps: int) -> int:
+    """Rows that either kernel needs per thread."""
+    by_products = padded(components) * (padded(components) + 4) + channels
+    gradient = components * (channels + 2) + (steps + 6) * channels
+    return block_rows(components, channels) + max(by_products, gradient)
 
 
 @part
 def new_block(job: Any) -> Block:
     """In scratch memory that no other thread has."""
     components, channels = job.components, job.channels
-    begin = floats(job.scratch + claim(job.next_scratch, 1) * job.scratch_size)
+    whole = floats(job.scratch)
+    begin = from_row(whole, claim(job.counters + 8, 1) * scratch_rows(components, channels, job.steps))
     rows = padded(components)
     squares = from_row(begin, rows * channels + 3)
     logweights = from_row(squares, rows)
@@ -363,6 +370,13 @@ def new_block(job: Any) -> Block:
         put(squares, k, splat(np.float32(0)))
         put(logweights, k, splat(np.float32(-np.inf)))
     return Block(begin, squares, logweights, origin, evidence, nu, weights, posterior, spare, rest)
+
+
+@part
+def source(job: Any, sample: int) -> tuple[float, float]:
+    """σ_src and v of a sample."""
+    sigma, logstd = np.float64(floats(job.sigma_src)[sample]), np.float64(floats(job.logstds)[sample])
+    return sigma, np.exp(2 * logstd) * sigma**2
 
 
 @part
@@ -513,7 +527,7 @@ def follow(job: Any, block: Block, sample: int, n: int, count: int) -> None:
     """Integrate one block, and sum its velocities where the mean is asked for."""
     components, channels, samples = job.components, job.channels, job.samples
     sigmas, shares = floats(job.sigmas), floats(job.shares)
-    sigma_src, variance = floats(job.sigma_src)[sample], np.float64(floats(job.variances)[sample])
+    sigma_src, variance = source(job, sample)
     state, mean, shared = block.rest, from_row(block.rest, channels), 0.0
     alpha = load_state(job, block, sample, n, count, state)
     for c in range(channels):
@@ -556,7 +570,7 @@ def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int) 
     components, channels, samples = job.components, job.channels, job.samples
     rows = padded(components)
     sigmas = floats(job.sigmas)
-    sigma_src, variance = floats(job.sigma_src)[sample], np.float64(floats(job.variances)[sample])
+    sigma_src, variance = source(job, sample)
     gram = block.rest
     on_evidence = from_row(gram, rows * rows)
     on_state = from_row(on_evidence, rows)
@@ -613,7 +627,7 @@ def integrate(pointer: Any) -> None:
     job = job_at(pointer)
     blocks, block = -(-job.space // LANES), new_block(job)
     by_products = job.mean_velocity == 0 and job.components <= 2 * job.channels
-    first = claim(job.next_block, job.grain)
+    first = claim(job.counters, job.grain)
     while first < job.samples * blocks:
         for index in range(first, min(first + job.grain, job.samples * blocks)):
             sample, n = index // blocks, index % blocks * LANES
@@ -623,26 +637,26 @@ def integrate(pointer: Any) -> None:
                 follow_by_products(job, block, sample, n, count)
             else:
                 follow(job, block, sample, n, count)
-        first = claim(job.next_block, job.grain)
+        first = claim(job.counters, job.grain)
 
 
 def pull_back(pointer: Any) -> None:
     """Vector-Jacobian product of `integrate`'s mean velocity."""
     job = job_at(pointer)
     blocks, block = -(-job.space // LANES), new_block(job)
-    first = claim(job.next_block, job.grain)
+    first = claim(job.counters, job.grain)
     while first < job.samples * blocks:
         for index in range(first, min(first + job.grain, job.samples * blocks)):
             sample, n = index // blocks, index % blocks * LANES
             count = min(LANES, job.space - n)
             load_block(job, block, sample, n, count)
-            floats(job.to_variances)[index] = pull_back_block(job, block, sample, n, count)
-        first = claim(job.next_block, job.grain)
+            floats(job.to_logstds)[index] = pull_back_block(job, block, sample, n, count)
+        first = claim(job.counters, job.grain)
 
 
 @part
 def pull_back_block(job: Any, block: Block, sample: int, n: int, count: int) -> float:
-    """Write one block's gradients; returns its part of the one to v.
+    """Write one block's gradients; returns its part of the one to logstd.
 
     The states of the block are integrated again and kept, S·C rows; everything else is recomputed query by
     query, from the last substep to the first. A bar marks the gradient to a quantity of the class docstring
@@ -651,7 +665,7 @@ def pull_back_block(job: Any, block: Block, sample: int, n: int, count: int) -> 
     components, channels, samples, steps = job.components, job.channels, job.samples, job.steps
     space, spare, zero = job.space, block.spare, splat(np.float32(0))
     sigmas, shares = floats(job.sigmas), floats(job.shares)
-    sigma_src, variance = floats(job.sigma_src)[sample], np.float64(floats(job.variances)[sample])
+    sigma_src, variance = source(job, sample)
     states = block.rest
     centres_bar = from_row(states, (steps + 1) * channels)
     logweights_bar = from_row(centres_bar, components * channels)
@@ -729,15 +743,15 @@ def pull_back_block(job: Any, block: Block, sample: int, n: int, count: int) -> 
             put(x_bar, c, get(x_bar, c) + get(nu_bar, c) * at.gain)
             put(evidence_bar, c, get(evidence_bar, c) - get(nu_bar, c))
 
-    source = moment(sigma_src, sigma_src, variance)
+    at = moment(sigma_src, sigma_src, variance)
     for c in range(channels):
-        x_src_bar = get(evidence_bar, c) * source.gain
+        x_src_bar = get(evidence_bar, c) * at.gain
         for k in range(components):
             row = k * channels + c
             centre_bar = get(centres_bar, row) - get(contraction, k) * get(block.centres, row)
             x_src_bar = x_src_bar + centre_bar
             start = (sample * components * channels + row) * space + n
-            write(floats(job.to_means), start, count, centre_bar * (-source.sigma), spare)
+            write(floats(job.to_means), start, count, centre_bar * (-at.sigma), spare)
         start = (sample * channels + c) * space + n
         write(floats(job.to_x_src), start, count, x_src_bar, spare)
         write(floats(job.to_x_from), start, count, get(x_bar, c), spare)
@@ -748,4 +762,4 @@ def pull_back_block(job: Any, block: Block, sample: int, n: int, count: int) -> 
     total = 0.0
     for lane in range(LANES):
         total += spare[lane]
-    return total
+    return total * 2 * variance
