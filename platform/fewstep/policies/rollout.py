@@ -181,4 +181,4 @@ def _sigmas(begin: np.ndarray, end: np.ndarray, counts: np.ndarray, shift: Shift
 
 def _on_host(times: Tensor) -> np.ndarray:
     """As an array: on a few numbers torch's operations take several times as long as numpy's."""
-    return times.detach().cpu().numpy()
+    return times.numpy(force=True)

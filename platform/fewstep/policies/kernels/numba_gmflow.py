@@ -139,6 +139,23 @@ def store(_: Any, flat: Floats, start: types.Integer, value: LanesType) -> Any:
 
 
 @intrinsic
+def prefetch(_: Any, flat: Floats, start: types.Integer) -> Any:
+    """Have `LANES` neighbours anywhere in memory brought near."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        for line in range(0, 4 * LANES, CACHE_LINE):
+            pointer = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+            pointer = builder.gep(pointer, [ir.Constant(ir.IntType(64), line)])
+            builder.call(function, [pointer, flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(Floats, types.intp), emit
+
+
+@intrinsic
 def splat(_: Any, value: types.Float) -> Any:
     """The same number in all lanes."""
 
@@ -523,12 +540,20 @@ def direction(at: Moment, variance: float) -> tuple[float, float, float]:
 
 
 @part
-def follow(job: Any, block: Block, sample: int, n: int, count: int) -> None:
+def look_ahead(job: Any, start: int, s: int, share: int) -> None:
+    """Have the means of a block brought near, beginning at `start`: in each substep a share of its rows."""
+    for row in range(s * share, min((s + 1) * share, job.components * job.channels)):
+        prefetch(floats(job.means), start + row * job.space)
+
+
+@part
+def follow(job: Any, block: Block, sample: int, n: int, count: int, next_start: int) -> None:
     """Integrate one block, and sum its velocities where the mean is asked for."""
     components, channels, samples = job.components, job.channels, job.samples
     sigmas, shares = floats(job.sigmas), floats(job.shares)
     sigma_src, variance = source(job, sample)
     state, mean, shared = block.rest, from_row(block.rest, channels), 0.0
+    ahead = -(-components * channels // job.steps)
     alpha = load_state(job, block, sample, n, count, state)
     for c in range(channels):
         put(mean, c, splat(np.float32(0)))
@@ -541,6 +566,7 @@ def follow(job: Any, block: Block, sample: int, n: int, count: int) -> None:
             continue  # a sample with fewer substeps rests
         at = moment(sigmas[here], sigma_src, variance)
         query(block, state, at, components, channels)
+        look_ahead(job, next_start, s, ahead)
         along, evident, believed = direction(at, variance)
         for c in range(channels):
             y, evidence, posterior = get(state, c), get(block.evidence, c), get(block.posterior, c)
@@ -560,7 +586,7 @@ def follow(job: Any, block: Block, sample: int, n: int, count: int) -> None:
 
 
 @part
-def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int) -> None:
+def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int, next_start: int) -> None:
     """Integrate one block by the inner products of its centres alone, K² per substep instead of 2·K·C.
 
     The state moves in the span of where it began, the evidence of the source and the centres; queries need its
@@ -571,6 +597,7 @@ def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int) 
     rows = padded(components)
     sigmas = floats(job.sigmas)
     sigma_src, variance = source(job, sample)
+    ahead = -(-components * channels // job.steps)
     gram = block.rest
     on_evidence = from_row(gram, rows * rows)
     on_state = from_row(on_evidence, rows)
@@ -583,9 +610,13 @@ def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int) 
         put_four(on_state, k, a, b, c, d)
         a, b, c, d = products(block, block.evidence, channels, k)
         put_four(on_evidence, k, a, b, c, d)
-        for other in range(components):
+        for other in range(min(k + 4, components)):
             a, b, c, d = products(block, from_row(block.centres, other * channels), channels, k)
             put_four(gram, other * rows + k, a, b, c, d)
+            put(gram, k * rows + other, a)
+            put(gram, (k + 1) * rows + other, b)
+            put(gram, (k + 2) * rows + other, c)
+            put(gram, (k + 3) * rows + other, d)
         zero = splat(np.float32(0))
         put_four(taken, k, zero, zero, zero, zero)
 
@@ -604,6 +635,7 @@ def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int) 
             a = get(on_state, k) * (at.gain * scale) + constant
             put(block.weights, k, a)
             top = larger(top, a)
+        look_ahead(job, next_start, s, ahead)
         inverse = expectation(block.weights, top, components, gram, rows, sums)
         along, evident, believed = direction(at, variance)
         keep, evident, believed = 1 + change * along, change * evident, change * believed
@@ -626,6 +658,7 @@ def integrate(pointer: Any) -> None:
     """End states and mean velocities: what the job asks for."""
     job = job_at(pointer)
     blocks, block = -(-job.space // LANES), new_block(job)
+    rows = job.components * job.channels
     by_products = job.mean_velocity == 0 and job.components <= 2 * job.channels
     first = claim(job.counters, job.grain)
     while first < job.samples * blocks:
@@ -633,10 +666,11 @@ def integrate(pointer: Any) -> None:
             sample, n = index // blocks, index % blocks * LANES
             count = min(LANES, job.space - n)
             load_block(job, block, sample, n, count)
+            next_start = (index + 1) // blocks * rows * job.space + (index + 1) % blocks * LANES
             if by_products:
-                follow_by_products(job, block, sample, n, count)
+                follow_by_products(job, block, sample, n, count, next_start)
             else:
-                follow(job, block, sample, n, count)
+                follow(job, block, sample, n, count, next_start)
         first = claim(job.counters, job.grain)
 
 
