@@ -226,6 +226,23 @@ def test_the_number_of_threads_alters_nothing(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_forked_process_rolls_out_on_several_threads_too() -> None:
+    """OpenMP's do not survive a fork; whoever waits for them waits for ever."""
+    code = """
+import os, signal, torch
+from tests.policies.test_kernels import TimeShift, large_case, rollout
+torch.set_num_threads(2)
+policy, raw = large_case()
+run = lambda: rollout(policy, policy.x_src, raw, raw / 2, TimeShift(3.2))[0]
+here = run()
+if not (child := os.fork()):
+    signal.alarm(20)
+    os._exit(0 if torch.equal(run(), here) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "0"
+
+
 def test_a_source_time_that_varies_over_the_latent_goes_by_the_reference() -> None:
     policy, raw = large_case()
     varied = GMFlowPolicy(

@@ -28,6 +28,8 @@ SLICE = 50_000
 
 SLICES_PER_THREAD = 8
 
+_PROCESS = os.getpid()
+
 
 def rollout(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor) -> Tensor:
     """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends."""
@@ -110,15 +112,15 @@ def _on_threads(kernel: Any, job: int, threads: int) -> None:
     """Have a compiled kernel's job done by several threads at once.
 
     By those of torch's OpenMP, where it has GNU's: they wait busily for the next piece of work on the cores that
-    threads of our own would need.
+    threads of our own would need. A process that was forked from one with such threads must not ask for them.
     """
-    team = _team() if threads > 1 else None
+    team = _team() if threads > 1 and os.getpid() == _PROCESS else None
     if threads == 1:
         kernel.ctypes(job)
     elif team is not None:
         team(kernel.address, job, threads, 0)
     else:
-        others = [_pool().submit(kernel.ctypes, job) for _ in range(threads - 1)]
+        others = [_pool(os.getpid()).submit(kernel.ctypes, job) for _ in range(threads - 1)]
         kernel.ctypes(job)
         for other in others:
             if not other.cancel():
@@ -138,5 +140,6 @@ def _team() -> Any:
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
+def _pool(_: int) -> ThreadPoolExecutor:
+    """One for each process: threads do not survive a fork."""
     return ThreadPoolExecutor(os.cpu_count(), "fewstep-rollout")
