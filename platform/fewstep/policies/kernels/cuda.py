@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from fewstep.policies.gmflow import GMFlowPolicy
-from fewstep.policies.kernels.triton_gmflow import integrate_kernel, pull_back_kernel
+from fewstep.policies.kernels.triton_gmflow import (
+    integrate_by_products_kernel,
+    integrate_kernel,
+    pull_back_kernel,
+)
 
 REGISTERS = 128
 """Floats of the means, and of their gradient, that one thread holds: half of its registers."""
@@ -18,7 +22,16 @@ WARP = 32
 
 def rollout(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor) -> Tensor:
     """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends."""
-    return _integrate(policy, x, sigmas, None)
+    components, channels = policy.means.shape[1:3]
+    if components > channels:
+        return _integrate(policy, x, sigmas, None)  # a location's means are fewer than their inner products
+    block, warps = launch_shape(_power_of_2(components) ** 2)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        integrate_by_products_kernel[(-(-x[0, 0].numel() // block), len(x))](
+            *_inputs(policy, x, sigmas), out, **_sizes(policy, len(sigmas) - 1, block, warps)
+        )
+    return out
 
 
 def window(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor) -> Tensor:
@@ -94,6 +107,7 @@ def _sizes(policy: GMFlowPolicy, steps: int, block: int, warps: int) -> dict[str
         "C": _power_of_2(channels),
         "BLOCK": block,
         "num_warps": warps,
+        "enable_fp_fusion": True,  # a·b + c in one instruction; Triton 3.10 no longer does so by itself
     }
 
 

@@ -18,6 +18,9 @@ from fewstep.policies import base, gmflow
 PER_LAUNCH = ["space", "steps"]
 """Arguments whose value shall not choose the code."""
 
+CHANNELS_AT_ONCE = tl.constexpr(4)
+"""Whose reads are under way together where channels are read one by one."""
+
 MIN_SIGMA = tl.constexpr(base.MIN_SIGMA)
 MIN_SPREAD = tl.constexpr(gmflow.MIN_SPREAD)
 
@@ -39,6 +42,28 @@ def _at_means(n, space, components: tl.constexpr, channels: tl.constexpr, K: tl.
 
 
 @triton.jit
+def _read_source(
+    logstds_ptr, sigma_src_ptr, sample, logstds_stride: tl.constexpr, sigma_src_stride: tl.constexpr
+):  # fmt: skip
+    """A sample's σ_src and v."""
+    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), MIN_SIGMA)
+    logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
+    return sigma_src, tl.exp(2 * logstd) * sigma_src * sigma_src
+
+
+@triton.jit
+def _read_weights(logweights_ptr, sample, n, space, components: tl.constexpr, K: tl.constexpr):
+    """A sample's log-weights at the locations `n`, and the weights themselves, (K, N); none beyond the real ones."""
+    at_k, of_k = _at_rows(n, space, components, K)
+    logweights = tl.load(
+        logweights_ptr + sample * components * space + at_k, mask=of_k, other=float("-inf")
+    ).to(tl.float32)
+    logweights = tl.where((n < space)[None, :], logweights, 0.0)  # beyond the latent: anything finite
+    weights = tl.exp(logweights - tl.max(logweights, 0)[None, :])
+    return logweights, weights / tl.sum(weights, 0)[None, :]
+
+
+@triton.jit
 def _read_policy(
     means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, sample, n, space,
     logstds_stride: tl.constexpr, sigma_src_stride: tl.constexpr,
@@ -49,28 +74,47 @@ def _read_policy(
     Returns σ_src, v, centres μ_k − c (K, C, N), −½·‖μ_k − c‖² (K, N), log-weights (K, N), origin c (C, N) and the
     source's part of ν (C, N), all float32. Components and channels beyond the real ones have no weight.
     """
-    sigma_src = tl.maximum(tl.load(sigma_src_ptr + sample * sigma_src_stride).to(tl.float32), MIN_SIGMA)
-    logstd = tl.load(logstds_ptr + sample * logstds_stride).to(tl.float32)
-    variance = tl.exp(2 * logstd) * sigma_src * sigma_src
-    at_k, of_k = _at_rows(n, space, components, K)
+    sigma_src, variance = _read_source(logstds_ptr, sigma_src_ptr, sample, logstds_stride, sigma_src_stride)
+    logweights, weights = _read_weights(logweights_ptr, sample, n, space, components, K)
     at_c, of_c = _at_rows(n, space, channels, C)
     at_kc, of_kc = _at_means(n, space, components, channels, K, C)
-    locations = sample * components * space
+    latent = sample * channels * space
+    means = tl.load(means_ptr + latent * components + at_kc, mask=of_kc, other=0.0).to(tl.float32)
+    x_src = tl.load(x_src_ptr + latent + at_c, mask=of_c, other=0.0).to(tl.float32)
 
-    means = tl.load(means_ptr + locations * channels + at_kc, mask=of_kc, other=0.0).to(tl.float32)
-    logweights = tl.load(logweights_ptr + locations + at_k, mask=of_k, other=float("-inf")).to(tl.float32)
-    logweights = tl.where((n < space)[None, :], logweights, 0.0)  # beyond the latent: anything finite
-    x_src = tl.load(x_src_ptr + sample * channels * space + at_c, mask=of_c, other=0.0).to(tl.float32)
-
-    weights = tl.exp(logweights - tl.max(logweights, 0)[None, :])
-    weights = weights / tl.sum(weights, 0)[None, :]
     mean = tl.sum(weights[:, None, :] * means, 0)
     origin = x_src - sigma_src * mean
     centres = tl.where(of_kc, sigma_src * (mean[None, :, :] - means), 0.0)
-    alpha = 1 - sigma_src
-    evidence = alpha * (x_src - alpha * origin) / (sigma_src * sigma_src)
+    evidence = _evidence(x_src, origin, sigma_src)
     squares = -0.5 * tl.sum(centres * centres, 1)
     return sigma_src, variance, centres, squares, logweights, origin, evidence
+
+
+@triton.jit
+def _read_channel(
+    means_ptr, x_src_ptr, sample, c, n, space, sigma_src, weights,
+    components: tl.constexpr, channels: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """What `_read_policy` does for one channel alone: its centres (K, N), origin (N,) and evidence (N,)."""
+    # Where the channel is known to be the first, offsets are multiples of 16: not to be made use of, as above
+    k, here = tl.arange(0, K), n < space
+    of_k = (k < components)[:, None] & here[None, :]
+    at_k = tl.multiple_of((k[:, None] * channels + c) * space + n[None, :], [1, 1])
+    means = tl.load(means_ptr + sample * components * channels * space + at_k, mask=of_k, other=0.0)
+    means = means.to(tl.float32)
+    x_src = tl.load(x_src_ptr + sample * channels * space + (c * space + n), mask=here, other=0.0)
+    x_src = x_src.to(tl.float32)
+    mean = tl.sum(weights * means, 0)
+    origin = x_src - sigma_src * mean
+    centres = tl.where(of_k, sigma_src * (mean[None, :] - means), 0.0)
+    return centres, origin, _evidence(x_src, origin, sigma_src)
+
+
+@triton.jit
+def _evidence(x_src, origin, sigma_src):
+    """The source's part of ν."""
+    alpha = 1 - sigma_src
+    return alpha * (x_src - alpha * origin) / (sigma_src * sigma_src)
 
 
 @triton.jit
@@ -154,6 +198,68 @@ def integrate_kernel(
     if not MEAN:
         out = x
     tl.store(out_ptr + at_c, out.to(out_ptr.dtype.element_ty), mask=of_c)
+
+
+@triton.jit(do_not_specialize=PER_LAUNCH)
+def integrate_by_products_kernel(
+    means_ptr, logstds_ptr, logweights_ptr, x_src_ptr, sigma_src_ptr, x_ptr, sigmas_ptr, out_ptr,
+    space, steps, logstds_stride: tl.constexpr, sigma_src_stride: tl.constexpr,
+    components: tl.constexpr, channels: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The end state of `integrate_kernel` by the centres' inner products alone: K² numbers per location, not K·C.
+
+    The state y = x − α·c moves in the span of where it began, the evidence of the source and the centres. Queries
+    need its products with the centres, and these move as it does. Channels are read one by one before the first
+    substep and after the last.
+    """
+    batch, sample = tl.num_programs(1), tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sigma_src, variance = _read_source(logstds_ptr, sigma_src_ptr, sample, logstds_stride, sigma_src_stride)
+    logweights, prior = _read_weights(logweights_ptr, sample, n, space, components, K)
+    at_x = sample * channels * space + n
+    alpha_from = 1 - tl.maximum(tl.load(sigmas_ptr + sample), MIN_SIGMA)
+    gram = tl.full([K, K, BLOCK], 0.0, tl.float32)
+    squares = tl.full([K, BLOCK], 0.0, tl.float32)
+    on_state = tl.full([K, BLOCK], 0.0, tl.float32)
+    on_evidence = tl.full([K, BLOCK], 0.0, tl.float32)
+    for c in tl.range(channels, loop_unroll_factor=CHANNELS_AT_ONCE):
+        centres, origin, evidence = _read_channel(
+            means_ptr, x_src_ptr, sample, c, n, space, sigma_src, prior, components, channels, K
+        )
+        x = tl.load(x_ptr + at_x + c * space, mask=n < space, other=0.0).to(tl.float32)
+        gram += centres[:, None, :] * centres[None, :, :]
+        squares -= 0.5 * centres * centres
+        on_state += centres * (x - alpha_from * origin)[None, :]
+        on_evidence += centres * evidence[None, :]
+
+    taken = tl.full([K, BLOCK], 0.0, tl.float32)  # how much of each centre the state has taken on
+    of_start, of_evidence, alpha_to = 1.0, 0.0, alpha_from
+    for step in range(steps):
+        start = tl.load(sigmas_ptr + step * batch + sample)
+        change = tl.load(sigmas_ptr + (step + 1) * batch + sample) - start
+        if change != 0:  # otherwise the sample rests at its end
+            inverse, _, gain, zeta, shrink = _moment(start, sigma_src, variance)
+            logits = logweights + (gain * on_state - on_evidence + zeta * squares) * shrink
+            weights = tl.exp(logits - tl.max(logits, 0)[None, :])
+            believed = -change * inverse * shrink
+            evident = -believed * variance
+            keep = 1 + change * inverse - evident * gain
+            believed = believed / tl.sum(weights, 0)[None, :]
+            sums = tl.sum(weights[:, None, :] * gram, 0)
+            on_state = on_state * keep + on_evidence * evident + sums * believed
+            taken = taken * keep + weights * believed
+            of_start *= keep
+            of_evidence = of_evidence * keep + evident
+            alpha_to -= change
+
+    for c in tl.range(channels, loop_unroll_factor=CHANNELS_AT_ONCE):
+        centres, origin, evidence = _read_channel(
+            means_ptr, x_src_ptr, sample, c, n, space, sigma_src, prior, components, channels, K
+        )
+        x = tl.load(x_ptr + at_x + c * space, mask=n < space, other=0.0).to(tl.float32)
+        x = (x - alpha_from * origin) * of_start + evidence * of_evidence + origin * alpha_to
+        x += tl.sum(centres * taken, 0)
+        tl.store(out_ptr + at_x + c * space, x.to(out_ptr.dtype.element_ty), mask=n < space)
 
 
 @triton.jit(do_not_specialize=PER_LAUNCH)
