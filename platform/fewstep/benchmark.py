@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ import torch
 from torch.utils.mkldnn import to_mkldnn
 
 WARM_UPS = 2
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch's profiler reports each start and stop
 
 
 def interleaved(
@@ -54,8 +57,7 @@ def device_time(run: Callable[[], object], repeats: int, device: torch.device) -
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Largest number of bytes that `run` holds at one time, beyond what was held before.
 
-    On the CPU the allocations torch's profiler records; compiled code's own buffers, a few kB per thread, are
-    not among them.
+    On the CPU the allocations torch's profiler records.
     """
     run()
     if device.type == "cuda":

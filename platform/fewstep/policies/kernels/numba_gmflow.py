@@ -304,7 +304,7 @@ def job_at(_: Any, pointer: types.RawPointer) -> Any:
 
 @functools.cache
 def compiled(kernel: Callable[..., None]) -> Any:
-    """The kernel as a C function `void (JOB *)`."""
+    """The kernel as a C function `void (JOB *)`, which allocates nothing."""
     settings = {"nopython": True, "error_model": "numpy", "_nrt": False}
     signature = types.void(types.voidptr)
     try:
@@ -349,28 +349,37 @@ def padded(count: int) -> int:
 @register_jitable
 def block_rows(components: int, channels: int) -> int:
     """Rows of scratch memory before `rest`."""
-    return padded(components) * (channels + 3) + 4 * channels + 10
+    return padded(components) * (channels + 3) + 4 * channels + 7
 
 
-def scratch_floats(components: int, channels: int, steps: int) -> int:
-    """Numbers that either kernel needs per thread."""
-    return scratch_rows(components, channels, steps) * LANES
+@register_jitable
+def by_products(components: int, channels: int) -> bool:
+    """Whether a rollout is less work by the centres' inner products: K² per substep, not 2·K·C."""
+    return components <= 2 * channels
 
 
 @register_jitable
 def scratch_rows(components: int, channels: int, steps: int) -> int:
-    """Rows that either kernel needs per thread."""
-    by_products = padded(components) * (padded(components) + 4) + channels
-    gradient = components * (channels + 2) + (steps + 6) * channels
-    return block_rows(components, channels) + max(by_products, gradient)
+    """Rows that any kernel needs per thread."""
+    rest = (
+        components * (channels + 2) + (steps + 6) * channels
+    )  # of `pull_back`, and more than `follow` needs
+    if by_products(components, channels):
+        rest = max(rest, padded(components) * (padded(components) + 4) + channels)
+    return block_rows(components, channels) + rest
+
+
+def scratch_floats(components: int, channels: int, steps: int) -> int:
+    """The same in numbers."""
+    return scratch_rows(components, channels, steps) * LANES
 
 
 @part
 def new_block(job: Any) -> Block:
     """In scratch memory that no other thread has."""
     components, channels = job.components, job.channels
-    whole = floats(job.scratch)
-    begin = from_row(whole, claim(job.counters + 8, 1) * scratch_rows(components, channels, job.steps))
+    number = claim(job.counters + 8, 1)  # 8 bytes from the first counter to the second
+    begin = from_row(floats(job.scratch), number * scratch_rows(components, channels, job.steps))
     rows = padded(components)
     squares = from_row(begin, rows * channels + 3)
     logweights = from_row(squares, rows)
@@ -587,7 +596,7 @@ def follow(job: Any, block: Block, sample: int, n: int, count: int, next_start: 
 
 @part
 def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int, next_start: int) -> None:
-    """Integrate one block by the inner products of its centres alone, K² per substep instead of 2·K·C.
+    """Integrate one block by the inner products of its centres alone.
 
     The state moves in the span of where it began, the evidence of the source and the centres; queries need its
     products with the centres, and these move as it does. The C channels occur before the first substep and after
@@ -659,7 +668,7 @@ def integrate(pointer: Any) -> None:
     job = job_at(pointer)
     blocks, block = -(-job.space // LANES), new_block(job)
     rows = job.components * job.channels
-    by_products = job.mean_velocity == 0 and job.components <= 2 * job.channels
+    short = job.mean_velocity == 0 and by_products(job.components, job.channels)
     first = claim(job.counters, job.grain)
     while first < job.samples * blocks:
         for index in range(first, min(first + job.grain, job.samples * blocks)):
@@ -667,7 +676,7 @@ def integrate(pointer: Any) -> None:
             count = min(LANES, job.space - n)
             load_block(job, block, sample, n, count)
             next_start = (index + 1) // blocks * rows * job.space + (index + 1) % blocks * LANES
-            if by_products:
+            if short:
                 follow_by_products(job, block, sample, n, count, next_start)
             else:
                 follow(job, block, sample, n, count, next_start)
