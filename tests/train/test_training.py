@@ -164,6 +164,10 @@ def test_a_run_is_resumed_from_another_folder_by_its_checkpoints_alone(
             ),
             "moved",
         )
+    with pytest.raises(UserError, match=r"run 'moved' began with optimizer.type=adam, and its checkpoints"):
+        chosen_recipe(
+            DistillRecipe, resuming("moved", *there, "optimizer.type=muon"), RECIPES, "emoji_qwen_4nfe"
+        )
     whole = chosen_recipe(
         DistillRecipe, resuming("moved", *there, f"train.steps={STEPS}"), RECIPES, "emoji_qwen_4nfe"
     )

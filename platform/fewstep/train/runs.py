@@ -19,6 +19,13 @@ RECORDS = Path(".fewstep") / "runs"
 """Of each run RUN.json, a `RunRecord`, and RUN.yaml, its recipe."""
 
 
+SHAPING = (
+    "teacher.family", "student.policy", "student.lora", "student.full",
+    "network.family", "network.config", "optimizer.type",
+)  # fmt: skip
+"""Fields that decide which tensors a checkpoint holds."""
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """Where a run's parts are."""
@@ -64,21 +71,44 @@ def recipe_of(run_name: str, storage: str) -> str | dict[str, Any] | None:
 
 
 def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> None:
-    """Refuse to continue a run that is not there: under a mistyped name or address it would begin anew.
+    """Refuse to continue a run that is not there, which would begin anew, or whose checkpoints would not fit.
 
     Raises:
-        UserError: the recipe's storage has no such run, and this folder none that was to be there.
+        UserError: the recipe's storage has no such run, and this folder none that was to be there; or the run was
+            made with other tensors.
     """
     storage, record = Storage.at(recipe.train.storage).root, RunRecord.of(run_name)
-    if (record and record.storage == storage) or Storage.at(f"{storage}/{run_name}").list():
-        return
-    if record is not None:
+    if Storage.at(f"{storage}/{run_name}").list():
+        _check_same_tensors(recipe, run_name, last_state(storage, run_name))
+    elif record is None:
+        near = difflib.get_close_matches(run_name, [record.stem for record in RECORDS.glob("*.json")], 1)
+        raise UserError(
+            f"--resume: there is no run {run_name!r} in {recipe.train.storage}; "
+            + (f"did you mean {near[0]!r}?" if near else "give the name that the run printed when it began.")
+        )
+    elif record.storage != storage:
         raise UserError(
             f"--resume: run {run_name!r} is not in {storage}, its checkpoints are in {record.storage}: "
             f"add --set train.storage={record.storage}, or move them."
         )
-    near = difflib.get_close_matches(run_name, [record.stem for record in RECORDS.glob("*.json")], 1)
-    raise UserError(
-        f"--resume: there is no run {run_name!r} in {recipe.train.storage}; "
-        + (f"did you mean {near[0]!r}?" if near else "give the name that the run printed when it began.")
-    )
+
+
+def _check_same_tensors(
+    recipe: DistillRecipe | TeacherRecipe, run_name: str, state: ckpt.TrainState | None
+) -> None:
+    asked = recipe.model_dump(mode="json")
+    for name in SHAPING if state is not None else ():
+        section, field = name.split(".")
+        was = state.recipe.get(section, {})
+        if field in was and not _alike(was[field], asked.get(section, {}).get(field)):
+            raise UserError(
+                f"--resume: run {run_name!r} began with {name}={was[field]}, and its checkpoints hold what that "
+                f"needs: leave {name} as it was, or begin a new run."
+            )
+
+
+def _alike(was: Any, asked: Any) -> bool:
+    """Whether settings are the same, as far as both versions of fewstep know them."""
+    if isinstance(was, dict) and isinstance(asked, dict):
+        return all(_alike(was[key], asked[key]) for key in was.keys() & asked.keys())
+    return was == asked
