@@ -27,6 +27,7 @@ SLICE = 50_000
 """Component-channel-substeps of a block that are worth a thread: some 50 µs."""
 
 SLICES_PER_THREAD = 8
+"""A thread that comes late leaves the others at most an eighth of its share to wait for."""
 
 _PROCESS = os.getpid()
 
@@ -98,6 +99,7 @@ def _run(
 
 
 def _weights_shape(means: Tensor) -> tuple[int, ...]:
+    """Of the log-weights that belong to these means."""
     return (*means.shape[:2], 1, *means.shape[3:])
 
 

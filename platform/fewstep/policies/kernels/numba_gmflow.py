@@ -596,7 +596,7 @@ def follow(job: Any, block: Block, sample: int, n: int, count: int, next_start: 
 
 @part
 def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int, next_start: int) -> None:
-    """Integrate one block by the inner products of its centres alone.
+    """Integrate one block by the inner products of its centres alone (METHOD.md section 3).
 
     The state moves in the span of where it began, the evidence of the source and the centres; queries need its
     products with the centres, and these move as it does. The C channels occur before the first substep and after

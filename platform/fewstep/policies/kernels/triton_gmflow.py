@@ -209,8 +209,8 @@ def integrate_by_products_kernel(
     """The end state of `integrate_kernel` by the centres' inner products alone: K² numbers per location, not K·C.
 
     The state y = x − α·c moves in the span of where it began, the evidence of the source and the centres. Queries
-    need its products with the centres, and these move as it does. Channels are read one by one before the first
-    substep and after the last.
+    need its products with the centres, and these move as it does (METHOD.md section 3). Channels are read one by
+    one before the first substep and after the last.
     """
     batch, sample = tl.num_programs(1), tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
