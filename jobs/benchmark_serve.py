@@ -118,6 +118,11 @@ def main() -> None:
                     f"{named}at half the saturated rate, p99 is {load.p99_ms / alone.p50_ms:.2f} times the lone "
                     "request's median (promise: at most 3)"
                 )
+            if load.offered_per_s > most.images_per_s:
+                verdicts.append(
+                    f"{load.name}: {load.images_per_s / most.images_per_s:.2f} of its throughput, the rest is refused "
+                    "(promise: at least 0.6)"
+                )
     if 1 in results and len(results) > 1:
         best = max(most.images_per_s for limit, (_, most, _) in results.items() if limit != 1)
         gain = best / results[1][1].images_per_s

@@ -27,8 +27,10 @@ GAUGE_EVERY_S = 1.0
 
 
 @serve.deployment(
-    max_ongoing_requests=64,
-    max_queued_requests=256,
+    # More than an engine lets wait (`max_pending`, beyond which it answers 429): where Serve's own router has to wait
+    # for a full replica it goes by back-off, a request per half a second, long after the replica is idle again.
+    max_ongoing_requests=10_000,
+    max_queued_requests=256,  # while there is no replica at all
     health_check_period_s=2,
     graceful_shutdown_wait_loop_s=0.2,
     graceful_shutdown_timeout_s=60,

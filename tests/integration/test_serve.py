@@ -22,7 +22,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from serve.client import Client, decode_image
+from serve.client import Answer, Client, decode_image
 from serve.running import deploy
 from serve.soak import replica_pids
 
@@ -329,6 +329,26 @@ def test_beyond_the_queue_requests_are_told_when_to_come_back(service: str) -> N
     for answer in refused:
         assert int(answer.headers["retry-after"]) >= 1, answer
         assert answer.body["error"]["type"] == "rate_limit_error"
+
+
+def test_under_overload_accepted_requests_wait_for_the_engine_and_for_nothing_else(service: str) -> None:
+    """Serve's router would back off for half a second per request wherever it had to wait for a full replica."""
+
+    async def scenario() -> list[Answer]:
+        async with Client(service) as client:
+            waves = []
+            for wave in range(10):
+                waves += [
+                    asyncio.create_task(client.generate(prompt="x", seed=100 * wave + i)) for i in range(60)
+                ]
+                await asyncio.sleep(0.4)
+            return await asyncio.gather(*waves)
+
+    answers = asyncio.run(scenario())
+    assert {answer.status for answer in answers} <= {200, 429}
+    accepted = [answer for answer in answers if answer.status == 200]
+    inside = sum(sum(answer.body["data"][0]["timings"].values()) for answer in accepted) / 1000
+    assert inside > 0.5 * sum(answer.seconds for answer in accepted)
 
 
 def test_metrics_reach_prometheus_and_the_log_has_the_request_id(service: str) -> None:
