@@ -96,9 +96,8 @@ class Rates:
         left = torch.randn(size, size, device=device)
         product = torch.empty_like(left)
         runs = {"copy": lambda: target.copy_(source), "matrix": lambda: torch.mm(left, left, out=product)}
-        if (
-            device.type == "cpu" and torch.backends.mkldnn.is_available()
-        ):  # MKL halves the units of AMD's processors
+        if device.type == "cpu" and torch.backends.mkldnn.is_available():
+            # MKL, which mm takes, leaves half of an AMD processor's units idle
             layer, rows = to_mkldnn(torch.nn.Linear(size, size, bias=False).eval()), left.to_mkldnn()
             runs["oneDNN"] = lambda: layer(rows)
         with torch.no_grad():

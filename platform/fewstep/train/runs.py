@@ -79,7 +79,8 @@ def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> Non
     """
     storage, record = Storage.at(recipe.train.storage).root, RunRecord.of(run_name)
     if Storage.at(f"{storage}/{run_name}").list():
-        _check_same_tensors(recipe, run_name, last_state(storage, run_name))
+        if (state := last_state(storage, run_name)) is not None:
+            _check_same_tensors(recipe, run_name, state)
     elif record is None:
         near = difflib.get_close_matches(run_name, [record.stem for record in RECORDS.glob("*.json")], 1)
         raise UserError(
@@ -93,11 +94,9 @@ def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> Non
         )
 
 
-def _check_same_tensors(
-    recipe: DistillRecipe | TeacherRecipe, run_name: str, state: ckpt.TrainState | None
-) -> None:
+def _check_same_tensors(recipe: DistillRecipe | TeacherRecipe, run_name: str, state: ckpt.TrainState) -> None:
     asked = recipe.model_dump(mode="json")
-    for name in SHAPING if state is not None else ():
+    for name in SHAPING:
         section, field = name.split(".")
         was = state.recipe.get(section, {})
         if field in was and not _alike(was[field], asked.get(section, {}).get(field)):

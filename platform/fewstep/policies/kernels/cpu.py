@@ -20,7 +20,7 @@ from fewstep.policies.kernels.numba_gmflow import (
     integrate,
     new_job,
     pull_back,
-    scratch_floats,
+    scratch_rows,
 )
 
 SLICE = 50_000
@@ -88,7 +88,7 @@ def _run(
         "sigma_src": _flat(policy.sigma_src.reshape(-1).expand(samples)),
         "x_from": _flat(x),
         "sigmas": _flat(sigmas),
-        "scratch": torch.empty(threads, scratch_floats(components, channels, steps)),
+        "scratch": torch.empty(threads, scratch_rows(components, channels, steps), LANES),
         "counters": torch.zeros(2, dtype=torch.int64),
         **others,
     }

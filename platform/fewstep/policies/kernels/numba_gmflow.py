@@ -278,7 +278,7 @@ ADDRESSES = (
     # of the gradient to the mean velocity, and of those to the policy and the start, arranged as these are; the
     # one to logstd is a summand per block, (B·⌈N / LANES⌉,)
     *("cotangent", "to_means", "to_logstds", "to_logweights", "to_x_src", "to_x_from"),
-    # of scratch memory, `scratch_floats` for each thread, and of two int64 counters: blocks and scratch given out
+    # of scratch memory, `scratch_rows` for each thread, and of two int64 counters: blocks and scratch given out
     *("scratch", "counters"),
 )
 
@@ -367,11 +367,6 @@ def scratch_rows(components: int, channels: int, steps: int) -> int:
     if by_products(components, channels):
         rest = max(rest, padded(components) * (padded(components) + 4) + channels)
     return block_rows(components, channels) + rest
-
-
-def scratch_floats(components: int, channels: int, steps: int) -> int:
-    """The same in numbers."""
-    return scratch_rows(components, channels, steps) * LANES
 
 
 @part
@@ -468,9 +463,29 @@ def products(block: Block, vector: Floats, channels: int, k: int) -> tuple[Lanes
 
 
 @part
-def load_block(job: Any, block: Block, sample: int, n: int, count: int) -> None:
-    """Fill a block with the policy at a sample's `count` locations from `n` on."""
+def sample_blocks(job: Any) -> int:
+    """Blocks per sample."""
+    return -(-job.space // LANES)
+
+
+@part
+def place(job: Any, index: int) -> tuple[int, int]:
+    """The sample of a block, and its first location."""
+    return index // sample_blocks(job), index % sample_blocks(job) * LANES
+
+
+@part
+def next_block(job: Any, index: int) -> int:
+    """What the thread does after block `index`: the next of its slice, or the first of another slice."""
+    return index + 1 if (index + 1) % job.grain else claim(job.counters, job.grain)
+
+
+@part
+def load_block(job: Any, block: Block, index: int) -> tuple[int, int, int]:
+    """Fill a block with the policy at its locations; returns its sample, the first of them and their count."""
     components, channels, space = job.components, job.channels, job.space
+    sample, n = place(job, index)
+    count = min(LANES, space - n)
     means, weights = floats(job.means), floats(job.logweights)
     top, zero = splat(np.float32(-np.inf)), splat(np.float32(0))
     for k in range(components):
@@ -507,6 +522,7 @@ def load_block(job: Any, block: Block, sample: int, n: int, count: int) -> None:
             centre = get(block.centres, k * channels + c)
             square = square + centre * centre
         put(block.squares, k, square)
+    return sample, n, count
 
 
 @part
@@ -666,35 +682,28 @@ def follow_by_products(job: Any, block: Block, sample: int, n: int, count: int, 
 def integrate(pointer: Any) -> None:
     """End states and mean velocities: what the job asks for."""
     job = job_at(pointer)
-    blocks, block = -(-job.space // LANES), new_block(job)
-    rows = job.components * job.channels
+    block, rows = new_block(job), job.components * job.channels
     short = job.mean_velocity == 0 and by_products(job.components, job.channels)
-    first = claim(job.counters, job.grain)
-    while first < job.samples * blocks:
-        for index in range(first, min(first + job.grain, job.samples * blocks)):
-            sample, n = index // blocks, index % blocks * LANES
-            count = min(LANES, job.space - n)
-            load_block(job, block, sample, n, count)
-            next_start = (index + 1) // blocks * rows * job.space + (index + 1) % blocks * LANES
-            if short:
-                follow_by_products(job, block, sample, n, count, next_start)
-            else:
-                follow(job, block, sample, n, count, next_start)
-        first = claim(job.counters, job.grain)
+    index = next_block(job, -1)
+    while index < job.samples * sample_blocks(job):
+        sample, n, count = load_block(job, block, index)
+        next_sample, next_n = place(job, index + 1)
+        next_start = next_sample * rows * job.space + next_n
+        if short:
+            follow_by_products(job, block, sample, n, count, next_start)
+        else:
+            follow(job, block, sample, n, count, next_start)
+        index = next_block(job, index)
 
 
 def pull_back(pointer: Any) -> None:
     """Vector-Jacobian product of `integrate`'s mean velocity."""
     job = job_at(pointer)
-    blocks, block = -(-job.space // LANES), new_block(job)
-    first = claim(job.counters, job.grain)
-    while first < job.samples * blocks:
-        for index in range(first, min(first + job.grain, job.samples * blocks)):
-            sample, n = index // blocks, index % blocks * LANES
-            count = min(LANES, job.space - n)
-            load_block(job, block, sample, n, count)
-            floats(job.to_logstds)[index] = pull_back_block(job, block, sample, n, count)
-        first = claim(job.counters, job.grain)
+    block, index = new_block(job), next_block(job, -1)
+    while index < job.samples * sample_blocks(job):
+        sample, n, count = load_block(job, block, index)
+        floats(job.to_logstds)[index] = pull_back_block(job, block, sample, n, count)
+        index = next_block(job, index)
 
 
 @part
