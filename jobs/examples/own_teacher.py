@@ -5,7 +5,7 @@
     jobs/distill_qwen.py --set teacher.module=jobs/examples/own_teacher.py --set teacher.family=conv_flow \\
         --set 'student.lora={rank: 48}' --set teacher.path=.fewstep/models/RUN
 
-docs/own_teacher.md explains every line.
+docs/tutorials/own_teacher.md explains every line.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.models import ModuleFamily, register
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.own import time_features
+from fewstep.models.module_family import time_features
 
 
 class ConvFlow(nn.Module):

@@ -9,9 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from fewstep.data.schema import DatasetInfo, Encoding, Shape, Shard, bucket_folder, encode_table
-from fewstep.data.storage import Storage
+from fewstep.config import Shape
+from fewstep.data.columns import condition_columns
+from fewstep.data.schema import DatasetInfo, Encoding, Shard, bucket_folder, encode_table
+from fewstep.models.conditioning import TextConditioning
+from fewstep.storage import Storage
 
 TOKEN_DIM = 4
 
@@ -24,12 +28,14 @@ def latent_of(key: str, shape: Shape) -> np.ndarray:
 
 
 def write_shard(storage: Storage, path: str, keys: list[str], shape: Shape, split: str) -> Shard:
-    tokens = [
-        np.full((2 + i % 3, TOKEN_DIM), int(k.rpartition("-")[2]) % 7, np.float16) for i, k in enumerate(keys)
+    texts = [
+        TextConditioning.collate([torch.full((2 + i % 3, TOKEN_DIM), float(int(key.rpartition("-")[2]) % 7))])
+        for i, key in enumerate(keys)
     ]
-    rows = pa.table({"key": keys, "caption": [f"caption of {key}" for key in keys]})
+    captions = [f"caption of {key}" for key in keys]
+    rows = pa.table({"key": keys, "caption": captions, **condition_columns(texts)})
     latents = np.stack([latent_of(key, shape) for key in keys])
-    table = encode_table(rows, tokens, latents, shape, split)
+    table = encode_table(rows, latents, shape, split)
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(Encoding("none", TOKEN_DIM, "pixel").metadata()), sink)
     storage.write(path, memoryview(sink.getvalue()))

@@ -8,11 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from fewstep.data.schema import DatasetInfo, Encoding, _lists, encode_table, read_shard
-from fewstep.data.storage import Storage
+from fewstep.data.columns import condition_columns
+from fewstep.data.schema import DatasetInfo, Encoding, encode_table, ragged_lists, read_shard
 from fewstep.data.stream import Batch, read_split
 from fewstep.errors import UserError
+from fewstep.models.conditioning import TextConditioning
+from fewstep.storage import Storage
 
 SHAPE = (3, 2, 4)
 
@@ -25,7 +28,7 @@ def edit_manifest(info: DatasetInfo, **changes: object) -> None:
 def test_rows_come_back_as_they_were_written(make_dataset):
     info = DatasetInfo.open(make_dataset({SHAPE: [5, 4]}).root)
     assert info.rows("train") == 9
-    batch = Batch.of(read_shard(info.storage, info.shards[1].path), info.encoding.token_dim)
+    batch = Batch.of(read_shard(info.storage, info.shards[1].path), info.encoding)
     assert batch.keys == ["row-5", "row-6", "row-7", "row-8"]
     assert batch.captions[0] == "caption of row-5"
     assert batch.latent is not None
@@ -38,30 +41,33 @@ def test_rows_come_back_as_they_were_written(make_dataset):
 
 def test_vectors_of_whole_captions_come_back_with_their_rows(tmp_path):
     storage, encoding = Storage.at(tmp_path), Encoding("none", 4, "pixel", pooled_dim=2)
-    rows = pa.table({"key": ["a", "b"], "caption": ["first", "second"]})
-    tokens = [np.ones((length, 4), np.float16) for length in (2, 3)]
-    pooled = np.array([[1, 2], [3, 4]], np.float32)
-    table = encode_table(rows, tokens, None, SHAPE, "train", pooled)
+    pooled = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    texts = [
+        TextConditioning.collate([torch.ones(length, 4)], [vector])
+        for length, vector in zip((2, 3), pooled, strict=True)
+    ]
+    rows = pa.table({"key": ["a", "b"], "caption": ["first", "second"], **condition_columns(texts)})
+    table = encode_table(rows, None, SHAPE, "train")
     pq.write_table(table.replace_schema_metadata(encoding.metadata()), tmp_path / "part.parquet")
-    batch = Batch.of(read_shard(storage, "part.parquet"), 4)
+    batch = Batch.of(read_shard(storage, "part.parquet"), encoding)
     assert batch.latent is None
     assert batch.conditioning.pooled.tolist() == pooled.tolist()
 
 
 def test_more_numbers_than_a_shard_can_count_are_refused_with_the_rows_that_fit():
     with pytest.raises(UserError, match=r"--shard-rows 1023 or less"):
-        _lists(np.empty(0, np.float16), [512 * 4096] * 1100)
+        ragged_lists(np.empty(0, np.float16), [512 * 4096] * 1100)
 
 
 def test_shards_from_before_there_were_such_vectors_are_read(make_dataset):
     info = DatasetInfo.open(make_dataset({SHAPE: [5]}).root)
     shard = Path(info.root, info.shards[0].path)
-    pq.write_table(pq.read_table(shard).drop_columns("pooled"), shard)
+    pq.write_table(pq.read_table(shard).drop_columns(["pooled", "label"]), shard)
     manifest = json.loads(Path(info.root, "dataset.json").read_text())
     edit_manifest(info, encoding={k: v for k, v in manifest["encoding"].items() if k != "pooled_dim"})
     old = DatasetInfo.open(info.root)
     assert old.encoding.pooled_dim is None
-    batch = Batch.of(read_shard(old.storage, old.shards[0].path), old.encoding.token_dim)
+    batch = Batch.of(read_shard(old.storage, old.shards[0].path), old.encoding)
     assert batch.conditioning.pooled is None
     assert batch.latent.shape == (5, *SHAPE)
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fewstep.data import emoji, sources
+from fewstep.data import sources
+from fewstep.data.datasets import emoji
 from fewstep.data.sources import Size
 from fewstep.errors import UserError
 
@@ -20,7 +21,7 @@ CONTENT_SHA256 = "67a2b1c695afee3db82fac319b24e5c2ec70d491db4f386e6059ba156afffa
 
 @pytest.fixture(scope="module")
 def bundle() -> list[dict]:
-    return sources.read_bundle().to_pylist()
+    return emoji.read_bundle().to_pylist()
 
 
 def pixels(row: dict) -> np.ndarray:
@@ -55,14 +56,14 @@ def test_most_held_out_concepts_are_known_from_another_style(bundle):
 
 
 def test_licences_and_attributions_ship_with_the_set():
-    metadata = pq.read_schema(sources.EMOJI_BUNDLE).metadata[b"attribution"].decode()
-    text = sources.EMOJI_LICENCES.read_text()
+    metadata = pq.read_schema(emoji.BUNDLE).metadata[b"attribution"].decode()
+    text = emoji.LICENCES.read_text()
     for package in (*emoji.STYLES, emoji.CAPTIONS):
         for words in (package.name, package.version, package.attribution, package.licence):
             assert words in text
             assert words in metadata
     assert "Permission is hereby granted" in text
-    assert "Apache License" in sources.EMOJI_LICENCES.with_name("APACHE-2.0.txt").read_text()
+    assert "Apache License" in emoji.LICENCES.with_name("APACHE-2.0.txt").read_text()
 
 
 def test_a_changed_package_is_refused_by_its_hash(tmp_path):
@@ -76,7 +77,7 @@ def test_a_changed_package_is_refused_by_its_hash(tmp_path):
 def test_without_npm_the_shipped_set_is_recommended(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm is needed to rebuild"):
-        sources.emoji_set([Size(32, 32)], tmp_path)
+        emoji.emoji_set([Size(32, 32)], tmp_path)
 
 
 def test_sizes_are_parsed_as_width_by_height_and_chosen_by_aspect_ratio():
@@ -90,7 +91,7 @@ def test_sizes_are_parsed_as_width_by_height_and_chosen_by_aspect_ratio():
     assert Size.nearest(sizes, 1000, 1010) == Size(512, 512)
     assert Size.nearest(sizes, 100, 300) == Size(384, 640)
     with pytest.raises(UserError, match="the emoji set is square"):
-        sources.emoji_set([Size(640, 384)])
+        emoji.emoji_set([Size(640, 384)])
 
 
 def test_images_are_turned_upright_flattened_on_white_and_cut_in_the_middle():

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fewstep.data.order import Order
+from fewstep.data.order import ShardOrder
 from fewstep.data.stream import ShardStream
 from fewstep.errors import UserError
 
@@ -24,7 +24,7 @@ def take(stream: ShardStream, count: int) -> list[list[str]]:
 
 def planned(info, count: int, **options: int) -> list[tuple[int, str]]:
     """(epoch, shard) of the first work items, without reading anything."""
-    order = Order(
+    order = ShardOrder(
         info.buckets("train"), **{"batch_size": 4, "seed": 0, "rank": 0, "world_size": 1, **options}
     )
     return [(item.epoch, item.shard.path) for item in itertools.islice(order.items(0), count)]
@@ -93,7 +93,7 @@ def test_batches_are_full_of_one_shape_and_buckets_come_by_their_rows(make_datas
 
 def test_all_ranks_draw_the_same_bucket_for_the_same_batch(make_dataset):
     buckets = make_dataset(ROWS).buckets("train")
-    orders = [Order(buckets, batch_size=4, seed=0, rank=rank, world_size=3) for rank in range(3)]
+    orders = [ShardOrder(buckets, batch_size=4, seed=0, rank=rank, world_size=3) for rank in range(3)]
     draws = [list(itertools.islice(order.bucket_draws(5000), 200)) for order in orders]
     assert draws[0] == draws[1] == draws[2] == list(itertools.islice(orders[0].bucket_draws(0), 5200))[5000:]
     before = Counter(itertools.islice(orders[0].bucket_draws(0), 5000))

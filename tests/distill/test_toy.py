@@ -9,24 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.distill import ImitationSettings, segment_errors
-from fewstep.flow import NO_SHIFT
+from fewstep.distill import ImitationConfig, segment_errors
+from fewstep.flow import SamplerConfig
 from fewstep.policies import GMFlowPolicy, rollout
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 MODES, MODE_STD, LOCATIONS, SUBSTEPS, STEPS = 8, 0.1, 48, 32, 500
 ONE = torch.ones(1)
-SETTINGS = ImitationSettings(
-    nfe=1,
-    final_step_scale=1.0,
-    shift=NO_SHIFT,
-    intermediate_states=4,
-    window=0.0,
-    gm_dropout=0.0,
-    loss_scale=1.0,
-    substeps=SUBSTEPS,
-)
+SAMPLER = SamplerConfig(nfe=1, final_step_scale=1.0, shift=1.0, substeps=SUBSTEPS)
+CONFIG = ImitationConfig(intermediate_states=4, window=0, gm_dropout=0.0, loss_scale=1.0)
 
 
 def mixture_teacher(modes: Tensor) -> Velocity:
@@ -56,7 +48,7 @@ def trajectory_error(policy: GMFlowPolicy, trajectory: list[Tensor]) -> float:
     x, raw, errors = trajectory[0], ONE, []
     for i, expected in enumerate(trajectory[1:], 1):
         raw_to = ONE * (1 - i / SUBSTEPS)
-        x, _ = rollout(policy, x, raw, raw_to, NO_SHIFT, SUBSTEPS)
+        x, _ = rollout(policy, x, raw, raw_to, SAMPLER.time_shift, SUBSTEPS)
         raw = raw_to
         errors.append((x - expected).square().sum(1))
     return torch.stack(errors).mean(0).sqrt().mean().item()
@@ -90,7 +82,7 @@ def learned_errors(one_thread: None) -> dict[int, float]:
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, STEPS)
         for _ in range(STEPS):
             policy = GMFlowPolicy(means, logstds, logweights, noise, ONE)
-            loss = segment_errors(policy, teacher, noise, ONE, ONE, generator, SETTINGS).mean()
+            loss = segment_errors(policy, teacher, noise, ONE, ONE, generator, SAMPLER, CONFIG).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

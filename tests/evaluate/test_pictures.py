@@ -9,7 +9,7 @@ import pytest
 
 from fewstep.evaluate.grid import GridRow, comparison_grid, sample_grid
 from fewstep.evaluate.plots import loss_plot, quality_plot
-from fewstep.evaluate.report import Report, Row
+from fewstep.evaluate.report import MethodResult, Report
 
 CAPTIONS = [
     "red heart, noto style",
@@ -86,13 +86,13 @@ def test_samples_are_in_reading_order(images):
 def a_report():
     figures = [("teacher_64", 128, 0.1, 0.0), ("euler_4", 8, 50.0, 30.0), ("euler_8", 16, 9.0, 20.0)]
     rows = [
-        Row(name, passes, k, (k - 1, k + 2), 5.0, (4.0, 6.0), distance, 0.1, 60.0)
+        MethodResult(name, passes, k, (k - 1, k + 2), 5.0, (4.0, 6.0), distance, 0.1, 60.0)
         for name, passes, k, distance in [*figures, ("student_4", 4, 3.0, 15.0)]
     ]
     return Report(384, tuple(rows))
 
 
-def test_the_quality_plot_draws_the_ladder_as_a_line_and_the_student_as_a_point():
+def test_the_quality_plot_draws_the_baseline_as_a_line_and_the_student_as_a_point():
     left, right = quality_plot(a_report()).axes
     lines = {tuple(line.get_xdata()): tuple(line.get_ydata()) for line in right.lines}
     assert lines == {(8, 16): (30.0, 20.0), (4,): (15.0,)}
@@ -100,7 +100,7 @@ def test_the_quality_plot_draws_the_ladder_as_a_line_and_the_student_as_a_point(
     assert [tick.get_text() for tick in right.get_xticklabels()] == ["4", "8", "16"]
 
 
-def test_a_student_of_several_counts_is_a_line_of_its_own():
+def test_a_student_of_several_nfes_is_a_line_of_its_own():
     report = a_report()
     fewer = replace(report.row("student_4"), name="student_2", passes=2, paired_distance=18.0)
     _, right = quality_plot(replace(report, rows=(*report.rows[:1], fewer, *report.rows[1:]))).axes

@@ -1,9 +1,10 @@
-"""What a teacher drew is found again by its other students, and by nothing that would have drawn differently."""
+"""What a teacher generated is found again by its other students, and by nothing that would have generated otherwise."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,19 @@ import torch
 
 from fewstep.data.stream import Batch
 from fewstep.evaluate.teacher_images import TeacherImages
-from fewstep.export.pipeline import StudentCard
-from fewstep.models.conditioning import TextConditioning
+from fewstep.flow import SamplerConfig, TeacherSamplerConfig
+from fewstep.models.conditioning import ClassConditioning
 from fewstep.models.teacher import TeacherReference
+from fewstep.student import StudentCard, read_student_card, resolve_student
 
 CARD = StudentCard(
-    TeacherReference("somewhere", "dit", "0" * 64), "labels:2", "grey", (1, 4, 4), nfe=1, shift=1.0,
-    final_step_scale=1.0, substeps=128, temperature=1.0, guidance=2.0,
-)  # fmt: skip
+    teacher=TeacherReference("somewhere", "dit", "0" * 64),
+    text_encoder="labels:2",
+    autoencoder="grey",
+    latent_shape=(1, 4, 4),
+    sampler=SamplerConfig(nfe=1, shift=1.0, final_step_scale=1.0),
+    teacher_sampler=TeacherSamplerConfig(guidance_scale=2.0),
+)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
 
 
@@ -27,42 +33,67 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def changed(section: str, **changes: Any) -> StudentCard:
+    """The card with some settings of one of its parts replaced."""
+    part = getattr(CARD, section)
+    new = replace(part, **changes) if section == "teacher" else part.model_copy(update=changes)
+    return CARD.model_copy(update={section: new})
+
+
 def batch(*captions: str) -> Batch:
-    conditioning = TextConditioning.collate([torch.zeros(1, 1) for _ in captions])
+    conditioning = ClassConditioning(torch.zeros(len(captions), dtype=torch.int64))
     return Batch(None, conditioning, list(captions), list(captions), (1, 4, 4))
 
 
 def test_another_student_of_the_teacher_finds_them() -> None:
     TeacherImages.of(CARD, batch("a", "b"), 0).save(64, 1, IMAGES)
-    other = replace(CARD, nfe=2, shift=3.2, teacher_shift=1.0, recipe={"name": "other"})
+    other = CARD.model_copy(
+        update={
+            "sampler": SamplerConfig(nfe=2, shift=3.2),
+            "teacher_sampler": TeacherSamplerConfig(guidance_scale=2.0, shift=1.0),
+            "recipe": {"name": "other"},
+        }
+    )
     assert np.array_equal(TeacherImages.of(other, batch("a", "b"), 0).load(64, 1), IMAGES)
 
 
 @pytest.mark.parametrize(
     ("card", "captions", "seed", "steps", "noise"),
     [
-        (replace(CARD, teacher=replace(CARD.teacher, sha256="1" * 64)), ("a", "b"), 0, 64, 1),
-        (replace(CARD, guidance=3.0), ("a", "b"), 0, 64, 1),
-        (replace(CARD, guidance_interval=(0.0, 0.7)), ("a", "b"), 0, 64, 1),
-        (replace(CARD, teacher_shift=3.2), ("a", "b"), 0, 64, 1),
+        (changed("teacher", sha256="1" * 64), ("a", "b"), 0, 64, 1),
+        (changed("teacher_sampler", guidance_scale=3.0), ("a", "b"), 0, 64, 1),
+        (changed("teacher_sampler", guidance_interval=(0.0, 0.7)), ("a", "b"), 0, 64, 1),
+        (changed("teacher_sampler", shift=3.2), ("a", "b"), 0, 64, 1),
+        (changed("teacher_sampler", orthogonal=0.5), ("a", "b"), 0, 64, 1),
         (CARD, ("b", "a"), 0, 64, 1),
         (CARD, ("a", "b"), 1, 64, 1),
         (CARD, ("a", "b"), 0, 32, 1),
         (CARD, ("a", "b"), 0, 64, 0),
     ],
 )
-def test_whatever_would_be_drawn_differently_is_not_found(card, captions, seed, steps, noise) -> None:
+def test_whatever_would_be_generated_otherwise_is_not_found(card, captions, seed, steps, noise) -> None:
     TeacherImages.of(CARD, batch("a", "b"), 0).save(64, 1, IMAGES)
     assert TeacherImages.of(card, batch(*captions), seed).load(steps, noise) is None
 
 
+@pytest.mark.parametrize(
+    ("student", "identity"),
+    [("emoji-student", "041a1f79e74dc147"), ("fashion-student", "470905d438a7acca")],
+)
+def test_images_kept_by_earlier_versions_are_still_found(student: str, identity: str) -> None:
+    """The identities that version 0.1.0 gave, before the card's fields moved."""
+    card = read_student_card(resolve_student(student).folder)
+    captions = replace(batch("a", "b"), shape=card.latent_shape)
+    assert TeacherImages.of(card, captions, 0).identity == identity
+
+
 def test_a_hub_id_is_no_exact_teacher() -> None:
-    hub = replace(CARD, teacher=replace(CARD.teacher, sha256=None))
+    hub = changed("teacher", sha256=None)
     TeacherImages.of(hub, batch("a", "b"), 0).save(64, 1, IMAGES)
     assert TeacherImages.of(hub, batch("a", "b"), 0).load(64, 1) is None
 
 
-def test_a_torn_file_is_drawn_again() -> None:
+def test_a_torn_file_is_generated_again() -> None:
     images = TeacherImages.of(CARD, batch("a", "b"), 0)
     images.save(64, 1, IMAGES)
     [file] = images.folder.iterdir()

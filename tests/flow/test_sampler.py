@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fewstep.flow import (
     NextStep,
+    SamplerConfig,
     SamplerSchedule,
     TimeShift,
     auto_temperature,
@@ -131,7 +132,9 @@ def test_the_last_step_is_tempered_below_its_sigma_alone() -> None:
     [_, src], [_, dst] = (raw.float() for raw in (schedule.raw_src, schedule.raw_dst))
     assert below < schedule.sigma_src[1]
     between = SHIFT.unwarp(torch.tensor(below))
-    middle, _ = generate_step(student, x, schedule.next_step(0, len(x)), SHIFT)
+    middle, _ = generate_step(
+        student, x, SamplerConfig(nfe=2, shift=3.2, final_step_scale=0.5).next_step(0, len(x)), SHIFT
+    )
     policy = student(middle, schedule.sigma_src[1].expand(len(x)))
     plain, _ = rollout(policy, middle, src.expand(len(x)), between.expand(len(x)), SHIFT)
     tempered = policy.with_temperature(torch.full((len(x),), 0.5))
@@ -147,9 +150,14 @@ def test_the_last_step_is_tempered_below_its_sigma_alone() -> None:
 def test_a_batch_on_different_schedules_advances_each_sample_as_alone() -> None:
     x = noise(3)
     steps = [
-        SamplerSchedule(nfe, SHIFT, 0.5).next_step(
-            index, temperature=temperature, final_temperature=0.5, final_temperature_below=0.3
-        )
+        SamplerConfig(
+            nfe=nfe,
+            shift=3.2,
+            final_step_scale=0.5,
+            temperature=temperature,
+            final_temperature=0.5,
+            final_temperature_below=0.3,
+        ).next_step(index)
         for nfe, index, temperature in ((3, 0, 0.3), (3, 2, 0.3), (8, 5, "auto"))
     ]
     together, clean = generate_step(student, x, NextStep.join(steps), SHIFT)

@@ -70,7 +70,7 @@ def submitted(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory):
     short = [
         "train.steps=3", "train.threads=1", "train.cpus_per_worker=0.5", "train.sample_every=2", "data.batch_size=8",
         "student.lora.rank=2", "student.policy.components=2", "evaluation.captions=6", "evaluation.reference_steps=4",
-        "evaluation.ladder=[2, 4, 8]",
+        "evaluation.baseline_steps=[2, 4, 8]",
     ]  # fmt: skip
     flags = [part for override in short for part in ("--set", override)]
     environment = f'{{"env_vars": {{"FEWSTEP_HOME": "{home}"}}}}'

@@ -22,9 +22,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from serve.client import Answer, Client, decode_image
-from serve.running import deploy
-from serve.soak import replica_pids
+from fewstep_loadtest.client import Answer, Client, decode_image
+from fewstep_loadtest.running import deploy
+from fewstep_loadtest.soak import replica_pids
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "red heart, noto style"
@@ -52,7 +52,7 @@ def address(ray_cluster: str):
 def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two versions of a model "emoji", the alias "champion" on the first."""
     from fewstep.tracking.address import connect
-    from serve.versions import register_variants
+    from fewstep_loadtest.versions import register_variants
 
     folder = tmp_path_factory.mktemp("registry")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
@@ -83,7 +83,7 @@ def service(address: str, registry: str) -> str:
 
 @pytest.fixture(scope="module")
 def pipeline():
-    from fewstep.export import FewStepPipeline
+    from fewstep.student import FewStepPipeline
 
     return FewStepPipeline.from_pretrained("emoji-student")
 
@@ -123,7 +123,7 @@ def test_the_same_request_twice_is_identical_to_the_byte(service: str) -> None:
     assert first.body["data"][0]["b64_json"] == second.body["data"][0]["b64_json"]
 
 
-def test_a_drawn_seed_draws_the_same_image_again(service: str) -> None:
+def test_a_drawn_seed_gives_the_same_image_again(service: str) -> None:
     [first] = ask(service, {"prompt": PROMPT})
     [again] = ask(service, {"prompt": PROMPT, "seed": first.body["data"][0]["seed"]})
     assert np.array_equal(first.images[0], again.images[0])
@@ -140,6 +140,16 @@ def test_requests_at_once_share_batches_and_get_their_own_images(service: str, p
     for seed, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         [expected] = pipeline(prompt, seed=seed, output_type="np").images
         assert within_one_level(answer.images[0], expected)
+
+
+def test_renewed_noise_depends_on_the_seed_alone(service: str, pipeline) -> None:
+    bodies = [{"prompt": PROMPT, "seed": seed, "h": 0.5} for seed in range(8)]
+    answers = ask(service, *bodies)
+    assert [answer.status for answer in answers] == [200] * 8
+    expected = pipeline([PROMPT] * 8, seed=0, h=0.5, output_type="np").images
+    assert all(within_one_level(answer.images[0], one) for answer, one in zip(answers, expected, strict=True))
+    [plain] = ask(service, {"prompt": PROMPT, "seed": 0, "h": 0})
+    assert not within_one_level(answers[0].images[0], plain.images[0])
 
 
 def test_file_formats(service: str) -> None:
@@ -190,6 +200,7 @@ def test_the_openai_client_streams_previews(service: str) -> None:
     ("body", "status", "param", "message"),
     [
         ({}, 400, "prompt", "add it"),
+        ({"class_label": 3}, 400, "class_label", "leave class_label out"),
         ({"prompt": ""}, 400, "prompt", "at least 1 character"),
         ({"prompt": "x" * 1001}, 400, "prompt", "at most 1000"),
         ({"prompt": "x " * 200}, 400, "prompt", "at most 64"),
@@ -202,6 +213,8 @@ def test_the_openai_client_streams_previews(service: str) -> None:
         ({"prompt": "x", "sampler": "teacher", "num_inference_steps": 65}, 400, "num_inference_steps", "at most 64"),
         ({"prompt": "x", "seed": -1}, 400, "seed", "greater than or equal to 0"),
         ({"prompt": "x", "temperature": 2}, 400, "temperature", "less than or equal to 1"),
+        ({"prompt": "x", "h": -0.5}, 400, "h", "greater than or equal to 0"),
+        ({"prompt": "x", "h": float("nan")}, 400, "h", "finite number"),
         ({"prompt": "x", "class_label": 3}, 400, "class_label", "leave class_label out"),
         ({"prompt": "x", "response_format": "url"}, 400, "response_format", "b64_json"),
         ({"prompt": "x", "sede": 1}, 400, "sede", "did you mean 'seed'"),
@@ -247,9 +260,9 @@ def test_models_name_their_exact_versions(service: str) -> None:
 def test_moving_the_alias_rolls_over_without_a_failed_request(
     service: str, registry: str, tmp_path: Path
 ) -> None:
-    from fewstep.export import FewStepPipeline
+    from fewstep.student import FewStepPipeline
     from fewstep.tracking.address import connect
-    from serve.versions import write_variant
+    from fewstep_loadtest.versions import write_variant
 
     async def scenario():
         answers, moved = [], False
@@ -484,11 +497,11 @@ def test_serve_deploy_changes_models_and_limits_without_a_restart_and_deletion_w
 def test_an_idle_service_may_have_no_replica_and_a_request_starts_one(address: str) -> None:
     from ray import serve
 
-    from serve.app import assemble
-    from serve.settings import Settings
+    from fewstep_serve.app import assemble
+    from fewstep_serve.config import ServeConfig
 
     scaling = {"min_replicas": 0, "max_replicas": 1}
-    application = assemble(Settings(), autoscaling_config=scaling, ray_actor_options=SMALL)
+    application = assemble(ServeConfig(), autoscaling_config=scaling, ray_actor_options=SMALL)
     serve.run(application, name="idle", route_prefix="/idle")
     with pytest.raises(urllib.error.HTTPError) as unready:
         urllib.request.urlopen(f"{address}/idle/healthz")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.running import deploy
+from fewstep_loadtest.running import deploy
 
 CHROMIUM, DRIVER = shutil.which("chromium"), Path("/usr/bin/chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -64,7 +64,7 @@ def status(driver) -> str:
     return driver.find_element("id", "status").text
 
 
-def drawn(driver) -> list:
+def finished(driver) -> list:
     """Finished images: decoded by the browser, with their final description."""
     images = driver.find_elements("css selector", "figure img")
     return [
@@ -72,15 +72,15 @@ def drawn(driver) -> list:
     ]
 
 
-def test_a_click_draws_images_with_their_time_and_version(browser, tmp_path: Path) -> None:
+def test_a_click_generates_images_with_their_time_and_version(browser, tmp_path: Path) -> None:
     prompt = browser.find_element("id", "prompt")
     prompt.clear()
     prompt.send_keys("owl, noto style")
     browser.find_element("id", "seed").send_keys("7")
     browser.find_element("id", "teacher").click()
-    browser.find_element("id", "draw").click()
+    browser.find_element("id", "generate").click()
     wait(browser, lambda: status(browser).startswith("Done"))
-    assert len(drawn(browser)) == 8
+    assert len(finished(browser)) == 8
     facts = [element.text for element in browser.find_elements("css selector", ".facts")]
     assert all("ms" in text and "emoji-student" in text for text in facts)
     heads = [element.text for element in browser.find_elements("css selector", "h4")]
@@ -96,7 +96,7 @@ def test_the_page_works_without_a_mouse_and_keeps_the_visit_s_history(browser) -
         assert prompt.get_attribute("id") == "prompt"
         prompt.clear()
         prompt.send_keys(text, Keys.ENTER)
-        wait(browser, lambda: status(browser).startswith("Drawing") or status(browser).startswith("Done"))
+        wait(browser, lambda: status(browser).startswith("Generating") or status(browser).startswith("Done"))
         wait(browser, lambda: status(browser).startswith("Done"))
     entries = [element.text for element in browser.find_elements("css selector", ".entry h3")]
     assert entries == ["green apple, noto style", "red heart, fluent style"]
@@ -124,7 +124,7 @@ def test_a_refusal_is_shown_to_the_reader(browser) -> None:
     prompt = browser.find_element("id", "prompt")
     prompt.clear()
     prompt.send_keys("very " * 90 + "long")
-    browser.find_element("id", "draw").click()
+    browser.find_element("id", "generate").click()
     error = browser.find_element("id", "error")
     wait(browser, lambda: "too long" in error.text)
     assert not browser.find_elements("css selector", ".entry")
@@ -135,10 +135,10 @@ def test_it_fits_a_phone(browser) -> None:
         "Emulation.setDeviceMetricsOverride",
         {"width": 375, "height": 740, "deviceScaleFactor": 2, "mobile": True},
     )
-    browser.find_element("id", "draw").click()
+    browser.find_element("id", "generate").click()
     wait(browser, lambda: status(browser).startswith("Done"))
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
-    assert browser.find_element("id", "draw").rect["height"] >= 40
+    assert browser.find_element("id", "generate").rect["height"] >= 40
 
 
 def test_every_control_has_a_name(browser) -> None:

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.errors import UserError
-from fewstep.export.adapter import WEIGHTS, check_adapter, load_adapter, save_adapter
+from fewstep.models.adapters import LoRAConfig
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.heads import DXSettings, GMFlowSettings
-from fewstep.models.network import LoRASettings, PolicyNetwork
+from fewstep.models.heads import DXConfig, GMFlowConfig
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
+from fewstep.student.adapter import WEIGHTS, check_adapter, load_adapter, save_adapter
 
 ADAPTERS = Path(__file__).parents[1] / "conformance" / "adapters"
 
@@ -59,7 +60,7 @@ def test_the_teacher_is_untouched_by_the_student_on_it(adapter: str) -> None:
 def test_a_new_student_starts_as_its_teacher() -> None:
     transformer, family = teacher()
     bias = transformer.proj_out.bias.detach().clone()
-    network = PolicyNetwork(transformer, family, GMFlowSettings(components=3, logstd_width=32), lora=None)
+    network = PolicyNetwork(transformer, family, GMFlowConfig(components=3, logstd_width=32), lora=None)
     # The recorded means stand off the teacher's velocity by their random draw: one per component and channel.
     drawn = (IO["qwen_gm_init/means"] - IO["qwen/teacher_velocity"][:, None])[0, :, :, :1, 0]
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_the_noise_on_initial_means_is_one_draw_per_component_and_channel() -> N
     transformer, family = teacher()
     bias = transformer.proj_out.bias.detach().clone()
     network = PolicyNetwork(
-        transformer, family, GMFlowSettings(components=64, logstd_width=8), lora=None, seed=3
+        transformer, family, GMFlowConfig(components=64, logstd_width=8), lora=None, seed=3
     )
     noise = (network.head.proj_out_means.bias.detach() - bias.repeat(64)).view(64, 4, 4)
     assert (noise.std(dim=2) < 1e-6).all(), "equal across the patch"
@@ -119,9 +120,9 @@ def test_a_folder_that_says_nothing_of_a_head_is_no_student(tmp_path: Path) -> N
 
 
 def test_an_adapter_of_another_head_is_not_gone_on_from() -> None:
-    settings = DXSettings(points=5, mode="grid", segment_size=1.0, shift=1.0)
+    settings = DXConfig(points=5, mode="grid", segment_size=1.0, shift=1.0)
     source = ADAPTERS / "qwen_dx_adapter"
-    lora = LoRASettings(rank=4, targets=tuple(
+    lora = LoRAConfig(rank=4, targets=tuple(
         name.removesuffix(".lora_A.weight") for name in load_file(source / WEIGHTS) if name.endswith(".lora_A.weight")
     ))  # fmt: skip
     with pytest.raises(
@@ -131,9 +132,9 @@ def test_an_adapter_of_another_head_is_not_gone_on_from() -> None:
 
 
 def test_adapters_and_head_train_and_nothing_else() -> None:
-    from fewstep.models.network import LoRASettings
+    from fewstep.models.adapters import LoRAConfig
 
-    network = PolicyNetwork(*teacher(), GMFlowSettings(components=2, logstd_width=8), LoRASettings(rank=4))
+    network = PolicyNetwork(*teacher(), GMFlowConfig(components=2, logstd_width=8), LoRAConfig(rank=4))
     names = set(network.trainable())
     assert all("lora_" in name or ".head." in name for name in names)
     blocks = {name.split(".lora_")[0].split("transformer_blocks.")[1] for name in names if "blocks" in name}

@@ -13,18 +13,20 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscre
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.data.encoder import load_encoder
+from fewstep.encoders import load_encoder
 from fewstep.errors import UserError
-from fewstep.export.adapter import adapter_state, load_adapter, save_adapter
 from fewstep.flow import NO_SHIFT
-from fewstep.models.conditioning import TextConditioning
+from fewstep.models.adapters import LoRAConfig
+from fewstep.models.conditioning import ClassConditioning, Conditioning
 from fewstep.models.dit import DiT
-from fewstep.models.heads import DXSettings, GMFlowSettings
-from fewstep.models.network import GuidedTeacher, LoRASettings, PolicyNetwork
+from fewstep.models.guided_teacher import GuidedTeacher
+from fewstep.models.heads import DXConfig, GMFlowConfig
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.prediction import DiffusionPrediction
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import TeacherCard, load_teacher, open_teacher, save_teacher
 from fewstep.policies import rollout
+from fewstep.student.adapter import adapter_state, load_adapter, save_adapter
 
 FAMILY = DiT()
 TINY = {
@@ -66,11 +68,11 @@ def lone_process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def classes(*labels: str) -> TextConditioning:
-    return TextConditioning.collate(load_encoder("labels:5").encode(labels))
+def classes(*labels: str) -> ClassConditioning:
+    return Conditioning.join(load_encoder("labels:5").encode(labels))
 
 
-def velocity(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
+def velocity(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: ClassConditioning) -> Tensor:
     tokens = FAMILY.denoise(transformer, x, t, conditioning)
     return FAMILY.unpack(tokens, FAMILY.latent_channels(transformer), *x.shape[-2:])[:, 0]
 
@@ -102,7 +104,7 @@ def test_a_pipelines_noise_predictor_is_a_velocity_teacher_with_a_student(tmp_pa
             lambda z, timestep: stock(z, timestep, numbers, return_dict=False)[0][:, :3], X, t
         )
     network = PolicyNetwork(
-        transformer, family, GMFlowSettings(components=4, logstd_width=16), LoRASettings(rank=2)
+        transformer, family, GMFlowConfig(components=4, logstd_width=16), LoRAConfig(rank=2)
     )
     labels = classes("0", "4", "")
     torch.testing.assert_close(network.velocity(X, t, labels), expected, atol=1e-4, rtol=1e-4)
@@ -142,7 +144,7 @@ def test_a_trained_noise_predictor_is_saved_as_it_is(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in transformer.parameters():  # as training does, all of them
             parameter.copy_((parameter + torch.randn_like(parameter) * 0.1).half())
-    card = TeacherCard("dit", "labels:5", "pixel", (3, 8, 8), shift=1.0, guidance=2.0)
+    card = TeacherCard("dit", "labels:5", "pixel", (3, 8, 8), shift=1.0, guidance_scale=2.0)
     save_teacher(transformer, card, tmp_path, dict(transformer.named_parameters()))
     loaded, family, _ = load_teacher(str(tmp_path), "dit")
     labels = classes("0", "4", "")
@@ -172,7 +174,7 @@ def test_a_teacher_of_another_family_or_with_missing_weights_is_refused(tmp_path
 
 def test_a_saved_teacher_opens_in_diffusers_itself(tiny_dit: nn.Module, tmp_path: Path) -> None:
     tiny_dit.load_state_dict({name: tensor.half().float() for name, tensor in tiny_dit.state_dict().items()})
-    card = TeacherCard("dit", "labels:5", "pixel", (3, 8, 8), shift=1.0, guidance=2.0)
+    card = TeacherCard("dit", "labels:5", "pixel", (3, 8, 8), shift=1.0, guidance_scale=2.0)
     save_teacher(tiny_dit, card, tmp_path, dict(tiny_dit.named_parameters()))
     stock = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32).eval()
     again, _, _ = load_teacher(str(tmp_path), "dit")
@@ -201,7 +203,7 @@ def test_a_new_network_is_the_zero_velocity_and_learns_at_once() -> None:
 
 
 def test_guidance_departs_from_the_null_class_inside_its_interval(tiny_dit: nn.Module) -> None:
-    network = PolicyNetwork(tiny_dit, FAMILY, DXSettings(points=2), lora=None)
+    network = PolicyNetwork(tiny_dit, FAMILY, DXConfig(points=2), lora=None)
     labels, null = classes("3", "3", "3"), classes("")
     t = torch.tensor([1.0, 0.5, 0.2])
     guided = GuidedTeacher(network, null, 3.0, (0.0, 0.7)).velocity(X, t, labels)
@@ -213,7 +215,7 @@ def test_guidance_departs_from_the_null_class_inside_its_interval(tiny_dit: nn.M
 
 
 def test_a_new_student_moves_like_one_teacher_euler_step(tiny_dit: nn.Module) -> None:
-    network = PolicyNetwork(tiny_dit, FAMILY, DXSettings(points=4), LoRASettings(rank=2))
+    network = PolicyNetwork(tiny_dit, FAMILY, DXConfig(points=4), LoRAConfig(rank=2))
     labels, ones, zeros = classes("0", "1", "4"), torch.ones(3), torch.zeros(3)
     with torch.no_grad():
         policy = network.policy(X, ones, labels)
@@ -223,9 +225,7 @@ def test_a_new_student_moves_like_one_teacher_euler_step(tiny_dit: nn.Module) ->
 
 
 def test_a_new_mixture_stands_around_the_teachers_velocity(tiny_dit: nn.Module) -> None:
-    network = PolicyNetwork(
-        tiny_dit, FAMILY, GMFlowSettings(components=64, logstd_width=8), LoRASettings(rank=2)
-    )
+    network = PolicyNetwork(tiny_dit, FAMILY, GMFlowConfig(components=64, logstd_width=8), LoRAConfig(rank=2))
     labels, t = classes("0", "1", "4"), torch.tensor([1.0, 0.7, 0.4])
     with torch.no_grad():
         ours = network.policy(X, t, labels).velocity(X, t)
@@ -239,9 +239,7 @@ def test_adapters_survive_a_round_trip_and_leave_the_teacher_alone(
     labels = classes("0", "", "4")
     with torch.no_grad():
         before = velocity(tiny_dit, X, T, labels)
-    network = PolicyNetwork(
-        tiny_dit, FAMILY, GMFlowSettings(components=3, logstd_width=8), LoRASettings(rank=2)
-    )
+    network = PolicyNetwork(tiny_dit, FAMILY, GMFlowConfig(components=3, logstd_width=8), LoRAConfig(rank=2))
     with torch.no_grad():
         for parameter in network.trainable().values():
             parameter.normal_(std=0.1)
@@ -264,8 +262,8 @@ def test_sharded_blocks_compute_the_same_student_and_gradients(lone_process_grou
 
     results = []
     for sharded in (False, True):
-        lora = None if full else LoRASettings(rank=2)
-        network = PolicyNetwork(random_dit(), FAMILY, DXSettings(points=2), lora, full=full)
+        lora = None if full else LoRAConfig(rank=2)
+        network = PolicyNetwork(random_dit(), FAMILY, DXConfig(points=2), lora, full=full)
         if sharded:
             mesh = init_device_mesh("cpu", (1,))
             blocks = [b for transformer in network.transformers() for b in FAMILY.blocks(transformer)]

@@ -13,17 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.data.encoder import load_encoder
+from fewstep.encoders import load_encoder
 from fewstep.errors import UserError
-from fewstep.export.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from fewstep.flow import guided_velocity
+from fewstep.models.adapters import LoRAConfig, lora_target_modules
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.flux import Flux
 from fewstep.models.flux2 import Flux2
-from fewstep.models.heads import DXSettings
-from fewstep.models.network import LoRASettings, PolicyNetwork, lora_target_modules
+from fewstep.models.heads import DXConfig
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.teacher import load_teacher
+from fewstep.student.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 
 ADAPTERS = Path(__file__).parents[1] / "conformance" / "adapters"
 BASE, ADAPTER = ADAPTERS / "flux_base", ADAPTERS / "flux_gm_adapter"
@@ -106,7 +107,7 @@ def test_the_papers_layers_are_those_of_the_published_adapter() -> None:
 def test_a_new_student_starts_as_its_teacher(network) -> None:
     """Also where the output projection has no bias, as in FLUX.2."""
     family, config = FAMILIES[network[1].name]
-    grown = PolicyNetwork(family.build(config), family, DXSettings(points=3), LoRASettings(rank=2)).eval()
+    grown = PolicyNetwork(family.build(config), family, DXConfig(points=3), LoRAConfig(rank=2)).eval()
     x, t, conditioning = latents(2), torch.tensor([0.9, 0.2]), TextConditioning.collate(texts(3, 5))
     with torch.no_grad():
         packed = grown(x, t, conditioning, student=True)
@@ -213,7 +214,7 @@ def test_the_bundled_network_told_a_scale_moves_as_its_teacher_guided_at_that_sc
     for t in (torch.ones(3), torch.full((3,), 0.9)):
         positive, negative = (velocity(imitated, family, x, t, condition) for condition in conditions)
         told = {
-            scale: velocity(network, replace(flux, embedded_guidance=scale), x, t, conditions[0])
+            scale: velocity(network, replace(flux, embedded_guidance_scale=scale), x, t, conditions[0])
             for scale in scales
         }
         for scale in scales:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.export.adapter import WEIGHTS, load_adapter, save_adapter
-from fewstep.models.conditioning import TextConditioning
-from fewstep.models.heads import DXSettings, GMFlowSettings
+from fewstep.models.conditioning import ClassConditioning
+from fewstep.models.heads import DXConfig, GMFlowConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
+from fewstep.student.adapter import WEIGHTS, load_adapter, save_adapter
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 CONFIGS = {
@@ -27,7 +27,7 @@ CONFIGS = {
     },
 }  # fmt: skip
 X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
-CONDITIONING = TextConditioning.collate([torch.tensor([[1.0]]), torch.tensor([[4.0]])])
+CONDITIONING = ClassConditioning(torch.tensor([1, 4]))
 
 
 @pytest.fixture(params=CONFIGS)
@@ -44,7 +44,7 @@ def base(family: str) -> nn.Module:
     return transformer
 
 
-def student(family: str, policy: GMFlowSettings | DXSettings) -> PolicyNetwork:
+def student(family: str, policy: GMFlowConfig | DXConfig) -> PolicyNetwork:
     return PolicyNetwork(base(family), get_family(family), policy, lora=None, full=True)
 
 
@@ -53,7 +53,7 @@ def velocity(network: PolicyNetwork) -> Tensor:
 
 
 def test_it_begins_as_its_teacher_and_leaves_it_as_it_was(family: str) -> None:
-    network = student(family, DXSettings(points=2))
+    network = student(family, DXConfig(points=2))
     before = network.velocity(X, T, CONDITIONING)
     with torch.no_grad():
         torch.testing.assert_close(velocity(network), before, atol=1e-5, rtol=0)
@@ -64,7 +64,7 @@ def test_it_begins_as_its_teacher_and_leaves_it_as_it_was(family: str) -> None:
 
 
 def test_every_weight_that_reaches_the_output_is_trained(family: str) -> None:
-    network, kind = student(family, DXSettings(points=2)), get_family(family)
+    network, kind = student(family, DXConfig(points=2)), get_family(family)
     velocity(network).square().mean().backward()
     trained = network.trainable()
     assert {name for name, p in trained.items() if p.grad is None or not p.grad.any()} == set()
@@ -77,7 +77,7 @@ def test_every_weight_that_reaches_the_output_is_trained(family: str) -> None:
 
 
 def test_a_saved_student_comes_back_whole(family: str, tmp_path: Path) -> None:
-    network = student(family, GMFlowSettings(components=3, logstd_width=8))
+    network = student(family, GMFlowConfig(components=3, logstd_width=8))
     with torch.no_grad():
         for parameter in network.trainable().values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -90,7 +90,7 @@ def test_a_saved_student_comes_back_whole(family: str, tmp_path: Path) -> None:
 def test_a_student_that_lacks_some_weights_is_refused(family: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    save_adapter(student(family, DXSettings(points=2)), tmp_path)
+    save_adapter(student(family, DXConfig(points=2)), tmp_path)
     state = load_file(tmp_path / WEIGHTS)
     lost = next(name for name in state if "transformer_blocks.1" in name)
     save_file({name: state[name] for name in state if name != lost}, tmp_path / WEIGHTS)
@@ -100,6 +100,6 @@ def test_a_student_that_lacks_some_weights_is_refused(family: str, tmp_path: Pat
 
 def test_all_weights_or_adapters_but_not_both() -> None:
     with pytest.raises(UserError, match=r"set student.lora=null") as caught:
-        load_recipe(DistillRecipe, None, ["student.full=true"], Path())
+        load_recipe(DistillRecipe, None, ["student.full=true"])
     assert "\n" not in str(caught.value)
-    assert load_recipe(DistillRecipe, None, ["student.full=true", "student.lora=null"], Path()).student.full
+    assert load_recipe(DistillRecipe, None, ["student.full=true", "student.lora=null"]).student.full

@@ -7,7 +7,7 @@ import torch
 
 from fewstep.flow import guided_velocity
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.network import GuidedTeacher
+from fewstep.models.guided_teacher import GuidedTeacher
 
 
 class CountedNetwork:

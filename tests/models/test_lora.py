@@ -9,9 +9,10 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from fewstep.distill import PowerEMA
-from fewstep.models.heads import GMFlowSettings
+from fewstep.models.adapters import LoRAConfig
+from fewstep.models.heads import GMFlowConfig
 from fewstep.models.lora import FoldedLoRALinear
-from fewstep.models.network import LoRASettings, PolicyNetwork
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 
 
@@ -55,14 +56,13 @@ def test_narrow_layers_without_dropout_are_folded(width: int, rank: int, dropout
 
 
 def test_weights_folded_once_give_the_very_same_output() -> None:
-    from fewstep.export import FewStepPipeline
-    from fewstep.export.adapter import load_adapter
-    from fewstep.export.pipeline import student_folder
     from fewstep.models.lora import FOLDED
     from fewstep.models.teacher import load_teacher
+    from fewstep.student import FewStepPipeline, resolve_student
+    from fewstep.student.adapter import load_adapter
 
     transformer, family, _ = load_teacher("emoji", "qwen_image")
-    network = load_adapter(transformer, family, student_folder("emoji-student")).eval()
+    network = load_adapter(transformer, family, resolve_student("emoji-student").folder).eval()
     pipe = FewStepPipeline.from_pretrained("emoji-student")
     assert any(name.endswith(f".{FOLDED}") for name, _ in pipe.network.named_buffers())
     assert pipe.network.state_dict().keys() == network.state_dict().keys()
@@ -82,7 +82,7 @@ def test_teacher_student_and_average_together_cost_little_more_than_one_base() -
          "joint_attention_dim": 384}
     )  # fmt: skip
     base = sum(p.nbytes for p in transformer.parameters())
-    network = PolicyNetwork(transformer, family, GMFlowSettings(components=8), LoRASettings(rank=32))
+    network = PolicyNetwork(transformer, family, GMFlowConfig(components=8), LoRAConfig(rank=32))
     average = PowerEMA(network.trainable())
     held = {t.data_ptr(): t.nbytes for t in (*network.parameters(), *average.state_dict().values())}
     assert 1 < sum(held.values()) / base <= 1.15

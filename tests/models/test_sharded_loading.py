@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fewstep.models.heads import DXSettings, GMFlowSettings, PolicySettings
-from fewstep.models.network import LoRASettings, PolicyNetwork
+from fewstep.models.adapters import LoRAConfig
+from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.pretrained import network_folder, read_weights
 from fewstep.models.registry import get_family
 from fewstep.models.sharded import whole
@@ -107,12 +108,12 @@ def ranks(tmp_path: Path, path: Path, family: str, *student: object) -> list[dic
 @pytest.mark.parametrize(
     ("policy", "lora", "full"),
     [
-        (GMFlowSettings(components=4), LoRASettings(rank=4), False),
-        (DXSettings(points=3, mode="polynomial"), None, True),
+        (GMFlowConfig(components=4), LoRAConfig(rank=4), False),
+        (DXConfig(points=3, mode="polynomial"), None, True),
     ],
 )
 def test_shards_filled_from_files_are_the_network_loaded_whole(
-    tmp_path: Path, policy: PolicySettings, lora: LoRASettings | None, full: bool
+    tmp_path: Path, policy: PolicyConfig, lora: LoRAConfig | None, full: bool
 ) -> None:
     path = written(tmp_path / "pipe", "qwen_image", SMALL, files=3)
     transformer, family, _ = load_teacher(str(path), "qwen_image")
@@ -130,7 +131,7 @@ def test_no_rank_ever_holds_the_whole_network(tmp_path: Path) -> None:
     path = written(tmp_path / "pipe", "qwen_image", WIDE, files=4)
     size = 2 * sum(file.stat().st_size for file in path.glob("transformer/*.safetensors"))  # in float32
     largest = max(p.numel() * 4 for p in get_family("qwen_image").build(WIDE).parameters())
-    for rank in ranks(tmp_path, path, "qwen_image", GMFlowSettings(), LoRASettings(rank=4), 0, False):
+    for rank in ranks(tmp_path, path, "qwen_image", GMFlowConfig(), LoRAConfig(rank=4), 0, False):
         assert rank["peak"] < size / RANKS + 3 * largest + 32e6, f"{rank['peak'] / size:.0%} of the network"
 
 

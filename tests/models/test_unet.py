@@ -10,12 +10,13 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.models import get_family
+from fewstep.models.adapters import LoRAConfig
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.heads import GMFlowSettings
-from fewstep.models.network import LoRASettings, PolicyNetwork
+from fewstep.models.heads import GMFlowConfig
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.prediction import DiffusionPrediction
 from fewstep.models.teacher import check_guidance, load_teacher, reference_to
-from fewstep.train.plan import Machine, make_plan
+from fewstep.train.plan import Machine, make_plan, plan_table
 from fewstep.train.recipe import DistillRecipe
 
 TEXT = TextConditioning.collate([torch.randn(3, 8), torch.randn(5, 8)])
@@ -61,7 +62,7 @@ def test_a_pipelines_unet_is_a_velocity_teacher_with_a_student(kind: str, tmp_pa
             lambda z, timestep: unet(z, timestep, **(words if kind == "conditional" else {})).sample, X, T
         )
     network = PolicyNetwork(
-        transformer, family, GMFlowSettings(components=4, logstd_width=16), LoRASettings(rank=2)
+        transformer, family, GMFlowConfig(components=4, logstd_width=16), LoRAConfig(rank=2)
     )
     torch.testing.assert_close(network.velocity(X, T, TEXT), truth, atol=1e-5, rtol=1e-4)
     policy = network.policy(X, T, TEXT)
@@ -108,11 +109,11 @@ def test_a_unet_is_planned_without_its_weights(tmp_path: Path) -> None:
     get_family("unet").build(KINDS["plain"]).network.save_pretrained(tmp_path / "unet")
     recipe = DistillRecipe.model_validate(
         {
-            "teacher": {"path": str(tmp_path), "family": "unet", "guidance": 1},
+            "teacher": {"path": str(tmp_path), "family": "unet", "guidance_scale": 1},
             "student": {"lora": {"rank": 2}},
         }
     )
-    assert make_plan(recipe, Machine(1, 80, 100, 0.4), side=8, tokens=4).table()
+    assert plan_table(make_plan(recipe, Machine(1, 80, 100, 0.4), side=8, tokens=4))
 
 
 def test_a_unet_without_a_scheduler_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.benchmark import peak_memory
+from fewstep.benchmarks.measure import peak_memory
 from fewstep.flow import TimeShift
 from fewstep.policies import DXPolicy, GMFlowPolicy, kernels, mean_velocity, rollout
 from fewstep.policies.kernels import window

@@ -1,4 +1,4 @@
-"""A tracking address that can't work is refused at the door."""
+"""A tracking address that can't work is refused before any work starts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_sqlite_path_that_cannot_be_written_is_refused(tmp_path: Path):
 
 
 def test_a_database_that_stays_locked_is_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(address, "DOOR_SECONDS", 1)
+    monkeypatch.setattr(address, "CHECK_SECONDS", 1)
     holder = sqlite3.connect(tmp_path / "held.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     assert "free the database if another program holds it" in refusal(f"sqlite:///{tmp_path}/held.db")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -73,7 +76,7 @@ def uri(request: pytest.FixtureRequest) -> str:
     return found if isinstance(found, str) else found.uri
 
 
-def test_a_registered_student_comes_back_and_draws(uri, export, toy_script, tmp_path, monkeypatch, capfd):
+def test_a_registered_student_comes_back_and_generates(uri, export, toy_script, tmp_path, monkeypatch, capfd):
     run_id = finished_run(uri, tmp_path / "spool")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -104,14 +107,48 @@ def test_a_registered_student_comes_back_and_draws(uri, export, toy_script, tmp_
     assert model.predict(["a", "b"])["prompt"].tolist() == ["a", "b"]
 
 
-def test_the_alias_moves_to_the_new_version_and_others_stay(database, export, tmp_path):
+def test_a_model_finds_the_code_that_it_carries(database, export, toy_script, tmp_path):
+    """In a process that knows nothing of that code."""
+
+    def packages(scratch: Path) -> list[Path]:
+        (scratch / "painter").mkdir()
+        (scratch / "painter" / "__init__.py").write_text("COLOUR = 'blue'\n")
+        return [scratch / "painter"]
+
+    toy_script.write_text(TOY_SCRIPT.replace("import pandas as pd", "import painter\nimport pandas as pd").replace(
+        "self.colour = (", "self.colour = painter.COLOUR or ("
+    ))  # fmt: skip
     run_id = finished_run(database, tmp_path / "spool")
-    first = register(export, "moving", database, run_id)
-    second = register(export, "moving", database, run_id, alias=None)
+    sys.path.insert(
+        0, str(packages(tmp_path)[0].parent)
+    )  # MLflow runs the script once while it saves the model
+    try:
+        register(
+            export, "carrying", database, run_id, script=toy_script, code=packages, requirements=["pillow"]
+        )
+    finally:
+        sys.path.pop(0)
+    program = (
+        "import io, mlflow; from PIL import Image; model = mlflow.pyfunc.load_model('models:/carrying/1'); "
+        "png = model.predict(['x'], params={'steps': 0})['png'][0]; print(Image.open(io.BytesIO(png)).getpixel((0, 0)))"
+    )
+    environment = os.environ | {"MLFLOW_TRACKING_URI": database}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd="/"
+    )
+    assert done.stdout.strip() == "(0, 0, 255)", done.stderr
+    folder, _ = resolve("models:/carrying/1", database)
+    assert (folder.parents[1] / "requirements.txt").read_text().split()[-1] == "pillow"
+
+
+def test_the_alias_moves_to_the_new_version_and_others_stay(database, export, toy_script, tmp_path):
+    run_id = finished_run(database, tmp_path / "spool")
+    first = register(export, "moving", database, run_id, script=toy_script)
+    second = register(export, "moving", database, run_id, alias=None, script=toy_script)
     assert resolve("models:/moving@champion", database)[1] == first
-    third = register(export, "moving", database, run_id, alias="candidate")
+    third = register(export, "moving", database, run_id, alias="candidate", script=toy_script)
     assert resolve("models:/moving@champion", database)[1] == first
-    fourth = register(export, "moving", database, run_id)
+    fourth = register(export, "moving", database, run_id, script=toy_script)
     assert resolve("models:/moving@champion", database)[1] == fourth
     assert [one.version for one in (first, second, third, fourth)] == [1, 2, 3, 4]
 

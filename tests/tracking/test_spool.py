@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.tracking import spool
-from fewstep.tracking.delivery import Batch, Item, next_batch
+from fewstep.tracking.delivery import Item, LogBatch, next_batch
 from fewstep.tracking.spool import Journal, Session, left_behind
 
 
@@ -106,11 +106,11 @@ def test_a_status_does_not_overtake_metrics():
 
 @pytest.mark.parametrize(("kind", "limit"), [("param", 100), ("tag", 100)])
 def test_a_batch_respects_mlflows_limits(kind, limit):
-    batch = Batch([Item(kind, f"k{n}", "v") for n in range(limit)])
+    batch = LogBatch([Item(kind, f"k{n}", "v") for n in range(limit)])
     assert not batch.takes([Item(kind, "one more", "v")])
     assert batch.takes([Item("metric", "loss", 0.5)])
 
 
 def test_a_param_key_appears_once_in_a_batch():
-    assert not Batch([Item("param", "lr", "1")]).takes([Item("param", "lr", "2")])
+    assert not LogBatch([Item("param", "lr", "1")]).takes([Item("param", "lr", "2")])
     assert next_batch([]) is None

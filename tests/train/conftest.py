@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fewstep.data.encoder import load_encoder
+from fewstep.data.columns import condition_columns
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, bucket_folder, encode_table
-from fewstep.data.storage import Storage
+from fewstep.encoders import load_encoder
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import TeacherCard, save_teacher
+from fewstep.storage import Storage
 
 SHAPE = (3, 8, 8)
 SHARDS, ROWS = 4, 10
@@ -28,7 +29,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "num_attention_heads": 2, "joint_attention_dim": 384, "axes_dims_rope": [8, 4, 4]}
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny-teacher")
-    card = TeacherCard("qwen_image", "minilm", "pixel", SHAPE, shift=2.0, guidance=2.0)
+    card = TeacherCard("qwen_image", "minilm", "pixel", SHAPE, shift=2.0, guidance_scale=2.0)
     save_teacher(transformer, card, folder, transformer.state_dict())
     return folder
 
@@ -43,7 +44,7 @@ def tiny_flux_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "axes_dims_rope": (4, 6, 6), "guidance_embeds": True}
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny-flux")
-    card = TeacherCard("flux", "minilm", "pixel", SHAPE, shift=2.0, guidance=1.0)
+    card = TeacherCard("flux", "minilm", "pixel", SHAPE, shift=2.0, guidance_scale=1.0)
     save_teacher(transformer, card, folder, transformer.state_dict())
     return folder
 
@@ -58,12 +59,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(count):
             keys = [f"{split}-{index}-{row}" for row in range(ROWS)]
             captions = [f"{'very ' * (row % 3)}small thing {row}" for row in range(ROWS)]
-            tokens = [state.half().numpy() for state in encoder.encode(captions)]
             latents = rng.uniform(-1, 1, (ROWS, *SHAPE)).astype(np.float32)
-            rows = pa.table({"key": keys, "caption": captions})
-            table = encode_table(rows, tokens, latents, SHAPE, split).replace_schema_metadata(
-                encoding.metadata()
-            )
+            columns = condition_columns(encoder.encode(captions))
+            rows = pa.table({"key": keys, "caption": captions, **columns})
+            table = encode_table(rows, latents, SHAPE, split).replace_schema_metadata(encoding.metadata())
             path = f"{bucket_folder(split, SHAPE)}/part-{index:05d}.parquet"
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table, root / path)

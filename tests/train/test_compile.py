@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fewstep.data.encoder import load_encoder
 from fewstep.data.stream import read_split
+from fewstep.encoders import load_encoder
 from fewstep.train.objectives import build_objective
 from fewstep.train.parallel import shard
 from fewstep.train.recipe import DistillRecipe, load_recipe
@@ -18,7 +18,7 @@ def test_compiled_blocks_learn_the_same(tiny_data: Path, tiny_teacher: Path) -> 
     results = []
     for backend in ("null", "aot_eager"):
         overrides = [f"teacher.path={tiny_teacher}", "student.lora={rank: 4}", f"train.compile={backend}"]
-        recipe = load_recipe(DistillRecipe, None, overrides, Path())
+        recipe = load_recipe(DistillRecipe, None, overrides)
         objective = build_objective(recipe, null, torch.device("cpu"))
         shard(objective, recipe.train, world_size=1)
         [result] = objective.losses(batch, torch.Generator().manual_seed(0), 1)

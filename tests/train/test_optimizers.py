@@ -12,9 +12,9 @@ from torch import nn
 from fewstep.errors import UserError
 from fewstep.models import ModuleFamily
 from fewstep.train.checkpoint import load_tensors, optimizer_tensors
-from fewstep.train.checks import _check_optimizer
 from fewstep.train.optimizers import build_optimizers
-from fewstep.train.recipe import OptimizerSection
+from fewstep.train.recipe import OptimizerConfig
+from fewstep.train.validation import _check_optimizer
 
 
 class Network(nn.Module):
@@ -33,7 +33,7 @@ class Network(nn.Module):
 
 
 def optimizers_of(network: Network, **settings: object) -> list[torch.optim.Optimizer]:
-    section = OptimizerSection(**settings)
+    section = OptimizerConfig(**settings)
     return build_optimizers(network.trainable().values(), network.blocks, section)
 
 
@@ -52,7 +52,7 @@ def test_every_trained_parameter_has_one_optimizer_and_the_blocks_matrices_are_m
     optimizers = optimizers_of(network, type=kind, rate=2e-3, muon_rate=0.01, weight_decay=0.1)
     names = {id(p): name for name, p in network.named_parameters()}
     owned = [
-        (type(optimizer), names[id(p)], group["peak_rate"], group["weight_decay"])
+        (type(optimizer), names[id(p)], group["peak_lr"], group["weight_decay"])
         for optimizer in optimizers
         for group in optimizer.param_groups
         for p in group["params"]
@@ -86,9 +86,9 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(kind: str, t
 
 def test_muon_is_refused_where_no_block_has_a_matrix_for_it() -> None:
     family = ModuleFamily("plain", Network, projection="head", channels=3, width=6)
-    _check_optimizer(OptimizerSection(type="adam"), Network(), family)
+    _check_optimizer(OptimizerConfig(type="adam"), Network(), family)
     with pytest.raises(
         UserError, match=r"optimizer.type: .* plain network .* set optimizer.type=adam"
     ) as caught:
-        _check_optimizer(OptimizerSection(type="muon"), Network(), family)
+        _check_optimizer(OptimizerConfig(type="muon"), Network(), family)
     assert "\n" not in str(caught.value)

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep.data.stream import read_split
-from fewstep.evaluate.sampling import Method, draw_images
-from fewstep.export import FewStepPipeline
+from fewstep.evaluate.generation import Method, generate_images
 from fewstep.models import get_family
 from fewstep.models.family_code import CODE, use_module
 from fewstep.models.teacher import load_teacher
+from fewstep.student import FewStepPipeline
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
 from fewstep.train.trainer import TrainedModel, fit
 
@@ -53,11 +53,11 @@ def student(home: Path, tiny_data: Path) -> TrainedModel:
     save_file(get_family("conv_flow").build(CONFIG).network.state_dict(), folder / "conv_flow.safetensors")
     settings = [
         f"data.path={tiny_data}", f"teacher.module={EXAMPLE}", "teacher.family=conv_flow", f"teacher.path={folder}",
-        "teacher.guidance=2", "student.lora={rank: 4}",
+        "teacher.guidance_scale=2", "student.lora={rank: 4}",
         "student.policy={type: gmflow, components: 3, logstd_width: 16}",
         *SHORT,
     ]  # fmt: skip
-    return fit(load_recipe(DistillRecipe, None, settings, ROOT / "jobs" / "recipes"))
+    return fit(load_recipe(DistillRecipe, None, settings))
 
 
 def test_the_student_differs_from_its_teacher_and_generates(student: TrainedModel) -> None:
@@ -75,7 +75,7 @@ def test_the_student_carries_its_family_along(student: TrainedModel) -> None:
 
 def test_samplers_on_the_cluster_find_the_family(student: TrainedModel, tiny_data: Path) -> None:
     methods = [Method("student", 2, student=True), Method("teacher", 2)]
-    images = draw_images(student.folder, read_split(str(tiny_data), "held_out", 4), methods)
+    images = generate_images(student.folder, read_split(str(tiny_data), "held_out", 4), methods)
     assert all(pixels.shape == (4, 8, 8, 3) for pixels in images.values())
     assert not np.array_equal(images["student"], images["teacher"])
     [kept] = Path(".fewstep/teacher_images").iterdir()
@@ -108,6 +108,6 @@ def test_fewstep_trains_such_a_teacher(home: Path, tiny_data: Path) -> None:
         f"data.path={tiny_data}", f"network.module={EXAMPLE}", "network.family=conv_flow",
         f"network.config={CONFIG}", *SHORT, "train.sample_every=0",
     ]  # fmt: skip
-    trained = fit(load_recipe(TeacherRecipe, None, settings, ROOT / "jobs" / "recipes"))
+    trained = fit(load_recipe(TeacherRecipe, None, settings))
     transformer, _, _ = load_teacher(str(trained.folder), "conv_flow")
     assert transformer.config == CONFIG

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fewstep.errors import UserError
-from fewstep.train import checks
+from fewstep.train import validation as checks
 from fewstep.train.parallel import _bfloat16_products
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 
 def test_a_cpu_without_bfloat16_refuses_it_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe(DistillRecipe, None, ["train.precision=bfloat16"], Path())
+    recipe = load_recipe(DistillRecipe, None, ["train.precision=bfloat16"])
     monkeypatch.setattr(checks, "cpu_has_bfloat16", lambda: False)
     with pytest.raises(UserError, match=r"no bfloat16 arithmetic.*train\.precision=float32"):
         checks._check_precision(recipe.train)

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli import chosen_recipe
+from fewstep.cli.common import chosen_recipe
 from fewstep.errors import UserError
-from fewstep.train.recipe import DistillRecipe, TeacherRecipe, document, load_recipe
+from fewstep.student import read_student_card, resolve_student
+from fewstep.train.recipe import RECIPES, RENAMED, DistillRecipe, TeacherRecipe, document, load_recipe
 from fewstep.train.runs import RECORDS
-
-RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 
 
 def load(*overrides: str, source: str | None = None) -> DistillRecipe:
-    return load_recipe(DistillRecipe, source, overrides, RECIPES)
+    return load_recipe(DistillRecipe, source, overrides)
 
 
 def test_every_shipped_recipe_is_valid() -> None:
@@ -25,21 +24,58 @@ def test_every_shipped_recipe_is_valid() -> None:
     assert files
     for file in files:
         kind = TeacherRecipe if "teacher" in file.stem else DistillRecipe
-        assert load_recipe(kind, file.stem, [], RECIPES).name == file.stem
+        assert load_recipe(kind, file.stem, []).name == file.stem
 
 
 def test_overrides_win_and_are_typed() -> None:
     recipe = load(
-        "optimizer.rate=5e-4", "train.steps=7", "student.policy.components=4", source="emoji_qwen_4nfe"
+        "optimizer.lr=5e-4", "train.steps=7", "student.policy.components=4", source="emoji_qwen_4nfe"
     )
-    assert (recipe.optimizer.rate, recipe.train.steps, recipe.student.policy.components) == (5e-4, 7, 4)
+    assert (recipe.optimizer.lr, recipe.train.steps, recipe.student.policy.components) == (5e-4, 7, 4)
 
 
 def test_a_recipe_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
-    (tmp_path / "short.yaml").write_text("name: short\ntrain: {steps: 7, seed: 3}\nimitation: {nfe: 2}\n")
+    (tmp_path / "short.yaml").write_text("name: short\ntrain: {steps: 7, seed: 3}\nsampler: {nfe: 2}\n")
     (tmp_path / "long.yaml").write_text("base: short\nname: long\ntrain: {steps: 70}\n")
     recipe = load_recipe(DistillRecipe, "long", ["train.seed=4"], tmp_path)
-    assert (recipe.name, recipe.train.steps, recipe.train.seed, recipe.imitation.nfe) == ("long", 70, 4, 2)
+    assert (recipe.name, recipe.train.steps, recipe.train.seed, recipe.sampler.nfe) == ("long", 70, 4, 2)
+
+
+def test_keys_of_before_version_0_2_are_read_and_told_their_new_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.yaml").write_text(
+        "name: short\nimitation: {nfe: 2, dropout: 0.2, shift: 1.5}\nteacher: {guidance: 2.0}\n"
+        "evaluation: {ladder: [4, 8], promise: quick}\n"
+    )
+    (tmp_path / "long.yaml").write_text(
+        "base: short\nname: long\nsampler: {nfe: 8}\noptimizer: {clip_norm: 1.0}\n"
+    )
+    overrides = ["optimizer.rate=1e-4", "imitation.temperature=auto"]
+    recipe = load_recipe(DistillRecipe, "long", overrides, tmp_path)
+    assert (recipe.sampler.nfe, recipe.sampler.shift, recipe.sampler.temperature) == (8, 1.5, "auto")
+    assert (recipe.imitation.gm_dropout, recipe.teacher.guidance_scale) == (0.2, 2.0)
+    assert (recipe.optimizer.lr, recipe.optimizer.max_grad_norm) == (1e-4, 1.0)
+    assert (recipe.evaluation.baseline_steps, recipe.evaluation.criteria) == ((4, 8), "quick")
+    told = capsys.readouterr().err
+    assert "optimizer.rate is now called optimizer.lr" in told
+    assert "imitation.temperature is now called sampler.temperature" in told
+    assert "imitation.nfe is now called sampler.nfe" in told
+
+
+def test_every_new_name_of_an_old_key_is_a_field() -> None:
+    known = {key for kind in (DistillRecipe, TeacherRecipe) for key, _, _ in document(kind)}
+    assert set(RENAMED.values()) <= known
+    assert not set(RENAMED) & known
+
+
+def test_the_recipes_in_the_shipped_students_cards_load() -> None:
+    for name, evaluations in (("emoji-student", 4), ("fashion-student", 1)):
+        card = read_student_card(resolve_student(name).folder)
+        recipe = load_recipe(DistillRecipe, card.recipe)
+        assert recipe.sampler.nfe == card.sampler.nfe == evaluations
+        assert recipe.sampler == card.sampler
+        assert recipe.teacher.guidance_scale == card.teacher_sampler.guidance_scale == 2.0
 
 
 def test_a_recipe_based_on_itself_is_refused(tmp_path: Path) -> None:
@@ -55,34 +91,34 @@ def test_a_resumed_run_brings_its_own_recipe(tmp_path: Path, monkeypatch: pytest
     (RECORDS / "run-1.yaml").write_text("name: mine\ntrain: {steps: 7}\n")
     (RECORDS / "run-1.json").write_text(json.dumps({"mlflow_run": "a", "storage": str(tmp_path / "runs")}))
     options = Namespace(recipe=None, resume="run-1", set=["train.seed=4"])
-    recipe = chosen_recipe(DistillRecipe, options, RECIPES, default="emoji_qwen_4nfe")
+    recipe = chosen_recipe(DistillRecipe, options, default="emoji_qwen_4nfe")
     assert (recipe.name, recipe.train.steps, recipe.train.seed) == ("mine", 7, 4)
     options = Namespace(recipe="emoji_qwen_4nfe_full", resume="run-1", set=[])
-    assert chosen_recipe(DistillRecipe, options, RECIPES, default="").name == "emoji_qwen_4nfe_full"
+    assert chosen_recipe(DistillRecipe, options, default="").name == "emoji_qwen_4nfe_full"
     with pytest.raises(UserError, match=r"no run 'run-2' in runs; did you mean 'run-1'\?"):
         chosen_recipe(
-            DistillRecipe, Namespace(recipe=None, resume="run-2", set=[]), RECIPES, default="emoji_qwen_4nfe"
+            DistillRecipe, Namespace(recipe=None, resume="run-2", set=[]), default="emoji_qwen_4nfe"
         )
     options = Namespace(recipe=None, resume=None, set=[])
-    assert chosen_recipe(DistillRecipe, options, RECIPES, default="emoji_qwen_4nfe").name == "emoji_qwen_4nfe"
+    assert chosen_recipe(DistillRecipe, options, default="emoji_qwen_4nfe").name == "emoji_qwen_4nfe"
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.rat=1", r"unknown key 'optimizer.rat'; did you mean 'optimizer.rate'"),
-        ("optimiser.rate=1", r"unknown key 'optimiser'"),
+        ("optimizer.rat=1", r"unknown key 'optimizer.rat'; did you mean 'optimizer.lr'"),
+        ("optimiser.lr=1", r"unknown key 'optimiser'"),
         ("train.steps=many", r"train.steps: .*integer.*'many'"),
         ("train.steps=0", r"train.steps"),
-        ("imitation.final_step_scale=0", r"imitation.final_step_scale"),
+        ("sampler.final_step_scale=0", r"sampler.final_step_scale"),
         ("train.workers=5", r"multiple of train.workers"),
         ("steps", r"--set takes section.key=value"),
-        ("evaluation.ladder=[2]", r"evaluation: .*ladder"),
+        ("evaluation.baseline_steps=[2]", r"evaluation: .*baseline_steps"),
         ("tracking.model=team/flux", r"tracking: model 'team/flux' must not hold"),
         ("tracking.model=flux.1", r"tracking: model 'flux.1'"),
         ("tracking.alias=Latest", r"tracking: alias 'Latest'"),
         ("tracking.alias=v2", r"tracking: alias 'v2'"),
-        ("imitation.temperature=0", r"imitation.temperature"),
+        ("sampler.temperature=0", r"sampler.temperature"),
         ("teacher.guidance_interval=[0.7, 0]", r"guidance_interval must be \[least, largest\]"),
         ("student.start=@champion", r"--set student.start=@champion: the value is not YAML; put text in quotes"),
     ],

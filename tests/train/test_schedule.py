@@ -7,14 +7,14 @@ import sys
 
 import torch
 
-from fewstep.train.optimizers import rate_share
-from fewstep.train.recipe import OptimizerSection
+from fewstep.train.optimizers import lr_share
+from fewstep.train.recipe import OptimizerConfig
 from fewstep.train.worker import seed_step
 
 
 def test_the_rate_warms_up_holds_and_falls_to_zero() -> None:
-    settings = OptimizerSection(warmup_steps=4, decay="linear", decay_from=0.5)
-    shares = [rate_share(settings, step, 100) for step in range(1, 101)]
+    settings = OptimizerConfig(warmup_steps=4, decay="linear", decay_from=0.5)
+    shares = [lr_share(settings, step, 100) for step in range(1, 101)]
     assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
     assert set(shares[4:50]) == {1.0}
     assert shares[50:] == sorted(shares[50:], reverse=True)
@@ -22,8 +22,8 @@ def test_the_rate_warms_up_holds_and_falls_to_zero() -> None:
 
 
 def test_a_fixed_rate_stays() -> None:
-    settings = OptimizerSection(warmup_steps=0, decay="none")
-    assert {rate_share(settings, step, 9) for step in range(1, 10)} == {1.0}
+    settings = OptimizerConfig(warmup_steps=0, decay="none")
+    assert {lr_share(settings, step, 9) for step in range(1, 10)} == {1.0}
 
 
 def draw(rank: int, batch: int) -> list[float]:

@@ -17,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep.cli import chosen_recipe
-from fewstep.data.encode import Settings, prepare
+from fewstep.cli.common import chosen_recipe
+from fewstep.data.prepare import PreparationConfig, prepare
 from fewstep.data.sources import Size, prompts
 from fewstep.errors import UserError
-from fewstep.export import FewStepPipeline
+from fewstep.student import FewStepPipeline
+from fewstep.student.mlflow_model import PYFUNC_MODEL
 from fewstep.tracking.address import connect
 from fewstep.tracking.registry import register
 from fewstep.tracking.run import Tracker
@@ -29,7 +30,6 @@ from fewstep.train.checkpoint import optimizer_tensors
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
 from fewstep.train.trainer import TrainedModel, fit
 
-RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 STEPS = 14
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -48,7 +48,7 @@ def recipe(data: Path, teacher: Path, *overrides: str) -> DistillRecipe:
         "train.sample_every=0", "student.lora={rank: 4, dropout: 0.1}",
         "student.policy={type: gmflow, components: 3, logstd_width: 16}", "imitation.window=2",
     ]  # fmt: skip
-    return load_recipe(DistillRecipe, None, [*fixed, *overrides], RECIPES)
+    return load_recipe(DistillRecipe, None, [*fixed, *overrides])
 
 
 def losses(home: Path, run: str) -> dict[int, set[float]]:
@@ -113,7 +113,7 @@ def test_a_run_is_tracked_and_exported(uninterrupted) -> None:
     client = connect(f"sqlite:///{home / 'mlflow.db'}")
     run = client.get_run(trained.mlflow_run)
     assert run.info.status == "FINISHED"
-    assert run.data.params["optimizer.rate"] == "0.001"
+    assert run.data.params["optimizer.lr"] == "0.001"
     assert set(losses(home, trained.mlflow_run)) == set(range(1, STEPS + 1))
     for name in (
         "gradient_norm",
@@ -156,21 +156,15 @@ def test_a_run_is_resumed_from_another_folder_by_its_checkpoints_alone(
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     there = [f"train.storage={home / 'runs'}"]
     with pytest.raises(UserError, match=r"there is no run 'moved' in runs; give the name"):
-        chosen_recipe(DistillRecipe, resuming("moved"), RECIPES, "emoji_qwen_4nfe")
+        chosen_recipe(DistillRecipe, resuming("moved"), "emoji_qwen_4nfe")
     with pytest.raises(UserError, match=r"last checkpoint is of step 8: set train.steps to that or more"):
         fit(
-            chosen_recipe(
-                DistillRecipe, resuming("moved", *there, "train.steps=4"), RECIPES, "emoji_qwen_4nfe"
-            ),
+            chosen_recipe(DistillRecipe, resuming("moved", *there, "train.steps=4"), "emoji_qwen_4nfe"),
             "moved",
         )
     with pytest.raises(UserError, match=r"run 'moved' began with optimizer.type=adam, and its checkpoints"):
-        chosen_recipe(
-            DistillRecipe, resuming("moved", *there, "optimizer.type=muon"), RECIPES, "emoji_qwen_4nfe"
-        )
-    whole = chosen_recipe(
-        DistillRecipe, resuming("moved", *there, f"train.steps={STEPS}"), RECIPES, "emoji_qwen_4nfe"
-    )
+        chosen_recipe(DistillRecipe, resuming("moved", *there, "optimizer.type=muon"), "emoji_qwen_4nfe")
+    whole = chosen_recipe(DistillRecipe, resuming("moved", *there, f"train.steps={STEPS}"), "emoji_qwen_4nfe")
     assert whole.student == half.student, "the run's own recipe, not the job's default"
     trained = fit(whole, "moved")
     assert only_run(home).info.run_id == trained.mlflow_run == first.mlflow_run, "one run, not two"
@@ -178,7 +172,7 @@ def test_a_run_is_resumed_from_another_folder_by_its_checkpoints_alone(
     # The rate fell to zero twice, so not bit for bit.
     assert exported(trained, Path.cwd()).keys() == weights.keys()
     with pytest.raises(UserError, match=rf"its checkpoints are in {home / 'runs'}: add --set train.storage"):
-        chosen_recipe(DistillRecipe, resuming("moved", "train.storage=other"), RECIPES, "emoji_qwen_4nfe")
+        chosen_recipe(DistillRecipe, resuming("moved", "train.storage=other"), "emoji_qwen_4nfe")
 
 
 def resuming(run: str, *overrides: str) -> Namespace:
@@ -217,8 +211,8 @@ def test_two_workers_train_the_same_model_sharded_or_as_replicas(
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny_data, tiny_teacher, home
 ) -> None:
-    with pytest.raises(UserError, match=r"infinite or NaN .* lower optimizer.rate") as caught:
-        fit(recipe(tiny_data, tiny_teacher, "optimizer.rate=1e30", "optimizer.clip_norm=1e30",
+    with pytest.raises(UserError, match=r"infinite or NaN .* lower optimizer.lr") as caught:
+        fit(recipe(tiny_data, tiny_teacher, "optimizer.lr=1e30", "optimizer.max_grad_norm=1e30",
                    "optimizer.warmup_steps=0", "train.checkpoint_every=1"))  # fmt: skip
     assert "\n" not in str(caught.value)
     assert only_run(home).info.status == "FAILED"
@@ -230,8 +224,10 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
 def test_prompts_alone_suffice_for_data_free_training(tiny_data, tiny_teacher, home) -> None:
     listed = home / "prompts.txt"
     listed.write_text("\n".join(f"small thing {index}" for index in range(24)))
-    prepare(prompts([str(listed)], held_out=0.1), str(home / "prompts"), Settings(sizes=(Size(8, 8),)))
-    overrides = [f"data.path={home / 'prompts'}", "data.batch_size=4", "imitation.nfe=2"]
+    prepare(
+        prompts([str(listed)], held_out=0.1), str(home / "prompts"), PreparationConfig(sizes=(Size(8, 8),))
+    )
+    overrides = [f"data.path={home / 'prompts'}", "data.batch_size=4", "sampler.nfe=2"]
     with pytest.raises(UserError, match=r"prompts alone.*set imitation.data_free=true"):
         fit(recipe(tiny_data, tiny_teacher, *overrides))
     trained = fit(recipe(tiny_data, tiny_teacher, *overrides, "imitation.data_free=true"))
@@ -242,14 +238,14 @@ def test_prompts_alone_suffice_for_data_free_training(tiny_data, tiny_teacher, h
 
 
 def test_a_flux_teacher_is_distilled_with_mixed_trajectories(tiny_data, tiny_flux_teacher, home) -> None:
-    trained = fit(recipe(tiny_data, tiny_flux_teacher, "teacher.family=flux", "teacher.guidance=1",
-                         "teacher.embedded_guidance=3.5", "imitation.mixing_steps=8"))  # fmt: skip
+    trained = fit(recipe(tiny_data, tiny_flux_teacher, "teacher.family=flux", "teacher.guidance_scale=1",
+                         "teacher.embedded_guidance_scale=3.5", "imitation.mixing_steps=8"))  # fmt: skip
     values = losses(home, trained.mlflow_run)
     assert set(values) == set(range(1, STEPS + 1))
     assert all(math.isfinite(value) for step in values.values() for value in step)
     assert all(tensor.any() for name, tensor in exported(trained, home).items() if "lora_B" in name)
     pipe = FewStepPipeline.from_pretrained(trained.folder)
-    assert pipe.network.family.embedded_guidance == 3.5, (
+    assert pipe.network.family.embedded_guidance_scale == 3.5, (
         "the exported student is told the scale it learned with"
     )
     assert pipe("small thing 1", output_type="latent").images[0].isfinite().all()
@@ -261,7 +257,7 @@ def test_a_student_goes_on_from_another_ones_adapter(uninterrupted, tiny_data, t
     with pytest.raises(UserError, match=r"student.start: .* is not an adapter for this base: .*lora_A"):
         fit(recipe(tiny_data, tiny_teacher, start, "student.lora={rank: 2}"))
     for workers in (1, 2):  # whole, and sharded
-        still = fit(recipe(tiny_data, tiny_teacher, start, "train.steps=1", "optimizer.rate=1e-9",
+        still = fit(recipe(tiny_data, tiny_teacher, start, "train.steps=1", "optimizer.lr=1e-9",
                            f"train.workers={workers}"))  # fmt: skip
         for name, tensor in exported(still, home).items():
             torch.testing.assert_close(tensor, weights[name], atol=1e-7, rtol=0, msg=name)
@@ -273,9 +269,9 @@ def test_relative_paths_and_tracking_addresses_mean_the_driver_s_folder(
     first_home, first, weights = uninterrupted
     Path("teacher").symlink_to(tiny_teacher)
     known = Tracker.start("sqlite:///mlflow.db", "first", "first", {}, {}, Path("spool"))
-    register(first_home / first.folder, "first", "sqlite:///mlflow.db", known.run_id, "champion", {})
+    register(first_home / first.folder, "first", "sqlite:///mlflow.db", known.run_id, script=PYFUNC_MODEL)
     still = fit(recipe(tiny_data, "./teacher", "student.start=models:/first@champion", "train.steps=1",
-                       "optimizer.rate=1e-9", "tracking.uri=sqlite:///mlflow.db"))  # fmt: skip
+                       "optimizer.lr=1e-9", "tracking.uri=sqlite:///mlflow.db"))  # fmt: skip
     for name, tensor in exported(still, home).items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-7, rtol=0, msg=name)
 
@@ -283,10 +279,10 @@ def test_relative_paths_and_tracking_addresses_mean_the_driver_s_folder(
 def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home) -> None:
     settings = [
         f"data.path={tiny_data}", "data.batch_size=8", "train.steps=30", "train.threads=1",
-        "train.cpus_per_worker=0.5", "train.log_every=10", "train.sample_every=0", "optimizer.rate=3e-3",
+        "train.cpus_per_worker=0.5", "train.log_every=10", "train.sample_every=0", "optimizer.lr=3e-3",
         f"network.start={tiny_teacher}",
     ]  # fmt: skip
-    trained = fit(load_recipe(TeacherRecipe, None, settings, RECIPES))
+    trained = fit(load_recipe(TeacherRecipe, None, settings))
     values = losses(home, trained.mlflow_run)
     assert min(values[30]) < 0.8 * max(values[1])
     from fewstep.models.teacher import load_teacher, read_card

@@ -15,20 +15,21 @@ from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
-from fewstep.train.checks import _check_imitated, _check_pooled
 from fewstep.train.objectives import Distillation, GuidanceDistillation, build_objective
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, load_recipe
+from fewstep.train.validation import _check_imitated, _check_pooled
 
 SHAPE = (3, 8, 8)
 
 
 def objective(teacher: Path, *overrides: str) -> Distillation:
     settings = [
-        f"teacher.path={teacher}", "teacher.family=flux", "teacher.guidance=1", "teacher.embedded_guidance=3.5",
+        f"teacher.path={teacher}", "teacher.family=flux", "teacher.guidance_scale=1",
+        "teacher.embedded_guidance_scale=3.5",
         "student.policy={type: gmflow, components: 3, logstd_width: 16}", "student.lora={rank: 4}",
-        "imitation.mixing_steps=10", "imitation.nfe=2",
+        "imitation.mixing_steps=10", "sampler.nfe=2",
     ]  # fmt: skip
-    recipe = load_recipe(DistillRecipe, None, [*settings, *overrides], Path())
+    recipe = load_recipe(DistillRecipe, None, [*settings, *overrides])
     return Distillation(recipe, TextConditioning.collate([torch.zeros(2, 384)]), torch.device("cpu"))
 
 
@@ -76,7 +77,7 @@ def test_what_is_learned_on_mixed_trajectories_holds_on_the_students_own(
 def test_the_network_is_told_the_scale_of_the_recipe(tiny_flux_teacher) -> None:
     x, t, conditioning = torch.randn(2, *SHAPE), torch.tensor([0.3, 0.9]), batch(2).conditioning
     velocities = [
-        objective(tiny_flux_teacher, f"teacher.embedded_guidance={scale}").teacher.velocity(
+        objective(tiny_flux_teacher, f"teacher.embedded_guidance_scale={scale}").teacher.velocity(
             x, t, conditioning
         )
         for scale in (1.0, 3.5)
@@ -104,7 +105,7 @@ def test_a_network_learns_to_be_told_the_scale_of_another_ones_guidance() -> Non
         f"network={{family: flux, config: {SMALL | {'guidance_embeds': True}}}}",
         "guidance_distillation={teacher: emoji, scales: [1, 4]}",
     ]
-    recipe, null = load_recipe(TeacherRecipe, None, settings, Path()), torch.zeros(2, 384)
+    recipe, null = load_recipe(TeacherRecipe, None, settings), torch.zeros(2, 384)
     learner = build_objective(recipe, TextConditioning.collate([null]), torch.device("cpu"))
     assert isinstance(learner, GuidanceDistillation)
     optimizer = torch.optim.Adam(learner.parameters().values(), lr=3e-3)
@@ -130,7 +131,7 @@ def test_a_network_learns_to_be_told_the_scale_of_another_ones_guidance() -> Non
 
 
 def test_guidance_distillation_needs_a_network_that_is_told_a_scale() -> None:
-    recipe = load_recipe(TeacherRecipe, None, ["guidance_distillation.teacher=emoji"], Path())
+    recipe = load_recipe(TeacherRecipe, None, ["guidance_distillation.teacher=emoji"])
     info, family = (
         SimpleNamespace(root="data", shards=(), encoding=Encoding("minilm", 384, "pixel")),
         get_family("flux"),
@@ -147,7 +148,7 @@ def test_guidance_distillation_needs_a_network_that_is_told_a_scale() -> None:
 
 def test_a_network_that_cannot_start_from_its_teacher_is_refused() -> None:
     settings = ["guidance_distillation={teacher: emoji, from_teacher: true}"]
-    recipe = load_recipe(TeacherRecipe, None, settings, Path())
+    recipe = load_recipe(TeacherRecipe, None, settings)
     info, family = (
         SimpleNamespace(root="data", shards=(), encoding=Encoding("minilm", 384, "pixel")),
         get_family("flux"),

@@ -1,11 +1,36 @@
-"""Files that ship with fewstep: the captioned emoji set, its teacher, and the student distilled from it."""
+"""Files that are bundled with fewstep: the captioned emoji set, small teachers, and students distilled from them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
+from fewstep.errors import UserError
+
 
 def asset(name: str) -> Path:
-    """Path of a file or folder that ships with the package (it may not exist)."""
+    """Path of a bundled file or folder; it need not exist."""
     return Path(str(files("fewstep.assets"))) / name
+
+
+def bundled_folder(name: str, folders: Mapping[str, str]) -> Path:
+    """The folder of a bundled model.
+
+    Args:
+        name: of the model, a key of `folders`.
+        folders: names of models → their folders in the assets.
+
+    Raises:
+        UserError: this installation does not have it.
+    """
+    # An installation may leave out assets, such as the copies of this package that registered models carry.
+    folder = asset(folders[name])
+    if not folder.exists():
+        raise UserError(f"the bundled model {name!r} is missing from this installation: reinstall fewstep.")
+    return folder
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a text has the form of a hub id, owner/name, and not that of a path."""
+    return not path.startswith((".", "/", "~")) and path.count("/") == 1

@@ -1,4 +1,4 @@
-"""How our Ray Data pipelines run: quietly, and with a user's errors raised as such."""
+"""Common settings of our Ray Data pipelines: no output of their own, and UserErrors of their tasks raised as such."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 
 def configured(pipeline: Dataset, *, in_order: bool = False) -> Dataset:
-    """Set a pipeline's own context: no bars or advice among a job's lines.
+    """Configure a pipeline to print nothing: no progress bars, no advice.
 
     Args:
-        in_order: keep blocks in the order of the input.
+        pipeline: changed in place, and returned.
+        in_order: whether blocks keep the order of the input.
     """
-    # What fails is raised; Ray Data's log would only say it twice more.
+    # Errors are raised; Ray Data's log would only repeat them.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = pipeline.context
     context.enable_progress_bars = False
@@ -32,7 +33,10 @@ def configured(pipeline: Dataset, *, in_order: bool = False) -> Dataset:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Raise a UserError of a pipeline's tasks as itself: Ray Data keeps only its text, inside a traceback."""
+    """A context in which a UserError of a pipeline's tasks is raised as a UserError.
+
+    Ray Data itself raises a RayError that has only its text, inside of a traceback.
+    """
     from ray.exceptions import RayError
 
     try:
@@ -40,5 +44,5 @@ def user_errors() -> Iterator[None]:
     except RayError as error:
         messages = re.findall(rf"^{UserError.__module__}\.UserError: (.+)$", str(error), re.MULTILINE)
         if messages:
-            raise UserError(messages[-1]) from error
+            raise UserError(messages[-1]) from error  # the last, if tracebacks are nested
         raise

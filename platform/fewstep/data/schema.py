@@ -1,23 +1,24 @@
-"""Version 1 of fewstep's dataset: what lies on disk, and the door where it is checked.
+"""Version 1 of the format of fewstep's datasets, and the checks on opening one.
 
-Layout below one root, a local folder or `s3://bucket/prefix`:
+Files below one root, a local folder or `s3://bucket/prefix`:
 
-    plan.json                               settings and row digest; written first, guards re-runs
-    <split>/<C>x<H>x<W>/part-00000.parquet  shards; one latent shape a folder; each is a random sample
+    plan.json                               settings and digest of the rows; written first, compared when run again
+    <split>/<C>x<H>x<W>/part-00000.parquet  shards, a folder (bucket) for each latent shape; each is a random sample
     rejected.jsonl                          broken images and rows, one JSON object each; may be absent
-    dataset.json                            the manifest, written last: a folder without it is unfinished
+    dataset.json                            the manifest; written last, so that a folder without it is unfinished
 
-Columns of a shard, one row an example:
+Columns of a shard; a row is an example:
 
     key          string          unique in the dataset
     caption      string
-    tokens       list<float16>   token states of the text encoder, (L, D) flattened; L differs by row
+    tokens       list<float16>   token states of the text encoder, (L, D) flattened; L differs by row; empty for classes
     token_count  int32           L
-    latent       list<float32>   (C, H, W) flattened; null where the dataset holds prompts alone
-    channels, height, width      int32: C, H, W; for prompts alone, the latent shape to generate
+    latent       list<float32>   (C, H, W) flattened; null in datasets of prompts without images
+    channels, height, width      int32: C, H, W; for prompts without images, the latent shape to generate
     split        string          "train" or "held_out"
-    pooled       list<float32>   the text encoder's vector of the whole caption, (P,); null where it has none;
-                                 shards written before it existed lack the column
+    pooled       list<float32>   the text encoder's vector of the whole caption, (P,); null where it has none
+    label        int32           class index; null for texts
+    (`pooled` and `label` were added later: older shards lack them, and hold a class as its only token state.)
 
 The Parquet metadata carries a JSON object under `fewstep`: version, token_dim, text_encoder, autoencoder, and
 `rejected`, the rows of this shard that could not be encoded.
@@ -34,15 +35,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fewstep.data.storage import Storage
+from fewstep.config import MAX_TOKENS, Shape
 from fewstep.errors import UserError
+from fewstep.storage import Storage
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
 METADATA_KEY = b"fewstep"
-
-MAX_TOKENS = 64
-"""Default limit on a caption's length, in tokens with the encoder's start and end marks."""
 
 SCHEMA = pa.schema(
     [
@@ -56,25 +55,29 @@ SCHEMA = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
         pa.field("pooled", pa.list_(pa.float32())),
+        pa.field("label", pa.int32()),
     ]
 )
 
-Shape = tuple[int, int, int]
-"""Latent shape (C, H, W)."""
+CONDITION_COLUMNS = ("tokens", "token_count", "pooled", "label")
+"""Columns that `columns.condition_columns` makes of conditions."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How captions and images became numbers; part of every shard's metadata and of the manifest."""
+    """The encoders that a dataset was prepared with; part of every shard's metadata and of the manifest."""
 
     text_encoder: str
     token_dim: int
+    """D of the token states; 0 for classes (1 in manifests from before fewstep 0.2)."""
     autoencoder: str
     pooled_dim: int | None = None
     max_tokens: int = MAX_TOKENS
-    """Longest caption; generating takes captions as long."""
+    """Longest caption in tokens; students take prompts up to the same length."""
 
     def metadata(self, rejected: Sequence[Mapping[str, str]] = ()) -> dict[bytes, bytes]:
+        """A shard's Parquet metadata; `rejected` are the rows that were meant for it and could not be encoded."""
+        # A shard's rejections are in the shard itself, so that preparing again needs no other record of them.
         content = {"version": SCHEMA_VERSION, **asdict(self), "rejected": list(rejected)}
         return {METADATA_KEY: json.dumps(content).encode()}
 
@@ -91,7 +94,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A finished dataset: the checked content of its manifest, and where it lies."""
+    """A finished dataset: its storage, and the checked content of its manifest."""
 
     storage: Storage
     encoding: Encoding
@@ -99,19 +102,22 @@ class DatasetInfo:
     has_latents: bool
     shards: tuple[Shard, ...]
     rejected: dict[str, int] = field(default_factory=dict)
-    """Rejected rows by reason."""
+    """Reason → number of rows rejected for it."""
 
     attribution: str = ""
 
     @property
     def root(self) -> str:
+        """The dataset's address, as users write it."""
         return self.storage.root
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """Names of its splits, in the order of its shards."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def rows(self, split: str) -> int:
+        """Number of rows of a split; 0 if there is no such split."""
         return sum(shard.rows for shard in self.shards if shard.split == split)
 
     def buckets(self, split: str) -> dict[Shape, tuple[Shard, ...]]:
@@ -127,6 +133,7 @@ class DatasetInfo:
                 f"(it has {', '.join(self.splits)}): name one of those, or prepare "
                 "it again with a larger --held-out."
             )
+        # Sorted by shape and path: the stream's order is a function of this one.
         shapes = sorted({shard.shape for shard in shards})
         return {
             shape: tuple(sorted((s for s in shards if s.shape == shape), key=lambda s: s.path))
@@ -134,7 +141,7 @@ class DatasetInfo:
         }
 
     def check_world(self, split: str, world_size: int) -> None:
-        """Refuse more workers than a bucket of the split has shards: each reads its own.
+        """Refuse more workers than a bucket of the split has shards, as workers read different shards.
 
         Raises:
             UserError: some worker would have nothing to read.
@@ -153,7 +160,7 @@ class DatasetInfo:
         """Read and check a dataset's manifest.
 
         Raises:
-            UserError: nothing is there, storage is away, preparation didn't finish, the schema version
+            UserError: there is no dataset, storage can't be reached, preparation didn't finish, the schema version
                 differs, there are no rows, or shards are missing.
         """
         storage = Storage.at(root)
@@ -176,12 +183,14 @@ class DatasetInfo:
         )
         if not any(shard.rows for shard in info.shards):
             raise UserError(f"the dataset {info.root} is empty: give jobs/prepare_data.py images or prompts.")
+        # One listing instead of a request per shard.
         present = storage.list()
         if missing := [shard.path for shard in info.shards if shard.path not in present]:
             raise UserError(
                 f"the dataset {info.root} lacks {len(missing)} of its {len(info.shards)} shards "
                 f"(first: {missing[0]}): run the same jobs/prepare_data.py command again to make those."
             )
+        # One footer per bucket: a large dataset has too many shards to look into each.
         for split in info.splits:
             for shards in info.buckets(split).values():
                 check_version(
@@ -190,7 +199,7 @@ class DatasetInfo:
         return info
 
     def save(self) -> None:
-        """Write the manifest; the last act of preparing a dataset."""
+        """Write the manifest; the last step of preparing a dataset."""
         manifest = {
             "version": SCHEMA_VERSION,
             "source": self.source,
@@ -205,10 +214,14 @@ class DatasetInfo:
 
 
 def check_version(version: object, where: str) -> None:
-    """Refuse another schema version.
+    """Refuse files of another schema version.
+
+    Args:
+        version: of the file.
+        where: address of the file, for the message.
 
     Raises:
-        UserError: `version` isn't this code's.
+        UserError: `version` is not the one that this code reads.
     """
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -218,49 +231,39 @@ def check_version(version: object, where: str) -> None:
 
 
 def bucket_folder(split: str, shape: Shape) -> str:
-    """`train/3x16x16`, relative to the root."""
+    """Folder of a bucket relative to the dataset's root, such as `train/3x16x16`."""
     return f"{split}/{'x'.join(map(str, shape))}"
 
 
-def encode_table(
-    rows: pa.Table,
-    tokens: Sequence[np.ndarray],
-    latents: np.ndarray | None,
-    shape: Shape,
-    split: str,
-    pooled: np.ndarray | None = None,
-) -> pa.Table:
+def encode_table(rows: pa.Table, latents: np.ndarray | None, shape: Shape, split: str) -> pa.Table:
     """Assemble a shard's table.
 
     Args:
-        rows: columns `key` and `caption`, N rows.
-        tokens: N arrays (L_i, D) float16.
-        latents: (N, C, H, W) float32, or None for prompts alone.
-        pooled: (N, P) float32, or None where the text encoder has no vectors of whole captions.
+        rows: columns `key`, `caption` and `CONDITION_COLUMNS`, N rows.
+        latents: (N, C, H, W) float32; None for prompts without images.
+        shape: (C, H, W) of the latents or, for prompts without images, of those to generate.
+        split: "train" or "held_out".
     """
-    count = len(tokens)
-    flat = np.concatenate([t.reshape(-1) for t in tokens]) if count else np.empty(0, np.float16)
+    count = len(rows)
+    # In every row, so that a row is complete by itself, whatever table it ends up in.
     constant = {
         name: pa.array([value] * count, pa.int32()) for name, value in zip(_SIZES, shape, strict=True)
     }
+    # Put into SCHEMA's order and types at the end, whatever the order of `rows`.
     columns = {
-        "key": rows["key"],
-        "caption": rows["caption"],
-        "tokens": _lists(flat, [t.size for t in tokens]),
-        "token_count": pa.array([len(t) for t in tokens], pa.int32()),
-        "latent": _arrays(latents, count),
+        **{name: rows[name] for name in ("key", "caption", *CONDITION_COLUMNS)},
+        "latent": float_lists(latents, count),
         **constant,
         "split": pa.array([split] * count, pa.string()),
-        "pooled": _arrays(pooled, count),
     }
-    return pa.table(columns, schema=SCHEMA)
+    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
 
 
 def shard_metadata(storage: Storage, path: str) -> dict[str, Any]:
-    """The JSON object in a shard's footer, with its number of rows as `rows`.
+    """The JSON object in a shard's metadata, with the shard's number of rows as `rows`.
 
     Raises:
-        UserError: the file isn't one of ours, or storage is away.
+        UserError: the file is no readable shard, or storage can't be reached.
     """
     import pyarrow.parquet as pq
 
@@ -271,12 +274,13 @@ def shard_metadata(storage: Storage, path: str) -> dict[str, Any]:
             raise UserError(
                 f"{storage.root}/{path} is not a readable Parquet file: delete it and prepare again."
             ) from error
+    # A file without our metadata gets a version that `check_version` refuses.
     metadata = json.loads((footer.metadata or {}).get(METADATA_KEY, b'{"version": "none"}'))
     return {**metadata, "rows": footer.num_rows}
 
 
 def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A whole shard, or some columns of it, in SCHEMA's types.
+    """Read a shard, or some of its columns, in SCHEMA's types.
 
     Raises:
         UserError: as `shard_metadata`; another schema version.
@@ -285,6 +289,7 @@ def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
 
     with storage.reachable():
         try:
+            # partitioning=None: the names of folders would become columns otherwise.
             table = pq.read_table(
                 storage.path(path), filesystem=storage.filesystem, partitioning=None, columns=columns
             )
@@ -294,22 +299,30 @@ def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
             ) from error
     metadata = (table.schema.metadata or {}).get(METADATA_KEY, b'{"version": "none"}')
     check_version(json.loads(metadata)["version"], f"{storage.root}/{path}")
-    if "pooled" not in (columns or table.column_names):
-        table = table.append_column(SCHEMA.field("pooled"), _arrays(None, len(table)))
+    for name in ("pooled", "label"):
+        # Added where an older shard lacks it, unless the caller asked for other columns.
+        if name not in table.column_names and (columns is None or name in columns):
+            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
     return table.replace_schema_metadata(None)
 
 
 _SIZES = ("channels", "height", "width")
 
 
-def _arrays(arrays: np.ndarray | None, count: int) -> pa.Array:
-    """(N, …) float32 as N flat lists; `count` nulls for None."""
+def float_lists(arrays: np.ndarray | None, count: int) -> pa.Array:
+    """An array (N, …) float32 as N flat lists; None as `count` nulls."""
     if arrays is None:
         return pa.nulls(count, pa.list_(pa.float32()))
-    return _lists(arrays.reshape(-1), [arrays[0].size] * count if count else [])
+    return ragged_lists(arrays.reshape(-1), [arrays[0].size] * count if count else [])
 
 
-def _lists(flat: np.ndarray, sizes: Sequence[int]) -> pa.Array:
+def ragged_lists(flat: np.ndarray, sizes: Sequence[int]) -> pa.Array:
+    """A flat array cut into lists of the given sizes.
+
+    Raises:
+        UserError: the lists of a shard are longer in all than Parquet's 32-bit offsets can count.
+    """
+    # Summed in int64, so that a sum beyond int32 is noticed instead of wrapping around.
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     if offsets[-1] > (most := np.iinfo(np.int32).max):
         fitting = int(len(sizes) * most // offsets[-1])
@@ -321,6 +334,7 @@ def _lists(flat: np.ndarray, sizes: Sequence[int]) -> pa.Array:
 
 
 def _no_manifest(storage: Storage) -> str:
+    """The message about a folder without a manifest: it is empty, or its preparation did not finish."""
     if not storage.list():
         return (
             f"there is no dataset at {storage.root}: make one with jobs/prepare_data.py --out {storage.root}."

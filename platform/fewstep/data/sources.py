@@ -1,30 +1,26 @@
-"""Where examples come from: the emoji set, a folder of images with captions, or prompts alone (see also `fashion`).
+"""Sources of examples: a folder of images with captions, or prompts without images. `datasets` has the bundled sets.
 
-Every source gives the same thing, a `Source`: an index of raw rows (image references, not pixels, except for
-the small emoji set) and the rows that were rejected while reading it.
+Every source is read into a `Source`: an index of raw rows (with the names of image files rather than pixels, except for
+the small bundled sets), and the rows that were rejected.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from fewstep.assets import asset
-from fewstep.data import emoji
 from fewstep.data.seeds import fraction
-from fewstep.data.storage import Storage
+from fewstep.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, Rejection, first_text, table_rows
 from fewstep.errors import UserError
+from fewstep.storage import Storage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,16 +34,12 @@ INDEX = pa.schema(
         pa.field("image", pa.large_binary()),
     ]
 )
-"""A raw row's image is encoded bytes in `image`, or `file` relative to the source's storage, or neither."""
+"""Columns of raw rows. A row's image is the bytes in `image`, or the `file` in the source's storage, or neither."""
 
+# Files that are looked for as the table of captions, in this order
 TABLE_NAMES = tuple(
     f"{stem}.{suffix}" for stem in ("metadata", "captions") for suffix in ("jsonl", "csv", "parquet")
 )
-FILE_COLUMNS = ("file", "file_name", "image")
-CAPTION_COLUMNS = ("caption", "text", "prompt")
-
-EMOJI_BUNDLE, EMOJI_LICENCES = asset("emoji16.parquet"), asset("EMOJI_LICENCES.md")
-BUNDLE_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -62,10 +54,10 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """`512`, or `640x384` for width x height.
+        """Read a size written as `512` (a square) or `640x384` (width x height).
 
         Raises:
-            UserError: neither.
+            UserError: it is written otherwise.
         """
         match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text.strip().lower())
         if not match:
@@ -76,32 +68,20 @@ class Size:
 
     @staticmethod
     def nearest(sizes: Sequence[Size], width: int, height: int) -> Size:
-        """The bucket of the nearest aspect ratio (on a logarithmic scale); the first of equals."""
+        """The size with the aspect ratio nearest to width / height, on a logarithmic scale; the first of equals."""
         return min(sizes, key=lambda size: abs(np.log(size.width * height / (size.height * width))))
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """A row that can't be used: where it stands, the kind of trouble, and what exactly."""
-
-    where: str
-    reason: str
-    detail: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Source:
-    """Raw rows.
+    """Raw rows to prepare.
 
     Attributes:
-        name: kind of source, kept in the manifest.
-        rows: index in INDEX's columns, keys unique.
-        rejected: rows that did not make it into the index.
-        storage: what `file` is relative to; None where rows carry no files.
-        attribution: licences and attributions to keep with the data.
+        name: kind of source; stored in the manifest.
+        rows: index with INDEX's columns; keys are unique.
+        rejected: rows that could not be used.
+        storage: the storage that holds the rows' files; None where rows name no files.
+        attribution: licences and attributions, stored with the data.
     """
 
     name: str
@@ -111,69 +91,24 @@ class Source:
     attribution: str = ""
 
     def digest(self) -> str:
-        """SHA-256 over all rows of the index, for recognising the same source on a re-run."""
+        """SHA-256 over all rows of the index, by which the same source is recognised when preparing again."""
         digest = hashlib.sha256(self.name.encode())
         for row in self.rows.to_pylist():
             digest.update(repr(tuple(row.values())).encode())
         return digest.hexdigest()
 
 
-def emoji_set(sizes: Sequence[Size] = (Size(BUNDLE_SIZE, BUNDLE_SIZE),), cache: Path | None = None) -> Source:
-    """The emoji set: at 16 pixels from the file that ships with fewstep, otherwise rebuilt from its packages.
-
-    Args:
-        sizes: one square.
-        cache: folder of the npm archives; None means ~/.cache/fewstep/emoji.
-
-    Raises:
-        UserError: another choice of sizes; or see `emoji.fetch`.
-    """
-    if len(sizes) != 1 or sizes[0].width != sizes[0].height:
-        raise UserError(
-            f"the emoji set is square, not {', '.join(map(str, sizes))}: give one --size such as 32."
-        )
-    size = sizes[0].width
-    table = (
-        read_bundle() if size == BUNDLE_SIZE else _emoji_table(emoji.build(size, cache or default_cache()))
-    )
-    columns = [
-        table["key"],
-        table["caption"],
-        table["split"],
-        pa.nulls(len(table), pa.string()),
-        table["image"],
-    ]
-    return Source("emoji", pa.table(columns, schema=INDEX), attribution=emoji.attributions())
-
-
-def read_bundle() -> pa.Table:
-    """The shipped 16-pixel emoji set: key, concept, style, group, caption, split, image (PNG)."""
-    import pyarrow.parquet as pq
-
-    return pq.read_table(EMOJI_BUNDLE)
-
-
-def write_bundle(cache: Path, target: Path = EMOJI_BUNDLE) -> int:
-    """Rebuild the shipped emoji set from the packages; returns the number of images."""
-    import pyarrow.parquet as pq
-
-    table = _emoji_table(emoji.build(BUNDLE_SIZE, cache))
-    metadata = {b"attribution": emoji.attributions().encode()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata(metadata), target, compression="zstd", compression_level=19)
-    return len(table)
-
-
 def image_folder(folder: str, *, captions: str | None = None, held_out: float) -> Source:
-    """A folder of images (local or s3://) with a table of captions.
+    """The images of a folder, with a table of their captions.
 
     Args:
+        folder: local, or s3://.
         captions: the table, JSONL, CSV or Parquet; None looks for metadata.* or captions.* in the folder.
             Columns `file` (`file_name`, `image`), relative to the folder, and `caption` (`text`, `prompt`).
-        held_out: fraction of images, by a hash of their names, that goes into the held-out split.
+        held_out: share of the images, chosen by a hash of their names, that goes into the held-out split.
 
     Raises:
-        UserError: no such folder or table, or not one usable row in it.
+        UserError: there is no such folder or table, or no usable row in it.
     """
     storage = Storage.at(folder)
     files = storage.list()
@@ -185,12 +120,15 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
                 "add one with the columns file and caption, or name it with --captions."
             )
         captions = f"{storage.root}/{found[0]}"
-    rows, rejected, seen = [], [], {}
-    for where, record in _records(captions):
+    rows: list[tuple[str | bytes | None, ...]] = []
+    rejected: list[Rejection] = []
+    seen: dict[str, int] = {}
+    # Rows that can't be used are listed rather than fatal: large tables have some.
+    for where, record in table_rows(captions):
         if isinstance(record, Rejection):
             rejected.append(record)
             continue
-        file, caption = _first(record, FILE_COLUMNS), _first(record, CAPTION_COLUMNS)
+        file, caption = first_text(record, FILE_COLUMNS), first_text(record, CAPTION_COLUMNS)
         if file is None:
             rejected.append(
                 Rejection(where, "no file", f"none of the columns {', '.join(FILE_COLUMNS)} is filled")
@@ -202,6 +140,7 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
         elif file not in files:
             rejected.append(Rejection(where, "missing file", f"{storage.root}/{file} doesn't exist"))
         else:
+            # An image with several captions is several rows; keys have to be unique.
             seen[file] = seen.get(file, 0) + 1
             key = file if seen[file] == 1 else f"{file}#{seen[file]}"
             rows.append((key, caption, _split(file, held_out), file, None))
@@ -209,20 +148,24 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
 
 
 def prompts(paths: Sequence[str], *, held_out: float) -> Source:
-    """Prompts alone: text files, one a line; or JSONL, CSV, Parquet with a column `caption` (or `text`).
+    """Prompts without images, for data-free distillation.
 
-    A prompt's key is a hash of its text; exact repetitions are rejected, so that no prompt is in both splits.
+    A prompt's key is a hash of its text. Exact repetitions are rejected, so that no prompt is in both splits.
+
+    Args:
+        paths: text files with a prompt per line; or JSONL, CSV, Parquet with a column `caption` (`text`, `prompt`).
+        held_out: share of the prompts, chosen by a hash of their text, that goes into the held-out split.
 
     Raises:
-        UserError: a file doesn't exist, or holds not one usable row.
+        UserError: a file doesn't exist, or there is no usable row in any.
     """
     rows, rejected = {}, []
     for path in paths:
-        for where, record in _records(path):
+        for where, record in table_rows(path):
             if isinstance(record, Rejection):
                 rejected.append(record)
                 continue
-            caption = _first(record, CAPTION_COLUMNS)
+            caption = first_text(record, CAPTION_COLUMNS)
             if caption is None:
                 rejected.append(
                     Rejection(where, "no caption", f"none of {', '.join(CAPTION_COLUMNS)} is filled")
@@ -237,14 +180,15 @@ def prompts(paths: Sequence[str], *, held_out: float) -> Source:
 
 
 def open_image(content: bytes) -> Image:
-    """Decode an image's bytes: upright, transparent parts on white, RGB.
+    """Decode an image's bytes to RGB, turned upright, with transparent parts on white.
 
     Raises:
-        ValueError: the bytes are no image that Pillow reads, or it is broken.
+        ValueError: the bytes are no image that Pillow reads, or a broken one.
     """
     from PIL import Image, ImageOps
 
     with _broken_as_value_error():
+        # Cameras may store an image unrotated, with its orientation in EXIF.
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -253,7 +197,7 @@ def open_image(content: bytes) -> Image:
 
 
 def measure(content: bytes) -> tuple[int, int]:
-    """Width and height that `open_image` will give, from the header alone.
+    """Width and height of the image that `open_image` gives, from the file's header.
 
     Raises:
         ValueError: the bytes are no image that Pillow reads.
@@ -261,12 +205,13 @@ def measure(content: bytes) -> tuple[int, int]:
     from PIL import ExifTags, Image
 
     with _broken_as_value_error(), Image.open(io.BytesIO(content)) as image:
+        # EXIF orientations 5 to 8 turn by 90° or 270°.
         quarter_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (image.height, image.width) if quarter_turned else image.size
 
 
 def fit(image: Image, size: Size) -> np.ndarray:
-    """Scale to cover `size`, cut the centre out: (height, width, 3) uint8."""
+    """Scale an image to cover `size` and cut out its centre, (height, width, 3) uint8."""
     from PIL import Image, ImageOps
 
     return np.asarray(
@@ -274,118 +219,38 @@ def fit(image: Image, size: Size) -> np.ndarray:
     )
 
 
-def default_cache() -> Path:
-    return Path.home() / ".cache" / "fewstep" / "emoji"
-
-
 @contextmanager
 def _broken_as_value_error() -> Iterator[None]:
+    """A context in which whatever Pillow raises about an image becomes a ValueError of one line."""
     from PIL import UnidentifiedImageError
 
     try:
         yield
     except UnidentifiedImageError as error:
-        # Its own text names a buffer's address, and shards keep the text: the same input, the same bytes.
+        # Pillow's own text has a memory address in it, and shards store the text: the same input must make the same
+        # bytes.
         raise ValueError("not an image that Pillow reads") from error
-    except Exception as error:  # Pillow's plug-ins raise whatever their parsers do
+    except Exception as error:  # Pillow's plug-ins raise errors of many kinds
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
-def _emoji_table(images: Sequence[emoji.EmojiImage]) -> pa.Table:
-    names = ("key", "concept", "style", "group", "caption", "split")
-    columns: dict[str, Any] = {name: [getattr(image, name) for image in images] for name in names}
-    columns["image"] = pa.array([_png(image.pixels) for image in images], pa.large_binary())
-    return pa.table(columns)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _records(path: str) -> Iterator[tuple[str, dict[str, Any] | Rejection]]:
-    """Rows of a table or text file with the place each stands at; one that can't be read is a Rejection."""
-    folder, _, name = str(path).rpartition("/")
-    storage = Storage.at(folder or ".")
-    content = storage.read(name)
-    if content is None:
-        raise UserError(f"the file {path} doesn't exist: check the path.")
-    read = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}.get(
-        Path(name).suffix, _text_lines
-    )
-    for number, record in read(content, path):
-        where = f"{name}:{number}"
-        if isinstance(record, str):
-            yield where, Rejection(where, "unreadable row", record)
-        else:
-            yield where, record
-
-
-Numbered = Iterator[tuple[int, dict[str, Any] | str]]
-"""Row number and row, or row number and what is wrong with it."""
-
-
-def _json_lines(content: bytes, path: str) -> Numbered:
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            yield number, f"not JSON: {error}"
-            continue
-        if isinstance(record, str):
-            record = {"caption": record}
-        yield number, record if isinstance(record, dict) else "not a JSON object"
-
-
-def _csv_rows(content: bytes, path: str) -> Numbered:
-    reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace"), newline=""))
-    for record in reader:
-        yield reader.line_num, {name: value for name, value in record.items() if name}
-
-
-def _parquet_rows(content: bytes, path: str) -> Numbered:
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(pa.BufferReader(content))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable Parquet file: write it again.") from error
-    columns = [name for name in (*FILE_COLUMNS, *CAPTION_COLUMNS) if name in table.column_names]
-    yield from enumerate(table.select(columns).to_pylist(), 1)
-
-
-def _text_lines(content: bytes, path: str) -> Numbered:
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            text = line.decode().strip()
-        except UnicodeDecodeError:
-            yield number, "not UTF-8 text"
-            continue
-        if text:
-            yield number, {"caption": text}
-
-
-def _first(record: dict[str, Any], names: Iterable[str]) -> str | None:
-    """The first filled text among some columns; a whole number is one too (a class, `labels:1000`)."""
-    values = (str(value) if type(value := record.get(name)) is int else value for name in names)
-    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), None)
-
-
 def _split(name: str, held_out: float) -> str:
+    """The split of a row: by a hash of its name, so that it is the same whatever other rows there are."""
     return "held_out" if fraction(0, f"split/{name}") < held_out else "train"
 
 
 def _index(rows: Sequence[tuple[str | bytes | None, ...]]) -> pa.Table:
+    """Rows, given as values of INDEX's columns, as a table."""
     columns = zip(*rows, strict=True) if rows else [[] for _ in INDEX]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, INDEX, strict=True)], schema=INDEX)
 
 
 def _checked(source: Source, where: str) -> Source:
+    """The source, if it has any row.
+
+    Raises:
+        UserError: it has none.
+    """
     if not len(source.rows):
         first = (
             f"; the first: {source.rejected[0].reason}, {source.rejected[0].detail}"

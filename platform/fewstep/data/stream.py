@@ -1,15 +1,15 @@
-"""What a training worker iterates: an endless, seeded, exactly seekable stream of batches through Ray Data.
+"""The stream of batches that a training worker iterates: endless, seeded, exactly seekable, read through Ray Data.
 
-The order is a pure function of (dataset, seed, batch size, rank, world size, number of the batch), so that a
-resumed worker continues with the very batch it would have seen. How it is made:
+A batch is a pure function of (dataset, seed, batch size, rank, world size, number of the batch), so that a resumed
+worker continues with the batch that it would have got without the interruption. The order is made as follows:
 
-* Each epoch of a bucket (the shards of one latent shape) permutes the shards; rank r of w takes every w-th
-  of them, so that in each epoch the ranks together see each row exactly once. Rows are permuted within their
-  shard, anew in each epoch.
-* Batch n is of the bucket that a draw for n, weighted by rows and the same on all ranks, names. Rows carry
-  over from shard to shard and epoch to epoch of their bucket: none is dropped, every batch is full.
-* The shards needed, in order of need and over all coming epochs, are work items. Ray Data reads them ahead, some
-  at a time, whatever the epochs' borders: no epoch begins with a pause, and a resume begins at the right item.
+* In each epoch of a bucket (the shards of one latent shape) the shards are permuted, and rank r of w takes every w-th
+  of them: in each epoch all ranks together see each row exactly once. Rows are permuted within their shard, differently
+  in each epoch.
+* The bucket of batch n is drawn at random, weighted by rows, and is the same on all ranks. Rows that a batch leaves
+  over go into the bucket's next batch, also from one epoch to the next: no row is dropped, and every batch is full.
+* The shards of all coming epochs are work items, in the order in which they are needed. Ray Data reads some of them
+  ahead, whatever the epoch: no epoch begins with a pause, and a resumed stream begins at the right item.
 """
 
 from __future__ import annotations
@@ -26,51 +26,54 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from torch import Tensor
 
+from fewstep.config import Shape
+from fewstep.data.columns import conditioning_of, floats
 from fewstep.data.execution import configured, user_errors
-from fewstep.data.order import Order, WorkItem, grouped, read_permuted
-from fewstep.data.schema import DatasetInfo, Shape, read_shard
+from fewstep.data.order import ShardOrder, WorkItem, grouped, read_permuted
+from fewstep.data.schema import DatasetInfo, Encoding, read_shard
 from fewstep.data.seeds import stable_hash
-from fewstep.data.storage import Storage
 from fewstep.errors import UserError
-from fewstep.models.conditioning import TextConditioning
+from fewstep.models.conditioning import Conditioning
+from fewstep.storage import Storage
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 SEGMENT_TASKS = 4
-"""Reading tasks of one Ray Data execution. Its scheduler runs in the training process and, until all its tasks
-have finished, spins: it must be able to finish, and soon, whatever the training does. (1,024 tasks, or a
-limit on the object store that holds tasks back, cost 80 % of a core.) So executions are short, without such a
-limit, and bounded by their number of tasks; the queue bridges the start of the next one."""
+"""Reading tasks of one Ray Data execution. Ray Data's scheduler runs in the training process, and keeps a core busy
+until all tasks of its execution have finished. So it must be able to finish soon, whatever the training does:
+executions have few tasks, and no limit on the object store, which would hold tasks back. (1,024 tasks, or such a limit,
+cost 80 % of a core.) The queue of batches bridges the start of the next execution."""
 
 TASK_BYTES, TASK_ITEMS = 16 * 2**20, 16
-"""What one task reads: one large shard, or several small ones."""
+"""Limits of what one task reads: one large shard, or several small ones."""
 
 QUEUED_BATCHES = 8
-"""Batches made ahead of the training."""
+"""Most batches that are made ahead of the training."""
 
 CLOSE_SECONDS = 10
-"""Longest wait for reading to end when an iterator is closed; it ends after the block being read."""
+"""Longest wait, when an iterator is closed, for its reading thread; the thread ends after the block it is reading."""
 
 READ_TASKS = 2
-"""Tasks of one worker's stream that run at the same time."""
+"""Reading tasks of one worker's stream that run at the same time."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one latent shape.
+    """B examples of one latent shape.
 
     Attributes:
-        latent: (B, C, H, W) float32; None where the dataset holds prompts alone.
-        conditioning: token states of the captions, padded to the batch's longest, and their pooled vectors, if any.
-        shape: (C, H, W) of the latents, present or to be generated.
+        latent: (B, C, H, W) float32; None in datasets of prompts without images.
+        conditioning: texts, padded to the longest of the batch, or classes.
+        captions: B captions.
+        keys: B keys of rows.
+        shape: (C, H, W) of the latents or, for prompts without images, of those to generate.
     """
 
     latent: Tensor | None
-    conditioning: TextConditioning
+    conditioning: Conditioning
     captions: list[str]
     keys: list[str]
     shape: Shape
@@ -79,42 +82,35 @@ class Batch:
         return len(self.keys)
 
     @classmethod
-    def of(cls, rows: pa.Table, token_dim: int) -> Batch:
-        """Rows of one bucket, in SCHEMA's columns, as tensors."""
+    def of(cls, rows: pa.Table, encoding: Encoding) -> Batch:
+        """A batch of rows of one bucket, which have SCHEMA's columns."""
         rows = rows.combine_chunks()
         shape: Shape = tuple(rows[name][0].as_py() for name in ("channels", "height", "width"))
-        flat = torch.from_numpy(
-            rows["tokens"].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
-        )
-        states = flat.view(-1, token_dim).split(rows["token_count"].to_pylist())
-        latent, pooled = _floats(rows["latent"]), _floats(rows["pooled"])
+        latent = floats(rows["latent"])
         return cls(
             None if latent is None else latent.view(len(rows), *shape),
-            TextConditioning.collate(states, pooled),
+            conditioning_of(rows, encoding),
             rows["caption"].to_pylist(),
             rows["key"].to_pylist(),
             shape,
         )
 
 
-def _floats(lists: pa.ChunkedArray) -> Tensor | None:
-    """A column of equally long lists as (N, ·) float32; None where they are null."""
-    if lists.null_count:
-        return None
-    return torch.from_numpy(lists.combine_chunks().flatten().to_numpy().copy()).view(len(lists), -1)
-
-
 class ShardStream:
-    """An endless stream of a split's batches for one rank; iterate it inside a process that Ray knows.
+    """An endless stream of a split's batches for one rank; iterate it in a process that is connected to Ray.
 
-    Each `iter()` begins at `start_batch`. Reading runs ahead in the background until the iterator is closed.
+    Each `iter()` begins at `start_batch`. A thread reads ahead until the iterator is closed.
 
     Args:
         root: the dataset, a local folder or `s3://…`.
-        start_batch: batches this rank has consumed already.
+        split: name of the split.
+        batch_size: examples of a batch of this rank.
+        seed: of the order.
+        rank, world_size: this rank, and the number of ranks.
+        start_batch: number of batches that this rank has consumed before.
 
     Attributes:
-        seconds_waited: how long the consumer has waited for batches; set it to 0.0 to count anew.
+        seconds_waited: seconds that the consumer has waited for batches; set it to 0.0 to count from there.
 
     Raises:
         UserError: see `DatasetInfo.open`; or a bucket has fewer shards than there are ranks.
@@ -136,9 +132,11 @@ class ShardStream:
         buckets = self.info.buckets(split)
         self.start_batch = start_batch
         self.seconds_waited = 0.0
-        self._order = Order(buckets, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        # All of the order is decided there, from numbers alone; what follows only reads.
+        self._order = ShardOrder(buckets, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        # Bounded: the thread stops reading ahead when the queue is full.
         batches: queue.Queue[Batch | BaseException] = queue.Queue(QUEUED_BATCHES)
         stop = threading.Event()
         reader = threading.Thread(target=self._fill, args=(batches, stop), name="shard-stream", daemon=True)
@@ -156,29 +154,33 @@ class ShardStream:
             reader.join(CLOSE_SECONDS)
 
     def _fill(self, batches: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
+        """Body of the reading thread: queue batches, or the error that ended reading, until `stop` is set."""
         try:
             made: Iterator[Batch | BaseException] = self._batches()
             for batch in made:
                 if not _put(batches, batch, stop):
                     return
-        except BaseException as error:  # crosses to the consumer's thread and is raised there
+        except BaseException as error:  # is raised in the consumer's thread
             _put(batches, error, stop)
 
     def _batches(self) -> Iterator[Batch]:
+        """All batches from `start_batch` on."""
         pending: dict[int, pa.Table] = {}
         blocks = self._blocks()
         for bucket in self._order.bucket_draws(self.start_batch):
             while len(pending.get(bucket, ())) < self._order.batch_size:
-                # One task's shards may come in one block, whatever their buckets.
+                # A block may hold rows of several shards, and so of several buckets.
                 block = next(blocks)
                 for index in block["bucket"].unique().to_pylist():
                     part = block.filter(pc.equal(block["bucket"], index))
                     pending[index] = pa.concat_tables([pending[index], part]) if index in pending else part
             rows = pending[bucket]
-            yield Batch.of(rows.slice(0, self._order.batch_size), self.info.encoding.token_dim)
+            yield Batch.of(rows.slice(0, self._order.batch_size), self.info.encoding)
+            # Kept for the bucket's next batch.
             pending[bucket] = rows.slice(self._order.batch_size)
 
     def _blocks(self) -> Iterator[pa.Table]:
+        """Blocks of permuted rows, in the order of their work items, from many short Ray Data executions."""
         tasks = grouped(self._order.items(self.start_batch), TASK_BYTES, TASK_ITEMS)
         while True:
             segment = list(itertools.islice(tasks, SEGMENT_TASKS))
@@ -192,10 +194,16 @@ class ShardStream:
 def read_split(
     root: str | os.PathLike[str], split: str, limit: int | None = None, *, shape: Shape | None = None
 ) -> Batch:
-    """A split at once, for evaluation, ordered by key; with `limit`, a fixed fair sample of that many rows.
+    """Read a split as one batch, ordered by key, for evaluation.
+
+    Args:
+        root: the dataset, a local folder or `s3://…`.
+        split: name of the split.
+        limit: number of rows to read at most: a fixed random sample. None reads all.
+        shape: latent shape to read, for splits that have several.
 
     Raises:
-        UserError: see `DatasetInfo.open`; or the split has several shapes and none of them is named.
+        UserError: see `DatasetInfo.open`; or the split has several shapes and `shape` is None.
     """
     info = DatasetInfo.open(root)
     buckets = info.buckets(split)
@@ -203,25 +211,27 @@ def read_split(
         raise UserError(
             f"the split {split!r} of {info.root} has the shapes {', '.join(map(str, buckets))}: name one."
         )
-    # Keys alone first: with the token states of a large encoder a split need not fit into memory.
+    # First only keys, to choose rows: with the token states of a large encoder, a split may not fit into memory.
     places = [
         (key, shard.path, row)
         for shard in buckets[shape or next(iter(buckets))]
         for row, key in enumerate(read_shard(info.storage, shard.path, ["key"])["key"].to_pylist())
     ]
+    # By a hash of their keys: the sample of fewer rows is a part of the sample of more.
     chosen = sorted(places, key=lambda place: stable_hash(0, place[0]))[:limit]
     rows_of: dict[str, list[int]] = {}
     for _, path, row in chosen:
         rows_of.setdefault(path, []).append(row)
     rows = pa.concat_tables(read_shard(info.storage, path).take(rows) for path, rows in rows_of.items())
-    return Batch.of(rows.sort_by("key"), info.encoding.token_dim)
+    return Batch.of(rows.sort_by("key"), info.encoding)
 
 
 def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int) -> Dataset:
+    """The Ray Data pipeline that reads `tasks`, lists of work items, in order."""
     import ray.data
 
     rows = [{"items": [item.as_dict() for item in task]} for task in tasks]
-    # Reading takes no CPU slot: a cluster whose CPUs are all held by training workers still feeds them.
+    # Reading takes no CPU slot, so that it also works where training workers hold all CPUs of a cluster.
     pipeline = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         partial(read_permuted, storage=storage, seed=seed),
         batch_size=None,
@@ -235,7 +245,8 @@ def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int) -> Datas
 def _put(
     batches: queue.Queue[Batch | BaseException], batch: Batch | BaseException, stop: threading.Event
 ) -> bool:
-    """Queue a batch unless the consumer has gone."""
+    """Queue a batch, unless the consumer has stopped; returns whether it was queued."""
+    # With a time limit, to notice while the queue is full that the consumer has stopped.
     while not stop.is_set():
         try:
             batches.put(batch, timeout=0.2)

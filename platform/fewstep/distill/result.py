@@ -1,4 +1,4 @@
-"""What every loss returns."""
+"""The result of every loss, and the random numbers that all losses draw."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossResult:
-    """A loss, and where on the time axis it comes from.
+    """A loss, and the raw times of its samples, for plots of the loss over time.
 
     Attributes:
-        loss: scalar with gradient, the mean of `per_sample`; in a walk, times the segment's size.
-        per_sample: (B,), detached.
+        loss: scalar with gradient: the mean of `per_sample`, in a walk multiplied by the segment's size.
+        per_sample: loss of each sample, (B,), detached.
         raw_t: raw time of each sample, (B,), in (0, 1].
     """
 
@@ -26,15 +26,15 @@ class LossResult:
 def draw_times(batch: int, generator: torch.Generator) -> Tensor:
     """Raw times τ ~ U(0, 1], (batch,) float32, on the generator's device.
 
-    Stratified: one time falls in each of `batch` equal slices of (0, 1], slices dealt out at random. Each
-    sample's time is still uniform, so the expected loss is that of independent draws, at lower variance.
+    Stratified: one time falls in each of `batch` equal slices of (0, 1], and samples get slices at random. The time
+    of each sample is still uniform, so the expected loss is that of independent draws, with a lower variance.
     """
     device = generator.device
     slices = torch.randperm(batch, generator=generator, device=device)
     within = torch.rand(batch, generator=generator, device=device)
-    return 1 - (slices + within) / batch
+    return 1 - (slices + within) / batch  # `rand` is in [0, 1): 1 − … excludes 0, where nothing is left to do
 
 
 def draw_noise(x_0: Tensor, generator: torch.Generator) -> Tensor:
-    """ε ~ N(0, 1) shaped like `x_0`, drawn on the generator's device."""
+    """ε ~ N(0, 1), with shape, type and device of `x_0`, drawn on the generator's device."""
     return torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)

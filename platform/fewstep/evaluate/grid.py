@@ -1,4 +1,4 @@
-"""Pictures of images side by side: the comparison a job ends with, and the samples of a training run."""
+"""Pictures of many images: the comparison that a job ends with, and the samples of a training run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,24 @@ INK, FAINT_INK, ACCENT, ACCENT_WASH = "#1f2933", "#6b7785", "#0b6bcb", "#eaf3fc"
 
 @dataclass(frozen=True)
 class GridRow:
-    """One row of a comparison: (N, H, W, 3) uint8 images and how they were drawn."""
+    """One row of a comparison, of one method's images."""
 
     title: str
     detail: str
+    """Smaller text below the title, of one or several lines."""
     images: np.ndarray
+    """(N, H, W, 3) uint8."""
     highlighted: bool = False
+    """Whether a tinted box sets it off from the other rows."""
 
 
 def comparison_grid(rows: Sequence[GridRow], captions: Sequence[str], tile: int = TILE) -> Image.Image:
-    """Rows labelled on the left, one column per caption with its text above.
+    """A picture of rows, labelled on the left, with one column per caption and its text above.
 
-    Pixels are enlarged by the least whole factor that makes a tile at least `tile` wide, without smoothing.
+    Args:
+        rows: at least one; all with images of one size.
+        captions: of the columns.
+        tile: pixels are enlarged, without smoothing, by the least whole factor that makes an image at least this wide.
     """
     factor = _factor(rows[0].images, tile)
     height, width = (side * factor for side in rows[0].images.shape[1:3])
@@ -49,6 +55,7 @@ def comparison_grid(rows: Sequence[GridRow], captions: Sequence[str], tile: int 
         PAPER,
     )
     draw = ImageDraw.Draw(canvas)
+    # Captions of fewer lines end where the longest one does, just above the images.
     for column, lines in enumerate(text):
         x, y = MARGIN + LABEL_WIDTH + column * (width + GAP), MARGIN + head - GAP - line * len(lines)
         for index, words in enumerate(lines):
@@ -67,7 +74,13 @@ def comparison_grid(rows: Sequence[GridRow], captions: Sequence[str], tile: int 
 
 
 def sample_grid(images: np.ndarray, columns: int, tile: int = TILE // 2) -> Image.Image:
-    """(N, H, W, 3) uint8 images in reading order, `columns` a row, enlarged like those of a comparison."""
+    """A picture of images in reading order.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        columns: how many stand in a row.
+        tile: as for `comparison_grid`.
+    """
     factor = _factor(images, tile)
     height, width = (side * factor for side in images.shape[1:3])
     gap = GAP // 2
@@ -90,7 +103,7 @@ def _label(draw: ImageDraw.ImageDraw, row: GridRow, middle: int) -> None:
 
 
 def _factor(images: np.ndarray, tile: int) -> int:
-    return max(1, -(-tile // images.shape[2]))
+    return max(1, -(-tile // images.shape[2]))  # rounded up
 
 
 def _enlarged(pixels: np.ndarray, factor: int) -> Image.Image:
@@ -98,7 +111,7 @@ def _enlarged(pixels: np.ndarray, factor: int) -> Image.Image:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
@@ -116,7 +129,7 @@ def _wrap(text: str, width: int, most_lines: int) -> list[str]:
     return [_shortened(line, width, font) for line in lines] or [""]
 
 
-def _shortened(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _shortened(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(line) <= width:
         return line
     stem = line.removesuffix(" …")

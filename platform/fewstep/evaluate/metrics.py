@@ -1,9 +1,8 @@
 """The figures of an evaluation, as pure functions of features (N, D) and images (N, H, W, 3) uint8.
 
-Row i of every set belongs to caption i. That makes two sets dependent even where their noise is not: two
-teachers' drawings of one caption resemble each other. So captions, not images, are the units that are
-averaged over and resampled, and no term ever compares two images of one caption, except the paired ones,
-whose very purpose that is.
+Row i of every set belongs to caption i. That makes two sets dependent even where their noise is not: two images of one
+caption resemble each other, whoever generated them. So captions, not images, are the units that are averaged over and
+resampled, and no term compares two images of one caption, except in the paired figures, which are made to do so.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ KID_UNIT = 1e-3
 """All KID values are in thousandths of a squared maximum mean discrepancy, as papers tabulate them."""
 
 NORMAL_95 = 1.959964
+"""A normal distribution has 95 % of its mass within so many standard deviations of its mean."""
 
 
 class Estimate(NamedTuple):
@@ -36,8 +36,8 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
         1 / (N (N − 1)) · Σ_{i≠j} k(x_i, x_j) + k(y_i, y_j) − k(x_i, y_j) − k(x_j, y_i)
 
     It is unbiased even though x_i and y_i share a caption. The usual estimator keeps the N terms k(x_i, y_i),
-    which is right for independent sets only: two drawings of one caption are alike, and it comes out too low
-    (by 10·10⁻³ for 384 emoji against blurred copies). Zero is expected of equal distributions, so that values
+    which is right for independent sets only: two images of one caption are alike, and it comes out too low
+    (by 10·10⁻³ for 384 emoji against blurred copies). For equal distributions its expected value is zero, so values
     below zero occur.
     """
     return _mean_off_diagonal(_discrepancy(x, y)) / KID_UNIT
@@ -46,8 +46,11 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
 def kid_interval(x: np.ndarray, y: np.ndarray) -> Estimate:
     """`kid` with a 95 % interval: normal, with the jackknife's variance over captions.
 
-    Close to zero the statistic is degenerate; the jackknife then overstates its variance (twofold in the
-    limit), so that the interval is wide rather than narrow where it decides "no difference".
+    Close to zero the statistic is degenerate; the jackknife then overstates its variance (twofold in the limit). There
+    the interval errs towards finding no difference.
+
+    Args:
+        x, y: features of two sets over the same captions, (N, D) each.
     """
     return _jackknife(_discrepancy(x, y))
 
@@ -57,6 +60,9 @@ def kid_difference(x: np.ndarray, other: np.ndarray, y: np.ndarray) -> Estimate:
 
     `x` and `other` share captions, noise and reference, so their errors largely cancel: the interval is
     narrower than the two separate ones suggest.
+
+    Args:
+        x, other, y: features of three sets over the same captions, (N, D) each.
     """
     return _jackknife(_discrepancy(x, y) - _discrepancy(other, y))
 
@@ -82,6 +88,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def pixel_rmse(x: np.ndarray, y: np.ndarray) -> float:
     """Root mean square difference of (N, H, W, 3) uint8 images, in units where pixels span [−1, 1]."""
+    # Image by image, because whole sets as float64 would take eight times their memory.
     squares = [np.square(one.astype(np.float64) - other).mean() for one, other in zip(x, y, strict=True)]
     return float(np.sqrt(np.mean(squares)) / 127.5)
 
@@ -91,10 +98,12 @@ def diversity(x: np.ndarray) -> float:
     x = x.astype(np.float64)
     squares = np.square(x).sum(axis=1)
     squared_distances = squares[:, None] + squares[None, :] - 2 * x @ x.T
+    # Rounding makes distances of equal images slightly negative.
     return _mean_off_diagonal(np.sqrt(squared_distances.clip(min=0)))
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # In float64: KID is a small difference of large means, which float32 would round away.
     return (x.astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3
 
 
@@ -113,6 +122,7 @@ def _jackknife(terms: np.ndarray) -> Estimate:
     """Mean of the off-diagonal terms (N, N) in KID units, with its variance over captions."""
     count = len(terms)
     of_caption = terms.sum(axis=1) - terms.diagonal()
+    # The mean without caption i: all pairs but those that hold i, which stand in a row and in a column.
     without = (of_caption.sum() - 2 * of_caption) / ((count - 1) * (count - 2))
     half_width = NORMAL_95 * np.sqrt((count - 1) * without.var()) / KID_UNIT
     value = _mean_off_diagonal(terms) / KID_UNIT

@@ -1,4 +1,4 @@
-"""Images that a teacher drew for an earlier evaluation.
+"""Images that a teacher generated for an earlier evaluation, kept for the next one.
 
 A teacher's 64 steps are most of an evaluation's work, and the same for all of its students.
 """
@@ -14,18 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.data.stream import Batch
-from fewstep.export.pipeline import StudentCard
+from fewstep.student.card import StudentCard
 
 FOLDER = Path(".fewstep/teacher_images")
+"""Where they are kept, below the current folder."""
 
 
 @dataclass(frozen=True)
 class TeacherImages:
-    """What one teacher drew for one list of captions, on disk; nothing where the teacher can't be told exactly.
+    """What one teacher generated for one list of captions, kept on disk if the teacher's weights are known exactly.
 
     Attributes:
-        identity: all that its images depend on, beside steps and noise; None turns keeping off.
-        folder: where the files lie, one per set.
+        identity: a hash of all that the images depend on, beside steps and noise; None keeps nothing.
+        folder: where the files are, one per set.
     """
 
     identity: str | None
@@ -33,9 +34,16 @@ class TeacherImages:
 
     @classmethod
     def of(cls, card: StudentCard, batch: Batch, seed: int) -> TeacherImages:
-        """Those of a student's teacher; hub ids, whose weights may change under their name, are not kept."""
-        if card.teacher.sha256 is None:
+        """The images of a student's teacher.
+
+        Args:
+            card: of the student.
+            batch: captions and the latent shape.
+            seed: of the noise.
+        """
+        if card.teacher.sha256 is None:  # a hub id, whose weights may change under the same name
             return cls(None)
+        how = card.teacher_sampler
         facts = {
             "teacher": {
                 "sha256": card.teacher.sha256,
@@ -43,11 +51,12 @@ class TeacherImages:
                 "code": card.teacher.code_sha256,
             },
             "sampler": [
-                card.guidance,
-                card.guidance_interval,
-                card.embedded_guidance,
-                card.teacher_shift or card.shift,
-                *([card.orthogonal] if card.orthogonal else []),  # as before there was such a fact
+                how.guidance_scale,
+                how.guidance_interval,
+                how.embedded_guidance_scale,
+                how.shift or card.sampler.shift,
+                # Left out where it is 0, so that images kept before there was such a setting are still found.
+                *([how.orthogonal] if how.orthogonal else []),
             ],
             "autoencoder": card.autoencoder,
             "text_encoder": card.text_encoder,
@@ -58,20 +67,21 @@ class TeacherImages:
         return cls(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16])
 
     def load(self, steps: int, noise: int) -> np.ndarray | None:
-        """(N, H, W, 3) uint8; None if they were not drawn yet."""
+        """The images of so many steps from noise of that number, (N, H, W, 3) uint8; None if there are none yet."""
         if self.identity is None or not (file := self._file(steps, noise)).exists():
             return None
         try:
             return np.load(file)
-        except (OSError, ValueError):  # a disk that was full: they are drawn again
+        except (OSError, ValueError):  # the disk was full when they were written: they are generated again
             return None
 
     def save(self, steps: int, noise: int, images: np.ndarray) -> None:
-        """Keep a set, whole or not at all."""
+        """Keep images (N, H, W, 3) uint8, whole or not at all."""
         if self.identity is None:
             return
         file = self._file(steps, noise)
         file.parent.mkdir(parents=True, exist_ok=True)
+        # With the process's number, as two evaluations may write the same images at the same time.
         unfinished = file.with_suffix(f".{os.getpid()}.tmp")
         with unfinished.open("wb") as stream:
             np.save(stream, images)

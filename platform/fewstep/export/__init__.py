@@ -1,6 +1,12 @@
-"""Exported students: adapters in the published format, and the pipeline that generates with them."""
+"""Where students were before fewstep 0.2: models registered then, and folders exported then, import from here."""
 
-from fewstep.export.adapter import load_adapter, save_adapter
-from fewstep.export.pipeline import FewStepOutput, FewStepPipeline, StudentCard, save_student
+from fewstep.student import (
+    FewStepOutput,
+    FewStepPipeline,
+    StudentCard,
+    load_adapter,
+    save_adapter,
+    save_student,
+)
 
 __all__ = ["FewStepOutput", "FewStepPipeline", "StudentCard", "load_adapter", "save_adapter", "save_student"]

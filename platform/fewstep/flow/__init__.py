@@ -1,27 +1,29 @@
-"""Time, guidance and sampling of flow models. Pure torch."""
+"""Time, guidance and sampling of flow models, in plain torch."""
 
-from fewstep.flow.guidance import GuidanceInterval, guided_velocity
+from fewstep.flow.guidance import GuidanceInterval, TeacherSamplerConfig, guided_velocity
 from fewstep.flow.sampler import (
     Generators,
-    NextStep,
-    SamplerSchedule,
-    auto_temperature,
     euler,
     euler_step,
     gaussian_noise,
     generate,
     generate_step,
 )
+from fewstep.flow.sampler_config import MAX_NFE, SamplerConfig, auto_temperature
+from fewstep.flow.schedule import NextStep, SamplerSchedule
 from fewstep.flow.time import NO_SHIFT, TEXT_TO_IMAGE_SHIFT, Segments, TimeShift
 
 __all__ = [
+    "MAX_NFE",
     "NO_SHIFT",
     "TEXT_TO_IMAGE_SHIFT",
     "Generators",
     "GuidanceInterval",
     "NextStep",
+    "SamplerConfig",
     "SamplerSchedule",
     "Segments",
+    "TeacherSamplerConfig",
     "TimeShift",
     "auto_temperature",
     "euler",

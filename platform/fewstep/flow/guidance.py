@@ -1,12 +1,14 @@
-"""Classifier-free guidance of a teacher."""
+"""Classifier-free guidance of a teacher, and the settings of its sampler."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from fewstep.config import Config
 from fewstep.policies.base import per_latent
 
 
@@ -17,22 +19,28 @@ def guided_velocity(
     orthogonal: float = 0.0,
     parallel_to: Tensor | None = None,
 ) -> Tensor:
-    """u = u_c + (w − 1)(u_c − u_∅), optionally without the part that only rescales (METHOD.md section 4).
+    """Classifier-free guidance: u = u_c + (w − 1)(u_c − u_∅), optionally orthogonal (METHOD.md section 4).
 
     Args:
         pos: conditional velocity u_c, (B, C, H, W).
         neg: unconditional velocity u_∅, (B, C, H, W).
         scale: w, one number or one per sample, (B,); 1 is no guidance.
-        orthogonal: how much of the difference's component parallel to `parallel_to` is removed, 0 to 1.
-        parallel_to: that direction, per sample, usually the teacher's x̂_0; default `pos`.
+        orthogonal: share, 0 to 1, of the component of u_c − u_∅ parallel to `parallel_to` that is removed.
+        parallel_to: that direction, (B, C, H, W), usually the teacher's x̂_0; default `pos`.
+
+    Returns:
+        (B, C, H, W).
     """
     difference = pos - neg
     if orthogonal:
         direction = pos if parallel_to is None else parallel_to
-        axes = tuple(range(1, pos.ndim))
+        axes = tuple(range(1, pos.ndim))  # one projection per sample, over all of its latent
+        # (B, 1, 1, 1), the coefficient of the projection on `direction`
         along = (difference * direction).sum(axes, keepdim=True)
+        # The clamp keeps a direction of zeros from 0/0.
         along = along / direction.square().sum(axes, keepdim=True).clamp(min=1e-12)
         difference = difference - orthogonal * along * direction
+    # From u_c rather than from u_∅: exactly u_c where w = 1.
     weight = per_latent(scale, pos) if isinstance(scale, Tensor) else scale
     return pos + (weight - 1) * difference
 
@@ -46,9 +54,32 @@ class GuidanceInterval:
     high: float = 1.0
 
     def contains(self, sigma: Tensor) -> Tensor:
-        """Whether guidance acts there, bool, shaped like `sigma`."""
+        """Whether guidance acts at σ, bool, shaped like `sigma`."""
         return (sigma >= self.low) & (sigma <= self.high)
 
     def at(self, sigma: Tensor) -> Tensor:
         """The guidance scale of each sample, shaped like `sigma`."""
+        # A scale of 1 makes `guided_velocity` return the conditional velocity.
         return torch.where(self.contains(sigma), self.scale, 1.0)
+
+
+class TeacherSamplerConfig(Config):
+    """How a teacher's velocity is computed, and how its own sampler runs; stored in a student's card."""
+
+    guidance_scale: float = Field(3.0, ge=1)
+    """Classifier-free guidance scale of the teacher's velocity; 1 is no guidance."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Range of σ in which guidance acts."""
+    embedded_guidance_scale: float | None = Field(None, ge=0)
+    """Guidance scale that a guidance-distilled network takes as an input (FLUX.1 dev: 3.5); null for all others."""
+    orthogonal: float = Field(0.0, ge=0, le=1)
+    """Orthogonal guidance: share of the guidance direction's component parallel to x0 that is removed."""
+    shift: float | None = Field(None, gt=0)
+    """Time shift of the teacher's own sampler, with which the student is compared; null takes the one in the teacher's
+    card or, without a card, the student's."""
+
+    @model_validator(mode="after")
+    def _interval_ascends(self) -> TeacherSamplerConfig:
+        if not self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError("guidance_interval must be [least, largest] σ")
+        return self

@@ -1,173 +1,57 @@
-"""Sampling: few network evaluations of a student, or many of a teacher."""
+"""Sampling: a student in a few network evaluations, or a teacher by Euler steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.flow.time import NO_SHIFT, Segments, TimeShift
+from fewstep.flow.sampler_config import SamplerConfig
+from fewstep.flow.schedule import NextStep, SamplerSchedule
+from fewstep.flow.time import NO_SHIFT, TimeShift
 from fewstep.policies import SUBSTEPS, Policy, rollout
 from fewstep.policies.base import per_latent
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for a batch, one per sample, or torch's own."""
-
-
-class NextStep(NamedTuple):
-    """The step that each sample of a batch takes next; all fields are (B,) float32, on the CPU."""
-
-    raw_src: Tensor
-    """Raw time of the network evaluation."""
-    raw_dst: Tensor
-    """Raw time at which the policy's rollout ends."""
-    sigma_src: Tensor
-    """σ of the network evaluation."""
-    sigma_to: Tensor
-    """σ after re-noising."""
-    renoise: Tensor
-    """m: 1 keeps the rollout's noise, 0 replaces all of it."""
-    temperature: Tensor
-    """GM temperature of the policy."""
-    raw_tempered: Tensor
-    """Raw time from which on it has that temperature; above, the mixture is as it was predicted."""
-
-    @classmethod
-    def join(cls, steps: Sequence[NextStep]) -> NextStep:
-        """Those of several batches as one; they may be steps of different schedules."""
-        return cls(*map(torch.cat, zip(*steps, strict=True)))
-
-
-@dataclass(frozen=True)
-class SamplerSchedule:
-    """Where each of `nfe` network evaluations starts and where its policy ends (METHOD.md section 2).
-
-    A segment from σ_src to σ_to is walked by the policy to σ_dst ≤ σ_to, and re-noised back up to σ_to:
-
-        m = (σ_to·α_src / (σ_src·α_to))^(h²)        σ_dst = σ_to·m / (α_to + σ_to·m)
-        x ← (α_to + σ_to·m)·x_dst + σ_to·sqrt(1 − m²)·ε
-
-    h = 0 is deterministic (m = 1, σ_dst = σ_to); h = ∞ goes to the data and re-noises in full (m = 0).
-    All tables are (nfe,), float32, on the CPU, from noise to data.
-    """
-
-    nfe: int
-    shift: TimeShift = NO_SHIFT
-    final_step_scale: float = 1.0
-    h: float = 0.0
-
-    @cached_property
-    def _tables(self) -> dict[str, Tensor]:
-        raw = Segments(self.nfe, self.final_step_scale).boundaries
-        sigma = self.shift.warp(raw)
-        src, to = sigma[:-1], sigma[1:]
-        renoise = (to * (1 - src) / (src * (1 - to))) ** self.h**2
-        dst = to * renoise / (1 - to + to * renoise)
-        return {
-            "raw_src": raw[:-1].float(),
-            "raw_dst": self.shift.unwarp(dst).float(),
-            "sigma_src": src.float(),
-            "sigma_dst": dst.float(),
-            "sigma_to": to.float(),
-            "renoise": renoise.float(),
-        }
-
-    @property
-    def raw_src(self) -> Tensor:
-        """Raw time of each network evaluation."""
-        return self._tables["raw_src"]
-
-    @property
-    def raw_dst(self) -> Tensor:
-        """Raw time at which each policy's rollout ends."""
-        return self._tables["raw_dst"]
-
-    @property
-    def sigma_src(self) -> Tensor:
-        """σ of each network evaluation."""
-        return self._tables["sigma_src"]
-
-    @property
-    def sigma_dst(self) -> Tensor:
-        """σ at which each policy's rollout ends."""
-        return self._tables["sigma_dst"]
-
-    @property
-    def sigma_to(self) -> Tensor:
-        """σ after re-noising: the next evaluation's, and 0 at the end."""
-        return self._tables["sigma_to"]
-
-    @property
-    def renoise(self) -> Tensor:
-        """m of each step: 1 keeps the rollout's noise, 0 replaces all of it."""
-        return self._tables["renoise"]
-
-    def next_step(
-        self,
-        index: int,
-        batch: int = 1,
-        *,
-        temperature: float | Literal["auto"] = 1.0,
-        final_temperature: float = 1.0,
-        final_temperature_below: float = 1.0,
-    ) -> NextStep:
-        """Step `index` (from 0) for `batch` samples. Temperatures as for `generate`."""
-        raw_tempered = 1.0
-        if index == self.nfe - 1:
-            temperature, raw_tempered = final_temperature, self.shift.unwarp(final_temperature_below)
-        elif temperature == "auto":
-            temperature = auto_temperature(self.nfe)
-        tables = (self.raw_src, self.raw_dst, self.sigma_src, self.sigma_to, self.renoise)
-        rows = [table[index].expand(batch) for table in tables]
-        return NextStep(*rows, *(torch.full((batch,), float(value)) for value in (temperature, raw_tempered)))
+"""One generator for a batch, one per sample, or None for torch's own."""
 
 
 def generate(
     policy_at: Callable[[Tensor, Tensor], Policy],
     x: Tensor,
-    schedule: SamplerSchedule,
+    sampler: SamplerConfig | SamplerSchedule,
     *,
-    temperature: float | Literal["auto"] = 1.0,
-    final_temperature: float = 1.0,
-    final_temperature_below: float = 1.0,
-    substeps: int = SUBSTEPS,
     generator: Generators = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """Sample a student from noise: per segment one network evaluation, its policy's rollout, re-noise.
+    """Sample a student from noise: per segment one network evaluation, its policy's rollout, and re-noising.
+
+    METHOD.md section 2 has the equations.
 
     Args:
         policy_at: the student, from x_src (B, C, H, W) and σ_src (B,) to a policy.
         x: noise at σ = 1, (B, C, H, W).
-        schedule: the segments and how much noise is renewed between them.
-        temperature: GM temperature of every step but the last; "auto" follows the number of steps.
-        final_temperature: GM temperature of the last step. The paper's is 1; a student of one evaluation has no other
-            step to sharpen.
-        final_temperature_below: σ below which it acts. Sharpening serves details; what the whole is to be is decided
-            above, where it would only take from the variety.
-        substeps: substeps of the rollouts per unit of raw time.
-        generator: source of the re-noise; one per sample makes a sample independent of its batch. Not
-            drawn from where the schedule renews nothing (h = 0).
-        on_step: called after each step with its index, the state and the policy's x̂_0 there, for previews.
+        sampler: segments, temperatures, and how much noise is renewed between segments; or a schedule alone.
+        generator: source of the new noise; one per sample makes a sample independent of its batch. Not used
+            where no noise is renewed (h = 0).
+        on_step: called after each evaluation with its index, the state and the policy's x̂_0 there, for previews.
+        settings: single fields of `SamplerConfig` that replace those of `sampler`.
 
     Returns:
         The clean latent, (B, C, H, W).
     """
-    for i in range(schedule.nfe):
-        step = schedule.next_step(
-            i,
-            len(x),
-            temperature=temperature,
-            final_temperature=final_temperature,
-            final_temperature_below=final_temperature_below,
+    config = _as_config(sampler, settings)
+    # The final temperature, and where it begins to act, are part of the last step: `next_step` has them.
+    for index in range(config.nfe):
+        step = config.next_step(index, len(x))
+        x, clean = generate_step(
+            policy_at, x, step, config.time_shift, substeps=config.substeps, generator=generator
         )
-        x, clean = generate_step(policy_at, x, step, schedule.shift, substeps=substeps, generator=generator)
-        if on_step is not None:
-            on_step(i, x, clean())
+        if on_step is not None:  # without previews, x̂_0 is not computed
+            on_step(index, x, clean())
     return x
 
 
@@ -180,14 +64,14 @@ def generate_step(
     substeps: int = SUBSTEPS,
     generator: Generators = None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
-    """One step of `generate`, in which each sample may be on a schedule of its own, and anywhere on it.
+    """One step of `generate`; each sample of the batch may follow a schedule of its own, and be at any step of it.
 
     Args:
         policy_at: as for `generate`.
         x: the samples' states at the beginning of the step, (B, C, H, W).
-        step: what each of them does.
-        shift: that of all their schedules.
-        substeps: as for `generate`.
+        step: the step of each sample.
+        shift: from raw time to σ, the same for all of them.
+        substeps: policy substeps per unit of raw time.
         generator: as for `generate`.
 
     Returns:
@@ -197,22 +81,21 @@ def generate_step(
         column.to(x.device, non_blocking=True) for column in (step.sigma_src, step.temperature)
     )
     policy, raw = policy_at(x, sigma_src), step.raw_src
-    if (step.raw_tempered < raw).any():  # on the CPU: no accelerator is waited for
+    # `step` is on the CPU, so that reading it does not wait for an accelerator.
+    if (step.raw_tempered < raw).any():
+        # Above raw_tempered the policy is followed without temperature. Clamped to the rollout, so that a sample whose
+        # temperature acts throughout, or never, makes one of the two rollouts over no time.
         tempered = step.raw_tempered.clamp(min=step.raw_dst).minimum(raw)
         x, _ = rollout(policy, x, raw, tempered, shift, substeps)
         raw = tempered
-    policy = policy.with_temperature(temperature)
+    policy = policy.with_temperature(temperature)  # per sample, 1 where none is asked for
     x_dst, sigma_dst = rollout(policy, x, raw, step.raw_dst, shift, substeps)
 
     def clean() -> Tensor:
+        # A function, because only previews need it, and it costs one more policy query.
         return x_dst - per_latent(sigma_dst, x_dst) * policy.velocity(x_dst, sigma_dst)
 
     return _renoise(x_dst, step.sigma_to, step.renoise, generator), clean
-
-
-def auto_temperature(nfe: int) -> float:
-    """The GM temperature that suits a number of steps: clamp(0.1·(n − 1), 0, 1), 0.3 at 4 and 0.7 at 8."""
-    return min(0.1 * (nfe - 1), 1.0)
 
 
 def gaussian_noise(
@@ -220,22 +103,15 @@ def gaussian_noise(
 ) -> Tensor:
     """Standard normal noise of shape (B, …), drawn on the generators' device and moved to `device`.
 
-    With a sequence of B generators every sample has its own stream, whatever batch it is in.
+    With a sequence of B generators, each sample's noise comes from its own, whatever batch it is in.
     """
     if isinstance(generator, Sequence):
+        # Sample by sample: one call for all would mix their streams.
         draws = [torch.randn(shape[1:], generator=g, device=g.device).to(device) for g in generator]
         return torch.stack(draws)
+    # A generator draws on its own device alone. One on the CPU gives the same noise whatever `device` is.
     source = device if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, device=source).to(device)
-
-
-def _renoise(x_dst: Tensor, sigma_to: Tensor, m: Tensor, generator: Generators) -> Tensor:
-    kept, fresh = 1 - sigma_to + sigma_to * m, sigma_to * (1 - m.square()).sqrt()
-    x = per_latent(kept.to(x_dst.device, non_blocking=True), x_dst) * x_dst
-    if not fresh.any():  # on the CPU: no accelerator is waited for
-        return x
-    noise = gaussian_noise(x.shape, generator, x.device)
-    return x + per_latent(fresh.to(x.device, non_blocking=True), x) * noise
 
 
 def euler(
@@ -246,9 +122,13 @@ def euler(
     Args:
         velocity: the teacher, from x_t (B, C, H, W) and σ_t (B,) to dx/dσ.
         x: noise at σ = 1, (B, C, H, W).
-        steps: number of network evaluations.
+        steps: number of velocity queries.
         shift: from raw time to σ.
+
+    Returns:
+        The clean latent, (B, C, H, W).
     """
+    # The steps' indices stay on the CPU: `euler_step` computes times there.
     for i in range(steps):
         x = euler_step(velocity, x, torch.full((len(x),), i), steps, shift)
     return x
@@ -261,13 +141,42 @@ def euler_step(
     steps: Tensor | int,
     shift: TimeShift = NO_SHIFT,
 ) -> Tensor:
-    """One step of `euler`, in which each sample may be on a schedule of its own, and anywhere on it.
+    """One step of `euler`; each sample of the batch may have its own number of steps, and be at any of them.
 
     Args:
-        step: the samples' indices in their schedules, (B,) int64 on the CPU.
-        steps: how many each of them takes, (B,) int64 on the CPU or one number.
+        velocity: as for `euler`.
+        x: the samples' states, (B, C, H, W).
+        step: index of each sample's step, from 0, (B,) int64 on the CPU.
+        steps: number of steps of each sample, (B,) int64 on the CPU, or one number for all.
+        shift: from raw time to σ.
+
+    Returns:
+        The states after the step, (B, C, H, W).
     """
+    # In float64, so that times are rounded once, after the shift. (B,)
     sigma, after = (
         shift.warp(1 - i.double() / steps).float().to(x.device, non_blocking=True) for i in (step, step + 1)
     )
-    return x + per_latent(after - sigma, x) * velocity(x, sigma)
+    return x + per_latent(after - sigma, x) * velocity(x, sigma)  # after < σ
+
+
+def _as_config(sampler: SamplerConfig | SamplerSchedule, settings: dict[str, Any]) -> SamplerConfig:
+    """`sampler` with `settings` in place of its own fields; a schedule becomes the settings that make it."""
+    if isinstance(sampler, SamplerSchedule):
+        tables = {"nfe": sampler.nfe, "shift": sampler.shift.m, "h": sampler.h}
+        return SamplerConfig(**tables, final_step_scale=sampler.final_step_scale, **settings)
+    return SamplerConfig(**(sampler.model_dump() | settings)) if settings else sampler
+
+
+def _renoise(x_dst: Tensor, sigma_to: Tensor, m: Tensor, generator: Generators) -> Tensor:
+    """x ← (α_to + σ_to·m)·x_dst + σ_to·sqrt(1 − m²)·ε (METHOD.md section 2).
+
+    `sigma_to` and `m` are (B,), on the CPU.
+    """
+    kept, fresh = 1 - sigma_to + sigma_to * m, sigma_to * (1 - m.square()).sqrt()
+    x = per_latent(kept.to(x_dst.device, non_blocking=True), x_dst) * x_dst
+    # Read on the CPU, without waiting for an accelerator. Where no sample renews noise (h = 0), none is drawn.
+    if not fresh.any():
+        return x
+    noise = gaussian_noise(x.shape, generator, x.device)
+    return x + per_latent(fresh.to(x.device, non_blocking=True), x) * noise

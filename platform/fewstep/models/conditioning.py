@@ -1,9 +1,11 @@
-"""What a teacher and its student are conditioned on, beside the latent and the time."""
+"""What teachers and students are conditioned on, beside the latent and the time: texts, or classes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,8 +13,70 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 
+class Conditioning(ABC):
+    """A batch of conditions, all texts or all classes; row i of every tensor belongs to sample i."""
+
+    @staticmethod
+    def join(parts: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate several batches of one kind to one batch; texts are padded to the longest of them."""
+        return parts[0]._joined(parts)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """B, the number of samples."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors it holds."""
+
+    @abstractmethod
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """A batch of the same kind, of which every tensor is `change` of this one's."""
+
+    @abstractmethod
+    def where(self, keep: Tensor, other: Self) -> Self:
+        """The samples of this batch where `keep` (B,) is True, and those of `other` (B or 1) where it is False."""
+
+    @abstractmethod
+    def _joined(self, parts: Sequence[Self]) -> Self:
+        """`join`, for parts that all are of this kind."""
+
+    def __getitem__(self, samples: slice) -> Self:
+        return self.map(lambda tensor: tensor[samples])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its tensors."""
+        return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move to a device without waiting; `dtype` applies to floating-point tensors, not to masks and labels."""
+        return self.map(
+            lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+        )
+
+    def expand(self, batch: int) -> Self:
+        """A single condition (B = 1), such as the null condition, for each sample of a batch."""
+        # Views, not copies.
+        return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def repeat(self, times: int) -> Self:
+        """The whole batch `times` times: row s·B + b is sample b."""
+        return self.map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+    def cat(self, other: Self) -> Self:
+        """This batch followed by another one."""
+        return self._joined([self, other])
+
+
 @dataclass(frozen=True)
-class TextConditioning:
+class TextConditioning(Conditioning):
     """Token states of a text encoder, padded to a common length.
 
     Attributes:
@@ -27,70 +91,94 @@ class TextConditioning:
 
     @classmethod
     def collate(cls, states: Sequence[Tensor], pooled: Sequence[Tensor] | None = None) -> TextConditioning:
-        """Pad token states of different lengths, each (L_i, D), to one batch; `pooled` are (P,) each."""
+        """Pad token states of different lengths to one batch.
+
+        Args:
+            states: of each text, (L_i, D).
+            pooled: vector of each whole text, (P,); None where there are none.
+        """
         lengths = torch.tensor([len(s) for s in states])
         padded = pad_sequence([s.float() for s in states], batch_first=True)
-        mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
+        mask = torch.arange(padded.shape[1])[None] < lengths[:, None]  # (B, L)
         return cls(padded, mask, None if pooled is None else torch.stack(list(pooled)).float())
-
-    @classmethod
-    def join(cls, parts: Sequence[TextConditioning]) -> TextConditioning:
-        """Several batches of one text encoder as one, padded to the longest text among them."""
-        length = max(part.mask.shape[1] for part in parts)
-        padded = [part._padded(length) for part in parts]
-        states, mask = torch.cat([part.states for part in padded]), torch.cat([part.mask for part in padded])
-        pooled = None if padded[0].pooled is None else torch.cat([part.pooled for part in padded])
-        return cls(states, mask, pooled)
 
     def __len__(self) -> int:
         return len(self.states)
 
-    def __getitem__(self, samples: slice) -> TextConditioning:
-        return self._each(lambda tensor: tensor[samples])
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """States, mask, and pooled vectors if there are any."""
+        return (self.states, self.mask) if self.pooled is None else (self.states, self.mask, self.pooled)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TextConditioning:
+        """Texts of which every tensor is `change` of this one's."""
+        pooled = None if self.pooled is None else change(self.pooled)
+        return TextConditioning(change(self.states), change(self.mask), pooled)
 
     def summary(self) -> Tensor:
-        """One vector per text, (B, P): the pooled one, or the mean token state where there is none."""
+        """One vector per text: the pooled one, (B, P), or the mean of the token states, (B, D), where there is none."""
         if self.pooled is not None:
             return self.pooled
+        # Padding has share 0; the clamp keeps a text without any token from 0/0.
         share = self.mask / self.mask.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("bl,bld->bd", share.to(self.states.dtype), self.states)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditioning:
-        """Move, and change the type of all but the mask, without waiting."""
-        return self._each(
-            lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
-        )
-
-    def expand(self, batch: int) -> TextConditioning:
-        """Repeat a single condition (B = 1), such as the null condition, for a whole batch."""
-        return self._each(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
-
-    def repeat(self, times: int) -> TextConditioning:
-        """The whole batch several times over: row s·B + b is sample b."""
-        return self._each(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
-
     def where(self, keep: Tensor, other: TextConditioning) -> TextConditioning:
-        """Samples of this batch where `keep` (B,) is True, and of `other` (B = 1 or B) where it is not."""
+        """The texts of this batch where `keep` (B,) is True, and those of `other` (B or 1) where it is False."""
+        # Both are padded to the longer of the two, so that samples can be exchanged row by row.
         length = max(self.mask.shape[1], other.mask.shape[1])
         ours, theirs = self._padded(length), other._padded(length)
 
         def choose(one: Tensor, another: Tensor) -> Tensor:
             return torch.where(keep.view(-1, *[1] * (one.ndim - 1)), one, another)
 
-        pooled = None if ours.pooled is None else choose(ours.pooled, theirs.pooled)
+        pooled = None
+        if ours.pooled is not None and theirs.pooled is not None:
+            pooled = choose(ours.pooled, theirs.pooled)
         return TextConditioning(choose(ours.states, theirs.states), choose(ours.mask, theirs.mask), pooled)
 
-    def cat(self, other: TextConditioning) -> TextConditioning:
-        """Stack two batches, padding the shorter one's tokens."""
-        return TextConditioning.join([self, other])
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TextConditioning:
-        pooled = None if self.pooled is None else change(self.pooled)
-        return TextConditioning(change(self.states), change(self.mask), pooled)
+    def _joined(self, parts: Sequence[TextConditioning]) -> TextConditioning:
+        length = max(part.mask.shape[1] for part in parts)
+        padded = [part._padded(length) for part in parts]
+        states, mask = torch.cat([part.states for part in padded]), torch.cat([part.mask for part in padded])
+        pooled = [part.pooled for part in padded if part.pooled is not None]
+        return TextConditioning(states, mask, torch.cat(pooled) if pooled else None)
 
     def _padded(self, length: int) -> TextConditioning:
+        """The same texts with states and mask padded to `length` tokens."""
         extra = length - self.mask.shape[1]
         if not extra:
             return self
+        # Pairs of (before, after), from the last axis: nothing on D, `extra` after the tokens.
         states, mask = F.pad(self.states, (0, 0, 0, extra)), F.pad(self.mask, (0, extra))
         return TextConditioning(states, mask, self.pooled)
+
+
+@dataclass(frozen=True)
+class ClassConditioning(Conditioning):
+    """Classes by index, from 0; the index after the last class is the null condition of guidance.
+
+    Attributes:
+        labels: (B,) int64.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The labels."""
+        return (self.labels,)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ClassConditioning:
+        """Classes whose labels are `change` of this one's."""
+        return ClassConditioning(change(self.labels))
+
+    def where(self, keep: Tensor, other: ClassConditioning) -> ClassConditioning:
+        """The classes of this batch where `keep` (B,) is True, and those of `other` (B or 1) where it is False."""
+        return ClassConditioning(torch.where(keep, self.labels, other.labels))
+
+    def _joined(self, parts: Sequence[ClassConditioning]) -> ClassConditioning:
+        return ClassConditioning(torch.cat([part.labels for part in parts]))

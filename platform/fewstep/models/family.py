@@ -1,82 +1,115 @@
-"""A *family*: what fewstep must know of one kind of teacher network.
+"""The interface of a *family*: what fewstep has to know of one kind of teacher network.
 
-One file per family, deriving from `Family` for the answers that most of them share. A teacher of one's own is a short
-one: see `own.py`, whose defaults fit any network that maps (x, t, conditioning) to a velocity.
+Each family is a class derived from `Family`, in a file of its own. A family for your own network is short: see
+`module_family.py`, whose defaults suit any network that maps (x, t, conditioning) to a velocity.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
+Transformer = Any
+"""An nn.Module of a family's class. The type is Any because torch types every attribute of a module as a tensor or a
+module, and families use others, such as `config`."""
 
-class Family(Protocol):
-    """How to load, call, adapt and split one kind of transformer."""
 
-    name: str
+class Family(ABC):
+    """How to load, call, adapt and split one kind of transformer.
 
-    def load(self, path: str) -> nn.Module:
-        """The pretrained network from a diffusers folder or hub id, in float32."""
-        ...
+    Methods that every family must have are abstract, so that an instance of an incomplete family can't be made.
+    """
 
-    def skeleton(self, path: str) -> tuple[nn.Module, Path | None]:
+    name: Any  # a str; a field of some families, a constant of others
+    """Name in recipes and cards."""
+
+    @abstractmethod
+    def load(self, path: str) -> Transformer:
+        """The pretrained network of a diffusers folder or hub id, in float32."""
+
+    def skeleton(self, path: str) -> tuple[Transformer, Path | None]:
         """The network with its parameters on the meta device, and the folder of safetensors that has them by name.
 
-        So that every rank reads its own shards alone. Where only `load` can read them: what it gives, and None.
+        Each rank of a sharded network then reads only its own rows of them. Families whose weights only `load` can
+        read return the loaded network, and None.
         """
         return self.load(path), None
 
-    def build(self, config: dict[str, Any]) -> nn.Module:
+    @abstractmethod
+    def build(self, config: dict[str, Any]) -> Transformer:
         """A new network with random weights, from the keyword arguments of its class."""
-        ...
 
-    def published(self, transformer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict under the names that `load` reads from a folder; most networks' own."""
+    def published(self, transformer: Transformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`weights`, a state dict, under the names that `load` reads from a folder; by default the network's own."""
         return dict(weights)
 
-    def latent_channels(self, transformer: nn.Module) -> int:
+    @abstractmethod
+    def latent_channels(self, transformer: Transformer) -> int:
         """Latent channels C."""
-        ...
 
-    def condition_width(self, transformer: nn.Module) -> int:
-        """Width D of the token states (B, L, D) that it is conditioned on; 0 if it takes no condition."""
-        ...
+    @abstractmethod
+    def condition_width(self, transformer: Transformer) -> int:
+        """Width D of the token states (B, L, D) that the network is conditioned on; 0 if it takes no text."""
 
-    def pooled_width(self, transformer: nn.Module) -> int | None:
-        """Width of the vector of a whole caption that it takes beside the token states; None where it takes none."""
+    def pooled_width(self, transformer: Transformer) -> int | None:
+        """Width of the whole caption's vector that the network takes beside token states; None if it takes none."""
         return None
 
-    def takes_guidance(self, transformer: nn.Module) -> bool:
-        """Whether the network is guidance-distilled: told the guidance scale beside the time."""
+    def takes_guidance(self, transformer: Transformer) -> bool:
+        """Whether the network is guidance-distilled, that is, takes the guidance scale as an input."""
         return False
 
-    def classes(self, transformer: nn.Module) -> int | None:
-        """Number of classes of a class-conditional network; None where it is conditioned on text."""
+    def classes(self, transformer: Transformer) -> int | None:
+        """Number of classes of a class-conditional network; None if it is not conditioned on classes."""
         return None
 
-    def patch(self, transformer: nn.Module) -> int:
+    def is_conditional(self, transformer: Transformer) -> bool:
+        """Whether the network takes a condition, text or class, that guidance can leave out."""
+        return self.condition_width(transformer) > 0 or self.classes(transformer) is not None
+
+    @abstractmethod
+    def patch(self, transformer: Transformer) -> int:
         """Side p of a patch; latent height and width must be multiples of it."""
-        ...
 
-    def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """Call the network: (B, C, H, W), (B,) shifted time → packed output tokens (B, L, ·)."""
-        ...
+    @abstractmethod
+    def denoise(
+        self,
+        transformer: Transformer,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Any,
+        guidance_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """Call the network.
 
+        Args:
+            transformer: of this family.
+            x: latents, (B, C, H, W).
+            t: σ of the latents, in [0, 1], (B,).
+            conditioning: a `Conditioning` of B samples, of the kind that the network takes.
+            guidance_scale: input of a guidance-distilled network, one number or one per sample (B,); None for all
+                others.
+
+        Returns:
+            Packed output tokens, (B, L, ·).
+        """
+
+    @abstractmethod
     def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
         """Packed tokens (B, L, n·c·p²) → n latents per sample, (B, n, c, H, W)."""
-        ...
 
-    def lora_targets(self, transformer: nn.Module) -> list[str]:
-        """The paper's layers to adapt, as module-name suffixes."""
-        ...
+    @abstractmethod
+    def lora_targets(self, transformer: Transformer) -> list[str]:
+        """The layers that the paper's LoRA adapts (METHOD.md section 5), as ends of module names."""
 
-    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
-        """The modules that FSDP shards one by one."""
-        ...
+    @abstractmethod
+    def blocks(self, transformer: Transformer) -> list[nn.Module]:
+        """The modules that FSDP shards one by one, and gathers only while they run."""
 
-    def unused_parameters(self, transformer: nn.Module) -> list[str]:
+    @abstractmethod
+    def unused_parameters(self, transformer: Transformer) -> list[str]:
         """Names of parameters that never reach the output, and so never get a gradient."""
-        ...

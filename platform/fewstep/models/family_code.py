@@ -1,8 +1,8 @@
-"""Families that come as a user's own file: how the file reaches workers, and how students find it again.
+"""Families that are defined in a user's own file: how the file reaches workers, and how students find it again.
 
-A student of such a teacher holds a copy of the file. Loading a student runs that copy only if the user has named
-a file of the same content before (in `teacher.module`, `FEWSTEP_MODULES` or `use_module`): a model from elsewhere
-can't bring code that nobody has looked at.
+A student of such a teacher holds a copy of the file. Loading the student runs the copy only if the user has named a
+file of the same content before (in `teacher.module`, `FEWSTEP_MODULES` or `use_module`), so that a downloaded model
+can't run code that the user has not seen.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from fewstep.errors import UserError
 from fewstep.models.registry import registered
 
 CODE = "family.py"
-"""The copy inside a student's folder."""
+"""Name of the file's copy in a student's folder."""
 
 MODULES = "FEWSTEP_MODULES"
-"""Environment variable: files that register families, separated like those of PATH."""
+"""Name of the environment variable that lists files that register families, separated as in PATH."""
 
 _CODE: dict[str, FamilyCode] = {}
-"""The file that registered a family, by the family's name."""
+"""A family's name → the file that registered it."""
 
 
 @dataclass(frozen=True)
 class FamilyCode:
-    """A Python file that registers families, by content, so that it can travel."""
+    """A Python file that registers families. It holds the content, so that it can be sent to other machines."""
 
     path: str
-    """Where it was read: for messages alone."""
+    """Where the file was read; only for messages."""
     content: bytes
 
     @classmethod
@@ -40,7 +40,7 @@ class FamilyCode:
         """Read a file.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no such file.
         """
         file = Path(path).expanduser().absolute()
         if not file.is_file():
@@ -49,6 +49,7 @@ class FamilyCode:
 
     @property
     def sha256(self) -> str:
+        """Hash of the file's content, which identifies it exactly."""
         return hashlib.sha256(self.content).hexdigest()
 
     def use(self) -> None:
@@ -57,6 +58,7 @@ class FamilyCode:
         Raises:
             UserError: it fails, or registers nothing.
         """
+        # Named by content, so that the same file under two paths runs once.
         name = f"fewstep_family_{self.sha256[:16]}"
         if name in sys.modules:
             return
@@ -65,12 +67,14 @@ class FamilyCode:
         sys.modules[name] = module  # dataclasses and pickle look their module up by name
         before = registered()
         try:
+            # Not imported by path: on workers the file exists only as these bytes.
             exec(compile(self.content, self.path, "exec", dont_inherit=True), module.__dict__)
         except Exception as error:
             del sys.modules[name]
             raise UserError(
                 f"the family's module: {self.path} does not run ({type(error).__name__}: {error}): mend it."
             ) from error
+        # Compared by object, so that a file may also replace a family of the same name.
         new = [family for family, value in registered().items() if before.get(family) is not value]
         if not new:
             raise UserError(f"the family's module: {self.path} registers no family: end it with register(…).")
@@ -78,7 +82,7 @@ class FamilyCode:
 
 
 def use_module(path: str | Path) -> None:
-    """Run a user's file that registers families, and remember on this machine that its content may be run.
+    """Run a user's file that registers families, and record on this machine that its content may be run.
 
     Raises:
         UserError: there is no such file, it fails, or it registers nothing.
@@ -90,21 +94,23 @@ def use_module(path: str | Path) -> None:
 
 
 def code_of(family: str) -> FamilyCode | None:
-    """The file that registered a family; None for those of fewstep."""
+    """The file that registered a family; None for fewstep's own families."""
     return _CODE.get(family)
 
 
 def find_code(family: str, sha256: str | None, folder: Path) -> None:
-    """Make the family of a student's teacher known.
+    """Register the family of a student's teacher, if it is not registered yet.
 
     Args:
         family: its name.
-        sha256: of the file that registers it; None where fewstep has it.
-        folder: the student's, with its copy of the file.
+        sha256: of the file that registers it; None for fewstep's own families.
+        folder: the student's folder, with its copy of the file.
 
     Raises:
-        UserError: the copy was never looked at on this machine, or is not the file that the student names.
+        UserError: the user has not named a file of this content on this machine, or the copy is not the file that the
+            student names.
     """
+    # The user named these files just now, which counts as having seen them.
     for path in filter(None, os.environ.get(MODULES, "").split(os.pathsep)):
         use_module(path)
     if sha256 is None or family in _CODE:
@@ -123,4 +129,5 @@ def find_code(family: str, sha256: str | None, folder: Path) -> None:
 
 
 def _trusted(sha256: str) -> Path:
+    """The file whose existence records that code of this hash may be run."""
     return Path.home() / ".cache" / "fewstep" / "trusted" / sha256

@@ -1,4 +1,4 @@
-"""FLUX.1: 19 dual-stream and 38 single-stream blocks, 12B parameters, and any smaller one of its class."""
+"""FLUX.1: 19 dual-stream and 38 single-stream blocks, 12B parameters; and smaller networks of the same class."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Transformer
 from fewstep.models.packing import PATCH, PackedTransformer, pack
 
 
@@ -17,57 +18,69 @@ class Flux(PackedTransformer):
     """Family of diffusers' `FluxTransformer2DModel`.
 
     Args:
-        embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.1 dev, FLUX.2 dev) is told
-            beside the time, one number or one per sample (B,); None for networks that take none (FLUX.1 schnell).
+        embedded_guidance_scale: the guidance scale that a guidance-distilled network (FLUX.1 dev, FLUX.2 dev) gets as
+            an input, unless a call gives another; None for networks that take none (FLUX.1 schnell).
     """
 
-    embedded_guidance: float | Tensor | None = None
+    embedded_guidance_scale: float | None = None
 
-    name: ClassVar[str] = "flux"
+    name = "flux"
     network: ClassVar[str] = "FluxTransformer2DModel"
 
-    def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
-        tokens = pack(x)
+    def denoise(
+        self,
+        transformer: Transformer,
+        x: Tensor,
+        t: Tensor,
+        conditioning: TextConditioning,
+        guidance_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """Call the network; guidance-distilled ones take `guidance_scale`, by default the family's own."""
+        tokens = pack(x)  # (B, L, C·4)
         rows, columns = (side // PATCH for side in x.shape[-2:])
         return transformer(
             hidden_states=tokens,
             encoder_hidden_states=conditioning.states,
             timestep=t,
-            guidance=self._guidance(x),
+            guidance=self._guidance(x, guidance_scale),
             joint_attention_kwargs={"attention_mask": joint_mask(conditioning.mask, tokens.shape[1])},
             return_dict=False,
             **self.inputs_beside(conditioning, rows, columns),
         )[0]
 
     def inputs_beside(self, conditioning: TextConditioning, rows: int, columns: int) -> dict[str, Tensor]:
-        """What the network takes beside tokens, time and guidance: rotary positions, and here the pooled text.
+        """The network's further inputs by name: rotary positions, and for FLUX.1 the vector of the whole text.
 
         Args:
-            conditioning: of L text tokens.
-            rows, columns: of the image's tokens.
+            conditioning: texts of L tokens.
+            rows, columns: number of the image's tokens in each direction.
         """
         device, length = conditioning.states.device, conditioning.states.shape[1]
         return {
             "pooled_projections": conditioning.summary(),
-            # Positions (image, row, column): those of text are all zero.
+            # Positions (image, row, column); those of text tokens are all zero.
             "img_ids": grid(1, rows, columns, device=device),
             "txt_ids": torch.zeros(length, 3, device=device),
         }
 
-    def _guidance(self, x: Tensor) -> Tensor | None:
-        """The guidance scale as the network takes it, (B,)."""
-        scale = self.embedded_guidance
+    def _guidance(self, x: Tensor, scale: float | Tensor | None) -> Tensor | None:
+        """The guidance scale as the network takes it, (B,), or None."""
+        scale = self.embedded_guidance_scale if scale is None else scale
         if isinstance(scale, Tensor):
             return scale.to(x)
+        # None for networks without the input, whose forward takes no guidance.
         return None if scale is None else x.new_full((len(x),), scale)
 
-    def pooled_width(self, transformer: nn.Module) -> int | None:
+    def pooled_width(self, transformer: Transformer) -> int | None:
+        """Width P of the whole caption's vector, which CLIP gives."""
         return transformer.config.pooled_projection_dim
 
-    def takes_guidance(self, transformer: nn.Module) -> bool:
+    def takes_guidance(self, transformer: Transformer) -> bool:
+        """Whether the network is guidance-distilled: FLUX.1 dev is, FLUX.1 schnell is not."""
         return transformer.config.guidance_embeds
 
-    def lora_targets(self, transformer: nn.Module) -> list[str]:
+    def lora_targets(self, transformer: Transformer) -> list[str]:
+        """FFN and output layers of all blocks, and the time embedding (METHOD.md section 5)."""
         single = [
             f"single_transformer_blocks.{index}.{layer}"  # in full: the network itself ends in a `proj_out`, too
             for index in range(len(transformer.single_transformer_blocks))
@@ -83,22 +96,32 @@ class Flux(PackedTransformer):
             *single,
         ]
 
-    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+    def blocks(self, transformer: Transformer) -> list[nn.Module]:
+        """Dual-stream blocks, then single-stream ones."""
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
-    def unused_parameters(self, transformer: nn.Module) -> list[str]:
-        return []  # the single-stream blocks at the end mix text into the image up to the last one
+    def unused_parameters(self, transformer: Transformer) -> list[str]:
+        """None: up to the last single-stream block, text is attended to by the image."""
+        return []
 
 
 def grid(*sizes: int, device: torch.device) -> Tensor:
-    """Every position of a grid of those sizes, the last axis fastest, (positions, axes) int64."""
+    """All positions of a grid of these sizes, in order of memory (last axis fastest), (positions, axes) int64."""
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
 
 
 def joint_mask(text: Tensor, image_tokens: int) -> Tensor:
-    """Which tokens are attended to: text that is not padding, then all of the image; (B, 1, 1, L + image_tokens).
+    """Mask of the tokens that are attended to: text without its padding, and all of the image.
 
-    FLUX's own sampler pads every prompt to one length and attends to the padding. Here a batch is padded to its
-    longest caption, on which no sample may depend; padding that a model was trained with belongs to the states.
+    FLUX's own sampler pads every prompt to one length and attends to the padding. Here a batch is padded to its longest
+    caption, which must not affect the other samples, so this padding is masked. Padding that a model was trained with
+    is part of the text encoder's states, and not masked.
+
+    Args:
+        text: (B, L) bool, True where a token is.
+        image_tokens: number of the image's tokens.
+
+    Returns:
+        (B, 1, 1, L + image_tokens) bool.
     """
     return torch.cat([text, text.new_ones(len(text), image_tokens)], dim=1)[:, None, None]

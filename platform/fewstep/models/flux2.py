@@ -1,40 +1,45 @@
-"""FLUX.2: 8 dual-stream and 48 single-stream blocks that share their modulation, 32B parameters, and smaller ones."""
+"""FLUX.2: 8 dual-stream and 48 single-stream blocks that share their modulation, 32B parameters; and smaller ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Transformer
 from fewstep.models.flux import Flux, grid
 
 
 @dataclass(frozen=True)
 class Flux2(Flux):
-    """Family of diffusers' `Flux2Transformer2DModel`: FLUX.1's class without pooled text, its layers named otherwise.
+    """Family of diffusers' `Flux2Transformer2DModel`: as FLUX.1's, without pooled text, and with other layer names.
 
-    FLUX.2's own pipeline packs 2×2 cells of its 32-channel latents before the network; latents here are those of the
-    autoencoder (C = 32), and `denoise` packs, so that each cell has its own mixture weights, as in FLUX.1.
+    FLUX.2's own pipeline packs 2×2 cells of its 32-channel latents to one of 128 channels before sampling. Here latents
+    are those of the autoencoder (C = 32) and `denoise` packs them, so that each cell has its own mixture weights, as in
+    FLUX.1.
     """
 
-    name: ClassVar[str] = "flux2"
+    name = "flux2"
     network: ClassVar[str] = "Flux2Transformer2DModel"
 
     def inputs_beside(self, conditioning: TextConditioning, rows: int, columns: int) -> dict[str, Tensor]:
+        """The network's further inputs by name: rotary positions (image, row, column, token of the text)."""
         device, length = conditioning.states.device, conditioning.states.shape[1]
-        # Positions (image, row, column, token of the text).
+        # Unlike FLUX.1's, text tokens have positions of their own, along the last axis.
         return {
             "img_ids": grid(1, rows, columns, 1, device=device),
             "txt_ids": grid(1, 1, 1, length, device=device),
         }
 
-    def pooled_width(self, transformer: nn.Module) -> int | None:
+    def pooled_width(self, transformer: Transformer) -> int | None:
+        """None: the network takes only token states."""
         return None
 
-    def lora_targets(self, transformer: nn.Module) -> list[str]:
-        # FLUX.1's layers under their names here; in single blocks the FFN is one matrix with the attention.
+    def lora_targets(self, transformer: Transformer) -> list[str]:
+        """The layers of FLUX.1's list by their names here."""
+        # In single-stream blocks the FFN shares one matrix with the attention, which is adapted as a whole.
         single = [
             f"single_transformer_blocks.{index}.attn.{layer}"
             for index in range(len(transformer.single_transformer_blocks))

@@ -1,62 +1,60 @@
-"""Policy heads: what replaces a teacher's output projection in the student.
+"""Policy heads, which take the place of a teacher's last norm and output projection in the student.
 
-A head is called with the transformer's last hidden states `(B, L, D)` and its time embedding `(B, D)`,
-and returns one tensor `(B, L, head.features)`: everything the policy needs, still packed in patches. The
-family unpacks it to latents and `head.policy` turns it into a `Policy`. Module names follow the format in
-which π-Flow adapters are published, so that a state dict is an adapter file.
+A head is called with the transformer's last hidden states `(B, L, D)` and its time embedding `(B, D)`, and returns one
+tensor `(B, L, head.features)`: everything the policy needs, packed in patches. The family unpacks it to latents, and
+`head.policy` makes a `Policy` of it. Module names are those of the format in which π-Flow adapters are published, so
+that the head's state dict is a part of such a file.
 
-Sources: METHOD.md section 3, "Head initialisation from a teacher".
+METHOD.md section 3 has the initialisation from a teacher.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
+from fewstep.config import Config
 from fewstep.flow import TimeShift
 from fewstep.models.sharded import fill, whole
 from fewstep.policies import DXPolicy, GMFlowPolicy, Policy
 
 Unpack = Callable[[Tensor, int], Tensor]
-"""(tokens (B, L, n·c·p²), c) → (B, n, c, H, W): a family's inverse of its patch packing."""
+"""(tokens (B, L, n·c·p²), c) → (B, n, c, H, W): the inverse of a family's packing to patches."""
 
 BIAS_NOISE_STD = 0.05
-"""Spread of the mixture's means around the teacher's velocity at initialisation."""
+"""Standard deviation of the mixture's means around the teacher's velocity at initialisation."""
 
 INITIAL_STD = 0.05
 """Standard deviation of every mixture component at initialisation."""
 
 
-class GMFlowSettings(BaseModel):
+class GMFlowConfig(Config):
     """Gaussian mixture policy (the paper's default)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
     type: Literal["gmflow"] = "gmflow"
-    """Kind of policy: "gmflow" or "dx"; the other fields are that kind's."""
+    """Kind of policy, "gmflow" or "dx"; the other fields depend on it."""
     components: int = Field(8, ge=1)
     """Mixture components K: 8 for text-to-image, 32 for ImageNet."""
     logstd_width: int = Field(1024, ge=1)
-    """Inner width of the 2-layer MLP that predicts the log standard deviation."""
+    """Inner width of the 2-layer MLP that predicts the mixture's log standard deviation."""
 
 
-class DXSettings(BaseModel):
+class DXConfig(Config):
     """Dynamic-x0 policy: x0 predicted at several times of the segment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
     type: Literal["dx"] = "dx"
-    """Kind of policy: "gmflow" or "dx"; the other fields are that kind's."""
+    """Kind of policy, "gmflow" or "dx"; the other fields depend on it."""
     points: int = Field(10, ge=1)
     """Number N of grid points, or of polynomial coefficients."""
     mode: Literal["grid", "polynomial"] = "grid"
-    """How x0 between the points follows from them."""
+    """What the outputs are: x0 at the points of a grid, with linear interpolation; or coefficients of a polynomial."""
     segment_size: float = Field(1.0, gt=0, le=1)
     """Raw time that the grid spans; belongs to the trained model."""
     shift: float = Field(1.0, gt=0)
@@ -64,15 +62,48 @@ class DXSettings(BaseModel):
 
 
 def _kind(settings: object) -> str:
+    """The `type` of a policy's settings, given as an object or as a recipe's tree, where it may be left out."""
     return settings.get("type", "gmflow") if isinstance(settings, dict) else getattr(settings, "type", "")
 
 
-PolicySettings = Annotated[
-    Annotated[GMFlowSettings, Tag("gmflow")] | Annotated[DXSettings, Tag("dx")], Discriminator(_kind)
+PolicyConfig = Annotated[
+    Annotated[GMFlowConfig, Tag("gmflow")] | Annotated[DXConfig, Tag("dx")], Discriminator(_kind)
 ]
 
 
-class GMFlowHead(nn.Module):
+class PolicyHead(nn.Module, ABC):
+    """Interface of heads: packed predictions from hidden states, and a policy from packed predictions.
+
+    Attributes:
+        norm_out: the student's own copy of the teacher's last norm.
+        channels: latent channels C.
+    """
+
+    norm_out: nn.Module
+    channels: int
+
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """Width of the packed output."""
+
+    @abstractmethod
+    def grow(self, norm_out: nn.Module, proj_out: nn.Linear, generator: torch.Generator) -> None:
+        """Initialise from the teacher's last norm and output projection.
+
+        All parameters, the teacher's and the head's, may be sharded; every rank has to call this at the same time.
+        """
+
+    @abstractmethod
+    def parameters_of(self, packed: Tensor, unpack: Unpack) -> dict[str, Tensor]:
+        """The result of `forward`, split and unpacked: arguments of the policy's class by name."""
+
+    @abstractmethod
+    def policy(self, packed: Tensor, unpack: Unpack, x_src: Tensor, sigma_src: Tensor) -> Policy:
+        """The policy that starts at `x_src` (B, C, H, W), `sigma_src` (B,)."""
+
+
+class GMFlowHead(PolicyHead):
     """Predicts a K-component Gaussian mixture over the velocity at every latent location.
 
     Args:
@@ -83,11 +114,11 @@ class GMFlowHead(nn.Module):
     """
 
     def __init__(
-        self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: GMFlowSettings
+        self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: GMFlowConfig
     ) -> None:
         super().__init__()
         self.channels, self.components = channels, settings.components
-        self.area = proj_out.out_features // channels
+        self.area = proj_out.out_features // channels  # p², latent cells of a token
         width = proj_out.in_features
         self.norm_out = copy.deepcopy(norm_out)
         self.proj_out_means = nn.Linear(width, self.components * proj_out.out_features)
@@ -102,23 +133,23 @@ class GMFlowHead(nn.Module):
         return self.components * (self.channels + 1) * self.area + 1
 
     def grow(self, norm_out: nn.Module, proj_out: nn.Linear, generator: torch.Generator) -> None:
-        """Initialise from the teacher: at step 0 the policy moves like one teacher Euler step.
-
-        All parameters, its and these, may be sharded; all ranks must ask together.
-        """
+        """Initialise from the teacher: at step 0 the policy moves like one teacher Euler step."""
         _copy(norm_out, self.norm_out)
-        weight, bias = whole(proj_out.weight), _bias(proj_out)
+        weight, bias = whole(proj_out.weight), _bias(proj_out)  # (C·p², D), (C·p²,)
+        # One number per component and latent channel, equal across the patch; components otherwise start as equals.
         noise = torch.randn(self.components, self.channels, 1, generator=generator) * BIAS_NOISE_STD
         fill(self.proj_out_means.weight, weight.repeat(self.components, 1))
         fill(
             self.proj_out_means.bias,
             (bias.view(1, self.channels, self.area) + noise.to(bias)).flatten(),
         )
-        for layer in (self.proj_out_logweights, self.proj_out_logstds[3]):
+        layers: Any = self.proj_out_logstds  # torch types what an index of a Sequential gives as Module alone
+        for layer in (self.proj_out_logweights, layers[3]):
             fill(layer.weight, torch.zeros(layer.weight.shape))
             fill(layer.bias, torch.zeros(layer.bias.shape))
-        fill(self.proj_out_logstds[3].bias, torch.tensor([math.log(INITIAL_STD)]))
-        hidden = self.proj_out_logstds[1]
+        fill(layers[3].bias, torch.tensor([math.log(INITIAL_STD)]))
+        # torch's default initialisation of a linear layer, but from this generator
+        hidden = layers[1]
         bound = 1 / math.sqrt(hidden.in_features)
         for parameter in (hidden.weight, hidden.bias):
             fill(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
@@ -126,23 +157,25 @@ class GMFlowHead(nn.Module):
     def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
         """(B, L, D), (B, D) → (B, L, features)."""
         normed = self.norm_out(hidden, time_embedding)
-        # Detached, as in the paper: the log-std is a function of time alone and must not steer the trunk.
+        # Detached, as in the paper: the log-std is a function of time alone, and must not train the transformer.
         logstds = self.proj_out_logstds(time_embedding.detach())
         return torch.cat(
             [
                 self.proj_out_means(normed),
                 self.proj_out_logweights(normed),
+                # One number per sample, on every token: a network's output is one tensor, which FSDP and hooks handle.
                 logstds[:, None].expand(-1, hidden.shape[1], -1),
             ],
             dim=-1,
         )
 
     def parameters_of(self, packed: Tensor, unpack: Unpack) -> dict[str, Tensor]:
-        """`forward`'s result split and unpacked.
+        """The result of `forward`, split and unpacked, float32.
 
         Means (B, K, C, H, W), logweights (B, K, 1, H, W) normalised over K, logstds (B, 1, 1, 1, 1).
         """
-        packed = packed.float()
+        packed = packed.float()  # policies divide by small σ: bfloat16 ends with the network
+        # As `forward` has concatenated them; unpacking gives p² cells of each token their own values.
         sizes = [self.components * self.channels * self.area, self.components * self.area, 1]
         means, logweights, logstds = packed.split(sizes, dim=-1)
         return {
@@ -156,10 +189,17 @@ class GMFlowHead(nn.Module):
         return GMFlowPolicy(**self.parameters_of(packed, unpack), x_src=x_src, sigma_src=sigma_src)
 
 
-class DXHead(nn.Module):
-    """Predicts N velocities, which become x0 at N times of the segment. Arguments as for `GMFlowHead`."""
+class DXHead(PolicyHead):
+    """Predicts N velocities, which become x0 at N times of the segment.
 
-    def __init__(self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: DXSettings) -> None:
+    Args:
+        norm_out: the teacher's last norm; copied.
+        proj_out: the teacher's output projection D → C·p²; the N velocities start as copies of it.
+        channels: latent channels C.
+        settings: number of points, and what they stand for.
+    """
+
+    def __init__(self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: DXConfig) -> None:
         super().__init__()
         self.channels, self.settings = channels, settings
         self.norm_out = copy.deepcopy(norm_out)
@@ -175,7 +215,7 @@ class DXHead(nn.Module):
         _copy(norm_out, self.norm_out)
         points = self.settings.points
         weight, bias = whole(proj_out.weight).repeat(points, 1), _bias(proj_out).repeat(points)
-        if self.settings.mode == "polynomial":
+        if self.settings.mode == "polynomial":  # order 0 is x̂_0 at the source; higher orders start at 0
             weight[proj_out.out_features :] = 0
             bias[proj_out.out_features :] = 0
         fill(self.proj_out.weight, weight)
@@ -186,7 +226,7 @@ class DXHead(nn.Module):
         return self.proj_out(self.norm_out(hidden, time_embedding))
 
     def parameters_of(self, packed: Tensor, unpack: Unpack) -> dict[str, Tensor]:
-        """Unpack `forward`'s result: output (B, N, C, H, W)."""
+        """The result of `forward`, unpacked: output (B, N, C, H, W), float32."""
         return {"output": unpack(packed.float(), self.channels)}
 
     def policy(self, packed: Tensor, unpack: Unpack, x_src: Tensor, sigma_src: Tensor) -> Policy:
@@ -199,22 +239,18 @@ class DXHead(nn.Module):
 
 
 def _bias(proj_out: nn.Linear) -> Tensor:
-    """The projection's whole bias; zeros where a teacher, such as FLUX.2, has none."""
+    """The whole bias of a projection, which may be sharded; zeros if the teacher, such as FLUX.2, has none."""
     return torch.zeros(proj_out.out_features) if proj_out.bias is None else whole(proj_out.bias)
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
+    """Copy all parameters of `source` to `target`, a module of the same structure; either may be sharded."""
     for theirs, own in zip(source.parameters(), target.parameters(), strict=True):
         fill(own, whole(theirs))
 
 
-PolicyHead = GMFlowHead | DXHead
-
-
-def build_head(
-    norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: PolicySettings
-) -> PolicyHead:
-    """The head that `settings` describe, uninitialised (see `grow`)."""
-    if isinstance(settings, GMFlowSettings):
+def build_head(norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: PolicyConfig) -> PolicyHead:
+    """The head that `settings` describe; `grow` initialises it."""
+    if isinstance(settings, GMFlowConfig):
         return GMFlowHead(norm_out, proj_out, channels, settings)
     return DXHead(norm_out, proj_out, channels, settings)

@@ -1,8 +1,8 @@
-"""LoRA layers that are folded into the weight where that is less work."""
+"""LoRA layers that add the adapter to the weight before the product, where that is less work."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -16,36 +16,41 @@ FOLDED = "folded"
 class FoldedLoRALinear(Linear):
     """peft's LoRA of a linear layer, computed as x·(W + B·A)ᵀ where the layer is narrow for its rank.
 
-    Per token and training step the adapter beside the layer costs 3·r·(in + out) multiplications, the gradient
-    of a folded weight in·out. Wide layers (3,072 by 12,288 at rank 256) are left to peft. The parameters are
-    peft's own either way.
+    Per token and training step, an adapter beside the layer takes 3·r·(in + out) multiplications, and the gradient of
+    a folded weight takes in·out. Wide layers (such as 3,072 by 12,288 at rank 256) are computed as peft does.
+    Parameters are peft's in both cases.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output for x (…, in); with the adapter in the student's role, without it in the teacher's."""
         if self.disable_adapters or self.merged or not self._folds():
             return super().forward(x, *args, **kwargs)
-        folded = self._buffers.get(FOLDED)
-        return F.linear(x, self._fold() if folded is None else folded, self.get_base_layer().bias)
+        # Folded beforehand by `keep_folded`; in training at each call, as the adapter changes at every step.
+        folded, layer = self._buffers.get(FOLDED), cast(nn.Linear, self.get_base_layer())
+        return F.linear(x, self._fold() if folded is None else folded, layer.bias)
 
     @torch.no_grad()
     def keep_folded(self) -> None:
-        """Fold once and for all, where neither weight nor adapter changes any more; layers too wide to fold stay.
+        """Compute the folded weight once and keep it, when neither weight nor adapter will change any more.
 
-        Generating with one sample, folding at each call is a third of the time.
+        Layers too wide to fold stay as they are. Folding at each call would be a third of the time of generating a
+        single image.
         """
+        # Not persistent: state dicts, which adapters are saved from, hold the parameters alone.
         if self._folds():
             self.register_buffer(FOLDED, self._fold(), persistent=False)
 
     def _fold(self) -> Tensor:
+        """W + B·A, (out, in), with gradient to the adapter."""
         [adapter] = self.active_adapters
-        return self.get_base_layer().weight + self.get_delta_weight(adapter)
+        return cast(nn.Linear, self.get_base_layer()).weight + self.get_delta_weight(adapter)
 
     def _folds(self) -> bool:
+        """Whether folding is less work than the adapter beside the layer, and gives the same result."""
         [adapter] = self.active_adapters
         dropout = self.lora_dropout[adapter]
         if dropout.training and not isinstance(dropout, nn.Identity):
-            return False  # dropout is on the adapter's own input
-        return (
-            3 * self.r[adapter] * (self.in_features + self.out_features)
-            > self.in_features * self.out_features
-        )
+            return False  # dropout acts on the adapter's input alone, not on the layer's
+        layer = cast(nn.Linear, self.get_base_layer())
+        beside = 3 * self.r[adapter] * (layer.in_features + layer.out_features)
+        return beside > layer.in_features * layer.out_features

@@ -1,8 +1,8 @@
-"""One transformer, two roles: the frozen teacher, and the student that grows on it.
+"""One transformer in two roles: the frozen teacher, and the student that is built on it.
 
-With LoRA the student shares every base weight with its teacher. Adapters and policy head off: the
-teacher. On: the student. So a 20B teacher, its student and the student's EMA cost one base in memory. A student
-of whom all weights are trained has a frozen copy of them beside it for its teacher.
+With LoRA the student shares all base weights with its teacher: with adapters and policy head switched off the
+transformer is the teacher, with both switched on it is the student. So a 20B teacher, its student and the student's EMA
+need the memory of one base. A student whose weights are all trained has a frozen copy of the teacher beside it.
 """
 
 from __future__ import annotations
@@ -15,34 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
-from fewstep.flow import GuidanceInterval, guided_velocity
-from fewstep.models.family import Family
-from fewstep.models.heads import PolicyHead, PolicySettings, build_head
+from fewstep.models.adapters import LoRAConfig, add_adapters
+from fewstep.models.family import Family, Transformer
+from fewstep.models.heads import PolicyConfig, PolicyHead, Unpack, build_head
 from fewstep.models.pretrained import read_weights
 from fewstep.models.sharded import fill
 from fewstep.policies import Policy
-from fewstep.policies.base import per_latent
-
-
-class LoRASettings(BaseModel):
-    """Low-rank adapters on the frozen base."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    rank: int = Field(64, ge=1)
-    """Rank of every adapter; alpha equals it, so the scale is 1."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapters' inputs, in training."""
-    targets: tuple[str, ...] = ("paper",)
-    """Names of linear layers to adapt, as module-name suffixes; "paper" stands for the family's own list."""
 
 
 class _SwitchedNorm(nn.Module):
-    """In place of the base's last norm: the teacher's norm, or the student's whole head."""
+    """Takes the place of the base's last norm: the teacher's norm, or the student's whole head."""
 
     def __init__(self, teacher: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -53,7 +37,7 @@ class _SwitchedNorm(nn.Module):
 
 
 class _SwitchedProjection(nn.Module):
-    """In place of the base's output projection: the projection, or nothing after the student's head."""
+    """Takes the place of the base's output projection: the projection, or nothing after the student's head."""
 
     def __init__(self, teacher: nn.Module) -> None:
         super().__init__()
@@ -64,39 +48,43 @@ class _SwitchedProjection(nn.Module):
 
 
 class PolicyNetwork(nn.Module):
-    """A frozen teacher transformer with LoRA adapters and a policy head grown on it.
+    """A frozen teacher transformer with a student's LoRA adapters and policy head.
 
-    Everything goes through `forward`, the place where FSDP gathers weights. The student's role is the
-    resting state (activation checkpointing re-runs blocks during backward, in that role).
+    All calls of the network go through `forward`, because FSDP gathers weights there. Between calls the network is in
+    the student's role: activation checkpointing runs the student's blocks again during backward.
 
     Args:
-        transformer: the teacher; modified in place (its weights stay as they are, and frozen).
+        transformer: the teacher's; modified in place. Its weights are not changed, and frozen unless `full`.
         family: how to call it.
         policy: which policy head.
         lora: adapters, or None for none.
         seed: of the initialisation of head and adapters.
-        full: train all weights, and keep a copy of them as the teacher; otherwise adapters and head alone.
+        full: train all weights, and keep a copy of them as the teacher; otherwise only adapters and head.
     """
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: Transformer,
         family: Family,
-        policy: PolicySettings,
-        lora: LoRASettings | None,
+        policy: PolicyConfig,
+        lora: LoRAConfig | None,
         seed: int = 0,
         full: bool = False,
     ) -> None:
         super().__init__()
-        self.family, self.policy_settings, self.lora_settings, self.seed = family, policy, lora, seed
+        self.family, self.policy_config, self.lora_config, self.seed = family, policy, lora, seed
         self.channels = family.latent_channels(transformer)
         transformer.requires_grad_(False).eval()
+        # Names of the teacher's parameters in its files, before adapters and head change the structure.
         base = dict(transformer.named_parameters())
+        # Before adapters and head are added, so that the copy is the teacher itself.
         self.teacher = copy.deepcopy(transformer) if full else None
+        # Every family's transformer ends in these two; the head takes the place of both.
         norm_out, proj_out = transformer.norm_out, transformer.proj_out
         head = build_head(norm_out, proj_out, self.channels, policy).requires_grad_(True)
         if lora is not None:
-            _add_adapters(transformer, family, lora)
+            add_adapters(transformer, family, lora)
+        # With `full` the teacher is the copy, and the student's own norm and projection would only be unused weights.
         transformer.norm_out = _SwitchedNorm(nn.Identity() if full else norm_out, head)
         transformer.proj_out = _SwitchedProjection(nn.Identity() if full else proj_out)
         if full:
@@ -104,8 +92,10 @@ class PolicyNetwork(nn.Module):
             for name in family.unused_parameters(transformer):
                 transformer.get_parameter(name).requires_grad_(False)
         self.transformer = transformer
+        # By identity, because adapters and head have moved parameters to other module names.
         here = {id(parameter): name for name, parameter in self.named_parameters()}
         self._base = {name: here[id(parameter)] for name, parameter in base.items() if id(parameter) in here}
+        # On the meta device there are no values yet: `fill` reads them, and begins then.
         if not proj_out.weight.is_meta:
             self._begin()
         self.train()
@@ -116,16 +106,17 @@ class PolicyNetwork(nn.Module):
         return self.transformer.norm_out.head
 
     def transformers(self) -> list[nn.Module]:
-        """The student's, and the teacher's where it is another."""
+        """The student's transformer, and the teacher's if that is another one."""
         return [self.transformer] if self.teacher is None else [self.transformer, self.teacher]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The student's own parameters by module name: head, and adapters or all others."""
+        """The student's own parameters by name: head, and adapters or all weights."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def train(self, mode: bool = True) -> PolicyNetwork:
-        """Training mode for the student's own parts; the base is a teacher, and stays in evaluation mode."""
+        """Training mode for head and adapters; the base, which also is the teacher, stays in evaluation mode."""
         super().train(False)
+        # The base's dropout stays off in both roles; the student's own parts follow `mode`.
         self.training = mode
         self.head.train(mode)
         for layer in self._adapted_layers:
@@ -133,9 +124,10 @@ class PolicyNetwork(nn.Module):
         return self
 
     def fill(self, weights: Path, device: torch.device) -> None:
-        """Give a network that was built on the meta device its values: the teacher's, and the student's first ones.
+        """Give a network that was built on the meta device its values: the teacher's, and the student's initial ones.
 
-        May be sharded by then; each rank reads its own rows of each weight, and all must ask together.
+        The network may be sharded already: each rank reads its own rows of each weight. Every rank has to call this at
+        the same time.
 
         Args:
             weights: the teacher's folder of safetensors.
@@ -144,6 +136,7 @@ class PolicyNetwork(nn.Module):
         Raises:
             ValueError: the folder lacks a parameter, or has another shape of it.
         """
+        # to_empty also empties buffers, which the constructors have computed and no file has.
         computed = {name: buffer.clone() for name, buffer in self.named_buffers()}
         self.to_empty(device=device)
         for name, buffer in self.named_buffers():
@@ -154,15 +147,20 @@ class PolicyNetwork(nn.Module):
         self._begin()
 
     def _begin(self) -> None:
-        """The student's first values: adapters that change nothing, a head that moves as the teacher does."""
+        """Initialise the student: adapters that change nothing, and a head that starts from the teacher's output.
+
+        METHOD.md section 3 has the head's initialisation.
+        """
+        # On the CPU whatever the device, and in the same order on each rank: all draw the same values.
         generator = torch.Generator().manual_seed(self.seed)
-        end = self.transformer if self.teacher is None else self.teacher
+        end: Any = self.transformer if self.teacher is None else self.teacher
         norm_out, proj_out = end.norm_out, end.proj_out
         if self.teacher is None:
             norm_out, proj_out = norm_out.teacher, proj_out.teacher
         self.head.grow(norm_out, proj_out, generator)
         for layer in self._adapted_layers:
             for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+                # As peft initialises: A at random, B zero, so that B·A is zero.
                 drawn = nn.init.kaiming_uniform_(
                     torch.empty(down.weight.shape), a=math.sqrt(5), generator=generator
                 )
@@ -170,40 +168,71 @@ class PolicyNetwork(nn.Module):
                 fill(up.weight, torch.zeros(up.weight.shape))
 
     def keep_folded(self) -> None:
-        """For generating alone: fold adapters into weights once instead of at each call. Training must not go on."""
+        """Fold adapters into weights once instead of at each call. For generating only: it ends training."""
         from fewstep.models.lora import FoldedLoRALinear
 
         for layer in self._adapted_layers:
             if isinstance(layer, FoldedLoRALinear):
                 layer.keep_folded()
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Any, *, student: bool) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Any,
+        *,
+        student: bool,
+        guidance_scale: float | Tensor | None = None,
+    ) -> Tensor:
         """Packed output `(B, L, features)` of the head (student) or of the base (teacher).
 
         Args:
             x: (B, C, H, W) latents.
-            t: (B,) shifted time in [0, 1].
-            conditioning: what the family takes.
+            t: σ of the latents, in [0, 1], (B,).
+            conditioning: of B samples, as the family takes it.
+            student: whether the student is called, or the teacher.
+            guidance_scale: input of a guidance-distilled network, in place of its family's scale.
         """
         if student:
-            return self.family.denoise(self.transformer, x, t, conditioning)
+            return self.family.denoise(self.transformer, x, t, conditioning, guidance_scale)
         if self.teacher is not None:
-            return self.family.denoise(self.teacher, x, t, conditioning)
+            return self.family.denoise(self.teacher, x, t, conditioning, guidance_scale)
+        # Adapters and head off while the shared transformer computes the teacher.
         with self._teacher_role():
-            return self.family.denoise(self.transformer, x, t, conditioning)
+            return self.family.denoise(self.transformer, x, t, conditioning, guidance_scale)
 
-    def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """The teacher's velocity (B, C, H, W), without guidance and without autograd."""
+    def velocity(
+        self, x: Tensor, t: Tensor, conditioning: Any, guidance_scale: float | Tensor | None = None
+    ) -> Tensor:
+        """The teacher's velocity (B, C, H, W), without classifier-free guidance and without autograd.
+
+        Args:
+            x: states, (B, C, H, W).
+            t: their σ, in [0, 1], (B,).
+            conditioning: of B samples.
+            guidance_scale: as for `forward`.
+        """
         with torch.no_grad():
-            packed = self(x, t, conditioning, student=False)
+            packed = self(x, t, conditioning, student=False, guidance_scale=guidance_scale)
+        # `unpack` gives n latents per sample, (B, n, C, H, W); a velocity is one.
         return self._unpack(packed, x)(packed.float(), self.channels)[:, 0]
 
-    def policy(self, x_src: Tensor, t_src: Tensor, conditioning: Any) -> Policy:
-        """The student's policy for the segment that starts at (x_src, t_src)."""
-        packed = self(x_src, t_src, conditioning, student=True)
+    def policy(
+        self, x_src: Tensor, t_src: Tensor, conditioning: Any, guidance_scale: float | Tensor | None = None
+    ) -> Policy:
+        """The student's policy for the segments that start at x_src (B, C, H, W), t_src (B,).
+
+        Args:
+            x_src: states at the segments' sources.
+            t_src: their σ.
+            conditioning: of B samples.
+            guidance_scale: as for `forward`.
+        """
+        packed = self(x_src, t_src, conditioning, student=True, guidance_scale=guidance_scale)
         return self.head.policy(packed, self._unpack(packed, x_src), x_src, t_src)
 
-    def _unpack(self, packed: Tensor, x: Tensor):  # noqa: ANN202 — heads.Unpack
+    def _unpack(self, packed: Tensor, x: Tensor) -> Unpack:
+        """The family's `unpack` for latents of the size of `x`."""
         return lambda tokens, channels: self.family.unpack(tokens, channels, x.shape[-2], x.shape[-1])
 
     @contextmanager
@@ -211,114 +240,21 @@ class PolicyNetwork(nn.Module):
         self._switch(student=False)
         try:
             yield
-        finally:
+        finally:  # also after an error: outside of a call the network is the student
             self._switch(student=True)
 
     def _switch(self, *, student: bool) -> None:
-        # peft's own switch, `enable_adapters`, also flips requires_grad, which FSDP2 reads only once, when it
-        # shards; its flag is set directly instead.
+        # peft's own switch, `enable_adapters`, also changes requires_grad, which FSDP2 reads only once, when it shards.
+        # So the flag that peft's layers read is set directly.
         for layer in self._adapted_layers:
             layer._disable_adapters = not student
         self.transformer.norm_out.student = self.transformer.proj_out.student = student
 
     @property
-    def _adapted_layers(self) -> list[nn.Module]:
+    def _adapted_layers(self) -> list[Any]:
         if "_adapted" not in self.__dict__:
             from peft.tuners.tuners_utils import BaseTunerLayer
 
-            # Kept out of nn.Module's registry: the layers already are submodules of the transformer.
+            # Cached in __dict__, past nn.Module's registry: the layers are submodules of the transformer already.
             self.__dict__["_adapted"] = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
         return self.__dict__["_adapted"]
-
-
-class GuidedTeacher:
-    """A network's teacher role with classifier-free guidance (METHOD.md section 4).
-
-    Args:
-        network: anything with `velocity(x, t, conditioning)`.
-        null: the null condition (B = 1); None for teachers without guidance.
-        scale: guidance scale w; 1 is no guidance, and costs one pass instead of two.
-        interval: σ range in which the scale holds; outside it is 1.
-        orthogonal: share of the guidance direction's component parallel to x0 that is removed.
-    """
-
-    def __init__(
-        self,
-        network: Any,
-        null: Any,
-        scale: float,
-        interval: tuple[float, float] = (0.0, 1.0),
-        orthogonal: float = 0.0,
-    ) -> None:
-        self.network, self.null, self.scale = network, null, scale
-        self.interval, self.orthogonal = GuidanceInterval(scale, *interval), orthogonal
-
-    @property
-    def passes(self) -> int:
-        """Network passes of one velocity query."""
-        return 1 if self.scale == 1 else 2
-
-    def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """Guided velocity (B, C, H, W); both passes run as one batch.
-
-        Samples outside of the interval cost one pass, where that can be known without waiting for the device: `t` may
-        lie on the CPU whatever the device of `x`.
-        """
-        here = t.to(x.device, non_blocking=True)
-        if self.scale == 1:
-            return self.network.velocity(x, here, conditioning)
-        rows = self._guided_rows(t)
-        if rows is not None:
-            rows = rows.to(x.device, non_blocking=True)
-        x_again, again = (x, here) if rows is None else (x[rows], here[rows])
-        both = conditioning.cat(self.null.expand(len(x_again)))
-        answers = self.network.velocity(torch.cat([x, x_again]), torch.cat([here, again]), both)
-        positive, negative = answers.tensor_split([len(x)])
-        of_rows = positive if rows is None else positive[rows]
-        clean = x_again - per_latent(again, x_again) * of_rows if self.orthogonal else None
-        guided = guided_velocity(of_rows, negative, self.interval.at(again), self.orthogonal, clean)
-        return guided if rows is None else positive.index_copy(0, rows, guided)
-
-    def _guided_rows(self, t: Tensor) -> Tensor | None:
-        """Indices of the samples inside the interval; None if all are, or if it takes waiting to find out."""
-        if t.device.type != "cpu":
-            return None
-        inside = self.interval.contains(t)
-        return None if inside.all() else inside.nonzero().flatten()
-
-
-def _add_adapters(transformer: nn.Module, family: Family, settings: LoRASettings) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from fewstep.models.lora import FoldedLoRALinear
-
-    targets = lora_target_modules(transformer, family, settings.targets)
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.dropout, target_modules=targets
-    )
-    config._register_custom_module({nn.Linear: FoldedLoRALinear})
-    with torch.random.fork_rng():  # peft draws adapters from torch's global generator; `_begin` has its own
-        inject_adapter_in_model(config, transformer)
-
-
-def lora_target_modules(transformer: nn.Module, family: Family, targets: tuple[str, ...]) -> list[str]:
-    """Full module names that `targets` mean.
-
-    Raises:
-        UserError: a target matches no linear or convolutional layer.
-    """
-    layers = [
-        name for name, module in transformer.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
-    chosen: dict[str, None] = {}
-    for target in targets:
-        suffixes = family.lora_targets(transformer) if target == "paper" else [target]
-        for suffix in suffixes:
-            found = [name for name in layers if name == suffix or name.endswith(f".{suffix}")]
-            if not found:
-                raise UserError(
-                    f"student.lora.targets: no linear layer of the {family.name} teacher ends in {suffix!r}; "
-                    f"its layers are called like {layers[len(layers) // 2]!r}."
-                )
-            chosen.update(dict.fromkeys(found))
-    return list(chosen)

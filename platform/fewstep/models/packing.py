@@ -1,4 +1,4 @@
-"""Latents ↔ tokens of 2×2 latent cells, as the Qwen-Image and FLUX families take them."""
+"""Packing of latents to tokens of 2×2 latent cells, as the Qwen-Image and FLUX families take them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.models.family import Family
+from fewstep.models.family import Family, Transformer
 from fewstep.models.pretrained import from_pretrained, skeleton
 
 PATCH = 2
@@ -16,45 +16,55 @@ PATCH = 2
 
 
 def pack(x: Tensor) -> Tensor:
-    """(B, C, H, W) → tokens (B, H·W/4, C·4), channel-major inside a patch: channel, then row, then column."""
+    """(B, C, H, W) → tokens (B, H·W/4, C·4); within a token, values are ordered by channel, then row, then column."""
     batch, channels, height, width = x.shape
+    # (B, C, rows, p, columns, p) → (B, rows, columns, C, p, p)
     patches = x.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
 
 
 def unpack(tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """(B, L, n·c·4) → (B, n, c, H, W); the inverse of `pack` for n latents that share their tokens."""
+    """(B, L, n·c·4) → (B, n, c, H, W), the inverse of `pack` for n latents per sample."""
     batch = len(tokens)
+    # (B, rows, columns, n, c, p, p) → (B, n, c, rows, p, columns, p)
     patches = tokens.view(batch, height // PATCH, width // PATCH, -1, channels, PATCH, PATCH)
     return patches.permute(0, 3, 4, 1, 5, 2, 6).reshape(batch, -1, channels, height, width)
 
 
 class PackedTransformer(Family):
-    """What families of diffusers' transformers share that take 2×2 patches as tokens, and token states beside them."""
+    """Base of the families of diffusers' transformers that take tokens of 2×2 patches and text token states."""
 
     network: ClassVar[str]
-    """Its class in diffusers."""
+    """Name of the network's class in diffusers."""
 
-    def load(self, path: str) -> nn.Module:
+    def load(self, path: str) -> Transformer:
+        """The network of a diffusers folder or hub id, in float32."""
         return from_pretrained(self._class(), path)
 
-    def skeleton(self, path: str) -> tuple[nn.Module, Path]:
+    def skeleton(self, path: str) -> tuple[Transformer, Path]:
+        """The network with its parameters on the meta device, and the folder that has them."""
         return skeleton(self._class(), path)
 
-    def build(self, config: dict[str, Any]) -> nn.Module:
+    def build(self, config: dict[str, Any]) -> Transformer:
+        """A new network, from the keyword arguments of its class."""
         return self._class()(**config)
 
     def _class(self) -> type[Any]:
+        # Imported when needed: diffusers takes seconds to import.
         return getattr(import_module("diffusers"), self.network)
 
-    def latent_channels(self, transformer: nn.Module) -> int:
+    def latent_channels(self, transformer: Transformer) -> int:
+        """Latent channels C, a quarter of the network's: a token holds four cells."""
         return transformer.config.in_channels // PATCH**2
 
-    def condition_width(self, transformer: nn.Module) -> int:
+    def condition_width(self, transformer: Transformer) -> int:
+        """Width D of the token states."""
         return transformer.config.joint_attention_dim
 
-    def patch(self, transformer: nn.Module) -> int:
+    def patch(self, transformer: Transformer) -> int:
+        """2, in latent cells."""
         return PATCH
 
     def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
+        """Packed tokens (B, L, n·c·4) → n latents per sample, (B, n, c, H, W)."""
         return unpack(tokens, channels, height, width)

@@ -1,12 +1,12 @@
-"""Teachers of a diffusion schedule as teachers of the flow x_t = (1 − t)·x_0 + t·ε: an exact change of variables.
+"""Conversion of diffusion networks to velocities of the flow x_t = (1 − t)·x_0 + t·ε, by an exact change of variables.
 
-Such a network sees z = A·x_0 + S·ε (variance preserving: A² + S² = 1) and a discrete timestep, and predicts ε, x_0
-or v = A·ε − S·x_0. A state of the flow is one of the diffusion process but for its scale, at the time where both
-have the same signal-to-noise ratio, A/S = (1 − t)/t:
+A diffusion network is given z = A·x_0 + S·ε (variance preserving: A² + S² = 1) and a discrete timestep, and predicts ε,
+x_0 or v = A·ε − S·x_0. Up to its scale, a state of the flow is a state of the diffusion process, at the timestep where
+both have the same signal-to-noise ratio, A/S = (1 − t)/t:
 
     z = s·x_t,   s = 1/√((1 − t)² + t²),   A = (1 − t)·s,   S = t·s
 
-and the flow's velocity u = ε − x_0 is linear in the state and in what the network says: u = a·x_t + b·prediction.
+The flow's velocity u = ε − x_0 is linear in the state and in the network's prediction: u = a·x_t + b·prediction.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from fewstep.errors import UserError
 from fewstep.policies.base import per_latent
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
-"""What the network says, by diffusers' names: ε, x_0, or v = A·ε − S·x_0."""
+"""What the network predicts, by diffusers' names: ε, x_0, or v = A·ε − S·x_0."""
 
 SMALLEST_SIGNAL = 1e-8
-"""Least A² of a level: schedules rescaled to zero terminal SNR end at 0, where log-SNR is infinite."""
+"""Smallest A² used: schedules rescaled to zero terminal SNR end at A² = 0, where the log-SNR is infinite."""
 
 
 @dataclass(frozen=True, eq=False)
 class DiffusionPrediction:
-    """What a network predicts, and under which variance-preserving schedule.
+    """What a network predicts, and for which variance-preserving schedule.
 
     Attributes:
-        type: ε, x_0 or v.
-        times: the flow time t of every timestep, (T,) float64, rising.
+        type: ε, x_0 or v, by diffusers' names.
+        times: flow time t of every timestep, (T,) float64, rising.
     """
 
     type: PredictionType
@@ -52,8 +52,8 @@ class DiffusionPrediction:
     def from_alphas(
         cls, type: PredictionType, alphas_cumprod: Sequence[float] | Tensor
     ) -> DiffusionPrediction:
-        """From A² of every timestep, (T,), falling."""
-        # On the CPU also where a network is built on the meta device.
+        """For a schedule given by A² of every timestep, `alphas_cumprod` (T,), falling."""
+        # On the CPU also while a network is built on the meta device: the values are needed.
         signal = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").clamp(
             SMALLEST_SIGNAL, 1 - 1e-12
         )
@@ -61,10 +61,10 @@ class DiffusionPrediction:
 
     @classmethod
     def from_scheduler(cls, config: Mapping[str, Any]) -> DiffusionPrediction:
-        """From the configuration of a diffusers scheduler (`scheduler_config.json`).
+        """For the schedule of a diffusers scheduler's configuration (`scheduler_config.json`).
 
         Raises:
-            UserError: a prediction type or schedule of betas that is not known, or no diffusion schedule at all.
+            UserError: the prediction type or the schedule of betas is unknown, or it is no diffusion schedule.
         """
         if is_flow(config):
             raise UserError(
@@ -79,27 +79,30 @@ class DiffusionPrediction:
         kind = config.get("prediction_type", "epsilon")
         alphas = torch.cumprod(1 - _betas(config), 0)
         if config.get("rescale_betas_zero_snr"):
-            # The amplitudes A are shifted to end at zero and scaled to begin where they did.
+            # As in diffusers: the amplitudes A are shifted to end at zero, and scaled to start as before.
             amplitudes = alphas.sqrt()
             first, last = amplitudes[0], amplitudes[-1]
             alphas = ((amplitudes - last) * first / (first - last)).square()
         return cls.from_alphas(kind, alphas)
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What to ask the network about the flow's state.
+        """The network's inputs for a state of the flow.
 
         Args:
-            x: (B, C, H, W).
+            x: x_t, (B, C, H, W).
             t: (B,).
 
         Returns:
-            z (B, C, H, W), and its timestep (B,): between whole ones, interpolated in log-SNR.
+            z (B, C, H, W), and its timestep (B,), which need not be whole.
         """
         scale = torch.rsqrt((1 - t).square() + t.square())
         return per_latent(scale, x) * x, self.timestep(t).to(x)
 
     def timestep(self, t: Tensor) -> Tensor:
-        """The timestep of the same signal-to-noise ratio, (B,) float64; the nearest end outside the schedule."""
+        """The timestep of the same signal-to-noise ratio, (B,) float64, interpolated in log-SNR between whole ones.
+
+        Outside the schedule it is the nearest end.
+        """
         times = self.times.to(t.device)
         level = self._within(t)
         above = torch.searchsorted(times, level.contiguous()).clamp(1, len(times) - 1)
@@ -107,11 +110,11 @@ class DiffusionPrediction:
         return (above - 1) + (_log_snr(level) - low) / (high - low)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b), (B,) float32 each, of u = a·x_t + b·prediction.
+        """a and b of u = a·x_t + b·prediction, (B,) float32 each.
 
-        Outside the schedule's levels, A and S are those of its nearest end, as the network was never trained on
-        others.
+        Outside the schedule, A and S are those of its nearest end: the network was not trained on others.
         """
+        # In float64: differences of A and S cancel near the ends. u = ε − x_0 with one of the two from the prediction:
         exact, level = t.double(), self._within(t)
         scale = torch.rsqrt((1 - exact).square() + exact.square())
         norm = torch.rsqrt((1 - level).square() + level.square())
@@ -130,16 +133,17 @@ class DiffusionPrediction:
         return per_latent(a, x) * x + per_latent(b, x) * predict(*self.question(x, t))
 
     def _within(self, t: Tensor) -> Tensor:
+        """t clamped to the schedule's range, float64."""
         return t.double().clamp(float(self.times[0]), float(self.times[-1]))
 
 
 def is_flow(scheduler: Mapping[str, Any]) -> bool:
-    """Whether a diffusers scheduler is of flow matching: its network gives a velocity as it is."""
+    """Whether a diffusers scheduler's configuration is one of flow matching, whose network predicts the velocity."""
     return scheduler.get("_class_name", "").startswith("FlowMatch")
 
 
 def _has_betas(scheduler: str | None) -> bool:
-    """Whether a class of diffusers' schedulers (None: unnamed) has a schedule of betas, if only by default."""
+    """Whether a class of diffusers' schedulers has a schedule of betas, at least by default; so does None, no name."""
     import diffusers
 
     kind = None if scheduler is None else getattr(diffusers, scheduler, None)
@@ -147,11 +151,13 @@ def _has_betas(scheduler: str | None) -> bool:
 
 
 def _log_snr(t: Tensor) -> Tensor:
+    """log((1 − t)²/t²), the flow's log signal-to-noise ratio."""
     return 2 * ((1 - t) / t).log()
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:
-    """Noise added by each timestep, (T,) float64."""
+    """The betas (variance of the noise that each timestep adds) of a scheduler's configuration, (T,) float64."""
+    # Defaults are those of diffusers' DDPM scheduler, for entries that a configuration leaves out.
     if (trained := config.get("trained_betas")) is not None:
         return torch.tensor(trained, dtype=torch.float64, device="cpu")
     count = config.get("num_train_timesteps", 1000)

@@ -1,4 +1,4 @@
-"""Networks from diffusers folders and hub repositories: at once, or first without weights, which shards then read."""
+"""Loading networks from diffusers folders and hub repositories: whole, or without weights, which shards read later."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from fewstep.models.family import Transformer
+
 PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
-"""What is fetched of a hub repository: a network's own files, or those of a pipeline's transformer and scheduler."""
+"""Files that are fetched of a hub repository: a network's own, or those of a pipeline's transformer and scheduler."""
 
 VARIANTS = ("*.fp16*", "*.bf16*")
-"""What is not: copies of the same weights in other precisions."""
+"""Files that are not fetched or read: copies of the same weights in other precisions."""
 
 SCHEDULER = "scheduler"
-"""Folder of a pipeline's scheduler; in a network's configuration, the key of the scheduler's."""
+"""Name of the folder of a pipeline's scheduler, and of the entry for the scheduler in a network's configuration."""
 
 
 def network_folder(path: str) -> Path:
     """The folder of a network's own files.
 
     Args:
-        path: folder or hub id of the network itself, or of a pipeline, whose `transformer` it then is. A hub id's files
-            are fetched into the hub's local cache, once per machine.
+        path: folder or hub id of the network itself, or of a pipeline with a `transformer`. The files of a hub id are
+            fetched into the hub's local cache, once per machine.
 
     Raises:
         OSError: neither has a `config.json`, or the hub can't be reached.
@@ -47,28 +49,28 @@ def network_folder(path: str) -> Path:
 
 
 def scheduler_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the scheduler that lies in a network's folder or in its pipeline's; None without one."""
+    """The configuration of the scheduler in a network's folder, or in its pipeline's folder; None if there is none."""
     for place in (folder, folder / SCHEDULER, folder.parent / SCHEDULER):
         if (file := place / "scheduler_config.json").exists():
             return json.loads(file.read_text())
     return None
 
 
-def from_pretrained(kind: type[Any], path: str) -> nn.Module:
+def from_pretrained(kind: type[Any], path: str) -> Transformer:
     """A diffusers network of class `kind` in float32; `path` as for `network_folder`."""
     return read(kind, network_folder(path))
 
 
-def read(kind: type[Any], place: str | Path, **where: Any) -> nn.Module:
+def read(kind: type[Any], place: str | Path, **where: Any) -> Transformer:
     """A diffusers network of class `kind` in float32.
 
     Args:
-        kind: its class.
+        kind: class of the network.
         place: folder or hub id.
         where: further arguments of diffusers' `from_pretrained`, such as `subfolder`.
 
     Raises:
-        ValueError: weights are missing there: diffusers would leave them random.
+        ValueError: weights are missing there (diffusers would leave them at random values).
     """
     network, found = kind.from_pretrained(place, torch_dtype=torch.float32, output_loading_info=True, **where)
     if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
@@ -76,10 +78,10 @@ def read(kind: type[Any], place: str | Path, **where: Any) -> nn.Module:
     return network
 
 
-def skeleton(kind: type[Any], path: str) -> tuple[nn.Module, Path]:
-    """A diffusers network whose parameters are on the meta device, and the folder of its weights.
+def skeleton(kind: type[Any], path: str) -> tuple[Transformer, Path]:
+    """A diffusers network with its parameters on the meta device, and the folder of its weights.
 
-    Only parameters are: tables that a constructor computes (rotary frequencies) are there.
+    Buffers, such as rotary frequencies that a constructor computes, have their values.
 
     Raises:
         ValueError: a weight is missing there, or has another shape.
@@ -87,8 +89,10 @@ def skeleton(kind: type[Any], path: str) -> tuple[nn.Module, Path]:
     from accelerate import init_empty_weights
 
     folder = network_folder(path)
+    # Buffers are computed: no file has them.
     with init_empty_weights(include_buffers=False):
         network = kind.from_config(kind.load_config(folder))
+    # diffusers would leave missing weights at random values; on the meta device, nothing checks later.
     shapes = _shapes(folder)
     if missing := [name for name, own in network.named_parameters() if shapes.get(name) != own.shape]:
         raise ValueError(_lacking(kind, missing))
@@ -96,12 +100,14 @@ def skeleton(kind: type[Any], path: str) -> tuple[nn.Module, Path]:
 
 
 def _lacking(kind: type[Any], missing: list[str]) -> str:
+    """The message about weights that a folder lacks, of which `missing` has the names."""
     others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
     return f"of a {kind.__name__}'s weights {missing[0]}{others} are missing"
 
 
 def _shapes(folder: Path) -> dict[str, torch.Size]:
-    """Of the weights in a folder's safetensors, from their headers."""
+    """Name → shape of the weights in a folder's safetensors, from the files' headers."""
+    # From headers alone, so that a folder that lacks weights is refused before anything large is read.
     shapes: dict[str, torch.Size] = {}
     for path in _WithoutVariants().ls(folder):
         if str(path).endswith(".safetensors"):
@@ -112,16 +118,18 @@ def _shapes(folder: Path) -> dict[str, torch.Size]:
 
 
 def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill parameters in place from a folder's safetensors; of a sharded one each rank reads its own rows only.
+    """Fill parameters in place from a folder's safetensors; each rank reads only its own rows of a sharded one.
 
     Args:
-        parameters: by their names in the files; tensors or DTensors of any float type. All ranks must ask together.
-        folder: one or several `*.safetensors`. Copies in other precisions beside them (`VARIANTS`) are not read.
+        parameters: by their names in the files; tensors or DTensors of any floating-point type. Every rank has to call
+            this at the same time.
+        folder: has one or several `*.safetensors`. Copies in other precisions (`VARIANTS`) are not read.
 
     Raises:
         ValueError: a parameter is missing there, or has another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
+    # The reader lists the folder itself; which of two copies of a weight it would take depends on the files' order.
     reader.fs = _WithoutVariants()
     try:
         dcp.load(dict(parameters), storage_reader=reader)
@@ -131,7 +139,7 @@ def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
 
 
 class _WithoutVariants(FileSystem):
-    """A folder's files, as the reader of checkpoints lists them, without copies of the weights in other precisions."""
+    """File system of the checkpoint reader that leaves out copies of the weights in other precisions."""
 
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
         files = super().ls(path)

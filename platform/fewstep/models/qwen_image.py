@@ -1,4 +1,4 @@
-"""Qwen-Image: a 60-block, 20B-parameter dual-stream transformer, and any smaller one of its class."""
+"""Qwen-Image: a dual-stream transformer of 60 blocks, 20B parameters; and smaller networks of the same class."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Transformer
 from fewstep.models.packing import PATCH, PackedTransformer, pack
 
 
@@ -16,18 +17,28 @@ class QwenImage(PackedTransformer):
     name = "qwen_image"
     network: ClassVar[str] = "QwenImageTransformer2DModel"
 
-    def denoise(self, transformer: nn.Module, x: Tensor, t: Tensor, conditioning: TextConditioning) -> Tensor:
+    def denoise(
+        self,
+        transformer: Transformer,
+        x: Tensor,
+        t: Tensor,
+        conditioning: TextConditioning,
+        guidance_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """Call the network; it takes no guidance scale."""
         height, width = x.shape[-2:]
         return transformer(
             hidden_states=pack(x),
             encoder_hidden_states=conditioning.states,
             encoder_hidden_states_mask=conditioning.mask,
             timestep=t,
+            # (frames, rows, columns) of each image's tokens, for rotary positions
             img_shapes=[(1, height // PATCH, width // PATCH)] * len(x),
             return_dict=False,
         )[0]
 
-    def lora_targets(self, transformer: nn.Module) -> list[str]:
+    def lora_targets(self, transformer: Transformer) -> list[str]:
+        """Image and text FFNs, but not the last block's text FFN, and the time embedding (METHOD.md section 5)."""
         last = len(transformer.transformer_blocks) - 1
         text = [
             f"transformer_blocks.{index}.txt_mlp.{layer}"
@@ -42,11 +53,14 @@ class QwenImage(PackedTransformer):
             *text,
         ]
 
-    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+    def blocks(self, transformer: Transformer) -> list[nn.Module]:
+        """Its transformer blocks."""
         return list(transformer.transformer_blocks)
 
-    def unused_parameters(self, transformer: nn.Module) -> list[str]:
+    def unused_parameters(self, transformer: Transformer) -> list[str]:
+        """The text branch of the last block: nothing reads its output."""
         last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}."
+        # The last block's attention still reads text keys and values: those are used.
         dead = (
             f"{last}attn.to_add_out.",
             f"{last}txt_mlp.",

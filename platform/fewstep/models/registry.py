@@ -1,4 +1,4 @@
-"""Families by name."""
+"""The registry of families by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known under its `name`, for recipes and exported students."""
+    """Make a family available under its `name`, to recipes and exported students; replaces one of the same name."""
     _FAMILIES[family.name] = family
 
 
@@ -29,9 +29,10 @@ def get_family(name: str) -> Family:
     """The family registered under `name`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such family.
     """
     if name not in _FAMILIES:
+        # A suggestion if a name is close; otherwise all names.
         near = difflib.get_close_matches(name, _FAMILIES, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(_FAMILIES))}; "
         hint += "" if near else "a family of your own comes from the file that teacher.module names."
@@ -39,6 +40,7 @@ def get_family(name: str) -> Family:
     return _FAMILIES[name]
 
 
+# fewstep's own families, in the same way as a user's.
 register(DiT())
 register(QwenImage())
 register(Flux())

@@ -1,4 +1,4 @@
-"""Teachers: where they come from, and how a student's reference to its teacher is kept honest."""
+"""Finding and loading teachers, their cards, and the check that a student gets the teacher it was distilled from."""
 
 from __future__ import annotations
 
@@ -8,120 +8,131 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.assets import asset
+from fewstep.assets import bundled_folder, is_hub_id
 from fewstep.errors import UserError
-from fewstep.models.family import Family
+from fewstep.models.family import Family, Transformer
 from fewstep.models.registry import get_family
 
-BUNDLED = {
-    "emoji": "emoji_teacher", "emoji-flux": "emoji_flux_teacher", "emoji-student": "emoji_student",
-    "fashion": "fashion_teacher", "fashion-student": "fashion_student",
-}  # fmt: skip
-"""Names of models that ship with fewstep → their folders among the assets."""
+BUNDLED_TEACHERS = {
+    "emoji": "emoji_teacher",
+    "emoji-flux": "emoji_flux_teacher",
+    "fashion": "fashion_teacher",
+}
+"""Names of the bundled teachers → their folders in the assets."""
 
 CARD = "teacher.json"
-"""Beside a teacher's weights: the settings that it was trained with."""
+"""Name of the file beside a teacher's weights that holds its card."""
+
+CARD_SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class TeacherCard:
-    """What a user of a teacher must know beside its weights; hub models have none, recipes say it instead."""
+    """What is needed of a teacher beside its weights. Models from the hub have no card: recipes give these settings."""
 
     family: str
+    """Name of its family."""
     text_encoder: str
+    """Name of the encoder of its captions or classes (`load_encoder`)."""
     autoencoder: str
+    """Name of the autoencoder of its latents (`load_autoencoder`)."""
     latent_shape: tuple[int, int, int]
-    """(C, H, W) it was trained on."""
+    """(C, H, W) of the latents that it was trained on."""
     shift: float
     """Time shift of its training and of its own sampler."""
-    guidance: float
-    """Guidance scale that it is best sampled with."""
+    guidance_scale: float
+    """Classifier-free guidance scale with which it samples best."""
+    schema_version: int = CARD_SCHEMA_VERSION
+    """Version of the card's fields; in version 1 (before fewstep 0.2) the scale was called `guidance`."""
 
 
 @dataclass(frozen=True)
 class TeacherReference:
-    """Names a teacher exactly: an adapter fits the base that it was trained on, and no other."""
+    """Identifies a teacher exactly, because an adapter works only with the base that it was trained on."""
 
     path: str
+    """Bundled name, folder or hub id."""
     family: str
+    """Name of its family."""
     sha256: str | None
-    """Of the weights' files; None for hub ids, whose revision names them."""
+    """Hash of the weights' files; None for hub ids."""
     code_sha256: str | None = None
-    """Of the user's file that registers the family (`family_code.py`); None for families of fewstep."""
+    """Hash of the user's file that registers the family (`family_code.py`); None for fewstep's own families."""
 
 
 def locate(path: str, field: str = "teacher.path") -> str:
-    """Turn a bundled name into its folder; other paths and hub ids come back as they are.
+    """The folder of a teacher given by its bundled name or folder; a hub id is returned as it is.
 
     Args:
-        path: a bundled name, a folder or a hub id.
-        field: what a refusal calls it.
+        path: a bundled name, a folder or a hub id (owner/name).
+        field: name of the setting, for error messages.
 
     Raises:
-        UserError: nothing is there.
+        UserError: it is none of these.
     """
-    if path in BUNDLED:
-        folder = asset(BUNDLED[path])
-        if not folder.exists():
-            raise UserError(
-                f"the bundled model {path!r} is missing from this installation: reinstall fewstep."
-            )
+    if path in BUNDLED_TEACHERS:
+        return str(bundled_folder(path, BUNDLED_TEACHERS))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
         return str(folder)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not Path(path).expanduser().is_dir():
+    if not is_hub_id(path):
         raise UserError(
             f"{field}: there is no folder {path!r}; give a diffusers folder, a hub id (owner/name) or one of "
-            f"the bundled names: {', '.join(BUNDLED)}."
+            f"the bundled names: {', '.join(BUNDLED_TEACHERS)}."
         )
-    return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+    return path
 
 
 def load_teacher(
-    path: str, family: str, embedded_guidance: float | None = None
-) -> tuple[nn.Module, Family, TeacherReference]:
-    """Load a frozen teacher in float32 and say exactly which one it is.
+    path: str, family: str, embedded_guidance_scale: float | None = None
+) -> tuple[Transformer, Family, TeacherReference]:
+    """Load a teacher in float32.
 
     Args:
         path: a bundled name, a diffusers folder, or a hub id; of the network itself, or of its pipeline.
         family: name of its family.
-        embedded_guidance: the guidance scale that a guidance-distilled network is told; None for others.
+        embedded_guidance_scale: input of a guidance-distilled network; None for others.
+
+    Returns:
+        The network, its family, and the reference that identifies it.
 
     Raises:
-        UserError: the folder or hub id holds no such model, or one that wants a guidance scale and has none, or
-            the other way round.
+        UserError: there is no such model, or a guidance scale is missing, or given to a network that takes none.
     """
+    # `get_family` raises a UserError of its own; what the loaders of diffusers and safetensors raise is translated.
     with _refusing(path, family):
         transformer = get_family(family).load(locate(path))
-    known = told_guidance(get_family(family), transformer, embedded_guidance, path)
+    known = told_guidance(get_family(family), transformer, embedded_guidance_scale, path)
     return transformer, known, reference_to(path, family)
 
 
 def open_teacher(
-    path: str, family: str, embedded_guidance: float | None = None
-) -> tuple[nn.Module, Family, Path | None]:
-    """Like `load_teacher`, but with the parameters on the meta device, where the family can.
+    path: str, family: str, embedded_guidance_scale: float | None = None
+) -> tuple[Transformer, Family, Path | None]:
+    """Like `load_teacher`, but with the parameters on the meta device, if the family can do that.
 
     Returns:
-        the network, its family, and the folder that `read_weights` fills it from; None if it is filled already.
+        The network, its family, and the folder that `read_weights` can fill it from; None if it has its values already.
     """
     with _refusing(path, family):
         transformer, weights = get_family(family).skeleton(locate(path))
-    return transformer, told_guidance(get_family(family), transformer, embedded_guidance, path), weights
+    return transformer, told_guidance(get_family(family), transformer, embedded_guidance_scale, path), weights
 
 
 def reference_to(path: str, family: str) -> TeacherReference:
-    """The exact name of a teacher's weights as they are now."""
+    """The reference to a teacher, with a hash of its weights as they are now."""
     return TeacherReference(path, family, _weights_hash(locate(path)))
 
 
 @contextmanager
 def _refusing(path: str, family: str) -> Iterator[None]:
+    """Turn the errors of loading a teacher into a UserError."""
     try:
         yield
     except (OSError, ValueError, TypeError, SafetensorError) as error:
@@ -132,27 +143,29 @@ def _refusing(path: str, family: str) -> Iterator[None]:
 
 
 def read_card(path: str) -> TeacherCard | None:
-    """The card beside a local or bundled teacher's weights, if it has one."""
+    """The card beside a local or bundled teacher's weights; None if it has none."""
     file = Path(locate(path)) / CARD
     if not file.exists():
         return None
     fields = json.loads(file.read_text())
+    if fields.pop("schema_version", 1) == 1:
+        fields["guidance_scale"] = fields.pop("guidance")  # cards from before fewstep 0.2
     return TeacherCard(**{**fields, "latent_shape": tuple(fields["latent_shape"])})
 
 
 def save_teacher(
-    transformer: nn.Module, card: TeacherCard, folder: Path, weights: Mapping[str, Tensor]
+    transformer: Transformer, card: TeacherCard, folder: Path, weights: Mapping[str, Tensor]
 ) -> None:
     """Write a teacher as a diffusers folder with its card.
 
     Args:
-        transformer: whose configuration is written.
-        card: its settings.
+        transformer: the network, whose configuration is written.
+        card: what is needed of it beside the weights.
         folder: made if it does not exist.
-        weights: the whole state dict under the network's own names; rounded to float16.
+        weights: the whole state dict under the network's own names; written in float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    transformer.register_to_config(_name_or_path="")  # where it once was loaded from is nobody's business
+    transformer.register_to_config(_name_or_path="")  # don't publish the path that it was loaded from
     transformer.save_config(folder)
     published = get_family(card.family).published(transformer, weights)
     halves = {name: tensor.half().contiguous() for name, tensor in published.items()}
@@ -160,59 +173,71 @@ def save_teacher(
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 
-def check_reference(reference: TeacherReference, wanted: dict[str, Any]) -> None:
-    """Refuse a base other than the one that a student names.
+def check_reference(found: TeacherReference, wanted: TeacherReference) -> None:
+    """Refuse a teacher whose weights are not those that the student was distilled from.
+
+    Args:
+        found: the teacher that was loaded.
+        wanted: the one that the student's card names.
 
     Raises:
         UserError: the weights differ.
     """
-    if wanted["sha256"] and reference.sha256 and wanted["sha256"] != reference.sha256:
+    # Hub ids have no hash: there is nothing to compare.
+    if wanted.sha256 and found.sha256 and wanted.sha256 != found.sha256:
         raise UserError(
-            f"this student was distilled from the teacher {wanted['path']!r} with weights {wanted['sha256'][:12]}…, "
-            f"but the one found has {reference.sha256[:12]}…: give the original teacher."
+            f"this student was distilled from the teacher {wanted.path!r} with weights {wanted.sha256[:12]}…, "
+            f"but the one found has {found.sha256[:12]}…: give the original teacher."
         )
 
 
-def told_guidance(family: Family, transformer: nn.Module, scale: float | None, path: str) -> Family:
-    """The family that tells a guidance-distilled network the scale to imitate; any other as it is.
+def told_guidance(family: Family, transformer: Transformer, scale: float | None, path: str) -> Family:
+    """The family, with `scale` as its embedded guidance scale if the network takes one.
+
+    Args:
+        family, transformer: of the teacher.
+        scale: input of a guidance-distilled network; None for others.
+        path: what error messages call the network.
 
     Raises:
-        UserError: the network wants a scale and there is none, or the other way round.
+        UserError: the scale is missing, or given to a network that takes none.
     """
     wanted = family.takes_guidance(transformer)
     if wanted and scale is None:
         raise UserError(
-            f"teacher.embedded_guidance: {path!r} is guidance-distilled and takes the scale as an input: name one "
-            "(for FLUX.1 dev 3.5)."
+            f"teacher.embedded_guidance_scale: {path!r} is guidance-distilled and takes the scale as an input: name "
+            "one (for FLUX.1 dev 3.5)."
         )
     if scale is not None and not wanted:
         raise UserError(
-            f"teacher.embedded_guidance: {path!r} takes no guidance scale as an input: leave it null, and set "
-            "teacher.guidance for classifier-free guidance."
+            f"teacher.embedded_guidance_scale: {path!r} takes no guidance scale as an input: leave it null, and set "
+            "teacher.guidance_scale for classifier-free guidance."
         )
-    return replace(family, embedded_guidance=scale) if wanted else family
+    # Families whose networks take a scale are dataclasses with this field.
+    return replace(cast(Any, family), embedded_guidance_scale=scale) if wanted else family
 
 
-def check_guidance(family: Family, transformer: nn.Module, scale: float, field: str) -> None:
-    """Refuse classifier-free guidance where no condition can be left out: it would cost a pass and change nothing.
+def check_guidance(family: Family, transformer: Transformer, scale: float, field: str) -> None:
+    """Refuse classifier-free guidance of a network without a condition: it would take a pass and change nothing.
 
     Args:
         family, transformer: of the teacher.
         scale: of the guidance.
-        field: what the scale is called where it was given.
+        field: name of the setting, for the error message.
 
     Raises:
         UserError: the network takes no condition.
     """
-    if scale != 1 and family.condition_width(transformer) == 0:
+    if scale != 1 and not family.is_conditional(transformer):
         raise UserError(
-            f"{field}: a {family.name} teacher without a condition has none to leave out, and can't be guided: set it "
-            "to 1."
+            f"{field}: a {family.name} teacher that takes no condition has none to leave out for guidance: set it to 1."
         )
 
 
 def _weights_hash(location: str) -> str | None:
+    """SHA-256 over the weights' files of a folder, of a network or pipeline; None where there are none (hub ids)."""
     folder = Path(location)
+    # A network's own folder, or that of a pipeline, in which other parts have weights, too.
     places = ("*.safetensors", "transformer/*.safetensors", "unet/*.safetensors")
     files = next((found for place in places if (found := sorted(folder.glob(place)))), None)
     if files is None:
@@ -220,6 +245,6 @@ def _weights_hash(location: str) -> str | None:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
-            while chunk := handle.read(1 << 24):
+            while chunk := handle.read(1 << 24):  # in pieces: files may be larger than memory
                 digest.update(chunk)
     return digest.hexdigest()

@@ -1,8 +1,8 @@
 """UNets of diffusion models: diffusers' `UNet2DModel` and `UNet2DConditionModel` as teachers of a flow.
 
-Their schedule and prediction come from the pipeline's scheduler; `prediction.py` turns noise, x_0 or v into a
-velocity. The policy head takes the place of the last convolution, `conv_out`, and sees what follows `conv_norm_out`
-and its activation.
+The pipeline's scheduler says what they predict and under which schedule; `prediction.py` converts noise, x_0 or v to a
+velocity. The policy head takes the place of the last convolution, `conv_out`, so that its input is the output of
+`conv_norm_out` and its activation.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.models.own import ModuleFamily, OwnNetwork
+from fewstep.models.family import Transformer
+from fewstep.models.module_family import ModuleFamily, OwnNetwork
 from fewstep.models.prediction import DiffusionPrediction
 from fewstep.models.pretrained import SCHEDULER, read, scheduler_config
 
 
-def _unet(_class_name: str = "UNet2DModel", **config: Any) -> nn.Module:
+def _unet(_class_name: str = "UNet2DModel", **config: Any) -> Transformer:
+    """A new UNet of one of diffusers' classes."""
     import diffusers
 
     return getattr(diffusers, _class_name)(**config)
@@ -28,29 +30,31 @@ def _unet(_class_name: str = "UNet2DModel", **config: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class UNet(ModuleFamily):
-    """Family of diffusers' UNets; its `config` is theirs, with `scheduler` where it is not the folder's."""
+    """Family of diffusers' UNets; a network's `config` may hold a `scheduler`, in place of the folder's."""
 
     name: str = "unet"
     network: Callable[..., nn.Module] = _unet
     projection: str = "conv_out"
-    channels: int = 0  # of the network's config
+    channels: int = 0  # unused, as `width`: the methods below read the network's config
     width: int = 0
 
-    def load(self, path: str) -> nn.Module:
-        """The UNet of a pipeline's folder or hub id, or of a folder of its own with `scheduler_config.json` in it."""
+    def load(self, path: str) -> Transformer:
+        """The UNet of a pipeline's folder or hub id, or of its own folder with a `scheduler_config.json` in it."""
         import diffusers
 
         parts = {"subfolder": "unet"} if not (Path(path) / "config.json").exists() else {}
         config = diffusers.UNet2DModel.load_config(path, **parts)
+        # Pipelines differ in the class of their UNet: the configuration names it.
         kind = getattr(diffusers, config["_class_name"])
         _check_inputs(config)
         network = read(kind, path, **parts)
         scheduler = config[SCHEDULER] if SCHEDULER in config else _scheduler_config(path)
         prediction = DiffusionPrediction.from_scheduler(scheduler)
+        # The scheduler goes into the network's own configuration, so that teachers and students save it along.
         return OwnNetwork(network, self, prediction, {**config, SCHEDULER: dict(scheduler)})
 
-    def build(self, config: dict[str, Any]) -> nn.Module:
-        """A new UNet, from its class's keyword arguments and a `scheduler` ({} is 1,000 linear betas, predicting ε)."""
+    def build(self, config: dict[str, Any]) -> Transformer:
+        """A new UNet from its class's keyword arguments, and a `scheduler`; default: 1,000 linear betas, predicts ε."""
         own = {key: value for key, value in config.items() if key != SCHEDULER}
         _check_inputs(config)
         prediction = DiffusionPrediction.from_scheduler(config.get(SCHEDULER, {}))
@@ -58,7 +62,8 @@ class UNet(ModuleFamily):
             self.network(**own), self, prediction, {"_class_name": "UNet2DModel", SCHEDULER: {}} | config
         )
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+    def call(self, network: Transformer, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        """Call the UNet: noisy state (B, C, H, W) and timestep (B,) → its prediction (B, C, H, W)."""
         if not self._conditioned(network):
             return network(x, t, return_dict=False)[0]
         return network(
@@ -69,30 +74,33 @@ class UNet(ModuleFamily):
             return_dict=False,
         )[0]
 
-    def latent_channels(self, transformer: nn.Module) -> int:
+    def latent_channels(self, transformer: Transformer) -> int:
+        """Latent channels C."""
         return transformer.network.config.in_channels
 
-    def condition_width(self, transformer: nn.Module) -> int:
+    def condition_width(self, transformer: Transformer) -> int:
+        """Width D of the token states that its cross-attention takes; 0 if it has none."""
         network = transformer.network
         return network.config.cross_attention_dim if self._conditioned(network) else 0
 
-    def patch(self, transformer: nn.Module) -> int:
-        """What sides must be multiples of: every level but the last halves them."""
+    def patch(self, transformer: Transformer) -> int:
+        """Number that both sides must be multiples of: every level but the last halves them."""
         return 2 ** (len(transformer.network.config.block_out_channels) - 1)
 
-    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+    def blocks(self, transformer: Transformer) -> list[nn.Module]:
+        """Its blocks in the order of the forward pass: down, middle, up."""
         network = transformer.network
         return [*network.down_blocks, network.mid_block, *network.up_blocks]
 
-    def _conditioned(self, network: nn.Module) -> bool:
+    def _conditioned(self, network: Transformer) -> bool:
         return "cross_attention_dim" in network.config
 
 
 def _check_inputs(config: Mapping[str, Any]) -> None:
-    """Refuse a UNet that wants more than a state, a time and token states, or answers in other channels.
+    """Refuse a UNet that takes other inputs than a state, a time and token states, or has other output channels.
 
     Raises:
-        UserError: it does.
+        UserError: it does, or has.
     """
     wanted = [
         key for key in ("addition_embed_type", "class_embed_type", "num_class_embeds") if config.get(key)
@@ -100,18 +108,22 @@ def _check_inputs(config: Mapping[str, Any]) -> None:
     if wanted:
         raise UserError(
             f"the teacher's UNet takes further inputs ({', '.join(wanted)}), which the family 'unet' does not give: "
-            "register a family of your own that does (docs/own_teacher.md)."
+            "register a family of your own that does (docs/tutorials/own_teacher.md)."
         )
     into, out = config.get("in_channels"), config.get("out_channels")
     if into is not None and out is not None and into != out:
         raise UserError(
-            f"the teacher's UNet maps {into} channels to {out}, and a velocity has the state's own: networks for "
-            "inpainting, or that learned variances, are no teachers."
+            f"the teacher's UNet maps {into} channels to {out}, but a velocity has as many channels as the state: "
+            "networks for inpainting, or that also predict variances, can't be teachers."
         )
 
 
 def _scheduler_config(path: str) -> dict[str, Any]:
-    """The scheduler of a UNet's folder, of its pipeline's, or of a hub id."""
+    """Configuration of the scheduler of a UNet's folder, of its pipeline's folder, or of a hub id.
+
+    Raises:
+        ValueError: the folder has none.
+    """
     folder = Path(path)
     if not folder.is_dir():
         from diffusers import DDPMScheduler

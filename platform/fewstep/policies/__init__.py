@@ -1,6 +1,6 @@
 """Policies π(x_t, t): network-free velocity fields, and the integration of their ODE.
 
-Imports nothing else of fewstep. Plain torch says what is computed; `kernels` has the fused versions.
+Imports nothing else of fewstep. The plain torch code defines what is computed; `kernels` has fused versions of it.
 """
 
 from fewstep.policies.base import Policy, Shift

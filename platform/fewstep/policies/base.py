@@ -1,4 +1,4 @@
-"""What every policy promises, and what it needs to know of time."""
+"""The interface of policies, and of the time shift that they are given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MIN_SIGMA = 1e-6
-"""σ is clamped here, so that velocities stay finite at the data end."""
+"""Smallest σ that velocities are computed with: they divide by σ, which is 0 at the data."""
 
 Time = TypeVar("Time", float, Tensor, np.ndarray)
 
@@ -29,8 +29,8 @@ class Shift(Protocol):
 class Policy(Protocol):
     """π of π-Flow: a network-free velocity field, valid from its source state to the end of its segment.
 
-    The student network is evaluated once, at `(x_src, σ_src)`; what it returns can then be asked for the
-    velocity at any later state as often as the integration of the ODE needs (METHOD.md sections 1 and 3).
+    The student network is evaluated once, at `(x_src, σ_src)`, and returns a policy. The policy then gives the
+    velocity at any later state, as often as the integration of the ODE needs it (METHOD.md sections 1 and 3).
     """
 
     def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
@@ -43,20 +43,30 @@ class Policy(Protocol):
         ...
 
     def detach(self) -> Self:
-        """The same policy, cut from the graph of the network that predicted it."""
+        """The same policy without gradient to the network that predicted it."""
         ...
 
     def with_temperature(self, temperature: float | Tensor) -> Self:
-        """The policy sharpened for inference: `temperature` in (0, 1], one or per sample (B,); 1 changes nothing."""
+        """The policy sharpened for inference (METHOD.md section 3, GM temperature).
+
+        Args:
+            temperature: in (0, 1], one number or one per sample (B,); 1 changes nothing.
+        """
         ...
 
     def with_dropout(self, p: float, generator: torch.Generator | None = None) -> Self:
-        """The policy with components dropped at probability `p`, for on-policy exploration in training."""
+        """The policy with mixture components dropped at random, for the behaviour policy in training (GM dropout).
+
+        Args:
+            p: probability of dropping each component.
+            generator: source of the random numbers; None is torch's own.
+        """
         ...
 
 
 def per_latent(sigma: Tensor, latent: Tensor) -> Tensor:
-    """Give σ, per sample (B,) or broadcastable to the latent, the rank of the latent."""
+    """σ with as many axes as the latent; given per sample, (B,), or already broadcastable to the latent."""
     if sigma.ndim == 1:
+        # Broadcasting aligns the last axes, where (B,) would be taken for the width.
         return sigma.view(-1, *[1] * (latent.ndim - 1))
     return sigma[(None,) * (latent.ndim - sigma.ndim)]

@@ -1,9 +1,9 @@
-"""DX: x̂_0 as an explicit function of time alone."""
+"""DX: a policy whose x̂_0 is an explicit function of time, and does not depend on the state."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -38,9 +38,9 @@ class DXPolicy:
             output: (B, N, C, H, W), or (B, N, C, T, H, W) for video.
             x_src: state the network saw, (B, C, H, W).
             sigma_src: its σ, (B,) or broadcastable to the latent.
-            segment_size: raw time that the grid spans. It belongs to the trained model, as the shift does,
-                and stays when the model is sampled with another number of steps.
-            shift: the model's shift between raw time and σ; None is none (σ = τ).
+            segment_size: raw time that the grid spans. As the shift, it belongs to the trained model and does not
+                change when the model is sampled with another number of evaluations.
+            shift: the model's shift between raw time and σ; None stands for σ = τ.
             mode: what the outputs stand for, "grid" or "polynomial".
         """
         self.output, self.x_src, self.sigma_src = output, x_src, sigma_src
@@ -53,51 +53,66 @@ class DXPolicy:
     def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
         """π(x_t, σ_t) of shape (B, C, H, W); `sigma_t` is (B,) or broadcastable to the latent."""
         sigma = per_latent(sigma_t, x_t)
-        basis = self._basis(self._raw(sigma), self._raw_src, self._index)
+        basis = self._basis(self._raw(sigma), self._raw_src, self._index)  # φ_i(τ_t), (B, N, 1, 1, 1)
+        # Σ_i φ_i·c_i with c_i = x_src − σ_src·output_i written out: the c_i are never stored.
         x_0 = basis.sum(1) * self.x_src - per_latent(self.sigma_src, x_t) * (basis * self.output).sum(1)
         return (x_t - x_0) / sigma.clamp(min=MIN_SIGMA)
 
     def closed_form(self, x: Tensor, sigmas: Tensor, shares: Tensor, end: float) -> Tensor:
-        """end·x_S + Σ_s share_s·velocity_s of the substeps from `x` to x_S, without taking them; (B, C, H, W).
+        """end·x_S + Σ_s share_s·velocity_s over the substeps from `x` to x_S, in one pass over the outputs.
 
-        x̂_0 depends on time alone, so every state is linear in `x` and the c_i. An Euler step to σ_{s+1} keeps
-        σ_{s+1}/σ_s of its state. So the derivative of the result to x_s, λ_s, and the result itself are
+        A rollout is `end` = 1 with shares of 0; a mean velocity is `end` = 0 with shares that sum to 1.
+
+        x̂_0 depends on time alone, so every state is linear in `x` and the c_i. An Euler step from x_s to σ_{s+1}
+        multiplies x_s by σ_{s+1}/σ_s and adds a multiple of x̂_0(τ_s). The derivative of the result to x_s, λ_s, and
+        the result itself therefore are
 
             λ_s = (end·σ_S + Σ_{r≥s} share_r) / σ_s
             result = λ_0·x − Σ_i c_i·Σ_s ((σ_{s+1} − σ_s)·λ_{s+1} + share_s) / σ_s·φ_i(τ_s)
 
-        and a rollout, or a window and its gradient, reads the outputs once.
+        The substeps are not taken one by one, and autograd keeps none of their states.
 
         Args:
-            x: state at the first substep's start, (B, C, H, W).
-            sigmas: σ at the substeps' ends, (S + 1, B), on the CPU.
-            shares: (S, B), on the CPU.
+            x: state at the start of the first substep, (B, C, H, W).
+            sigmas: σ at the boundaries of the S substeps, (S + 1, B), on the CPU.
+            shares: factor of each substep's velocity, (S, B), on the CPU.
             end: factor of the end state.
+
+        Returns:
+            (B, C, H, W).
         """
-        derivative, factors = _telescoped(sigmas.numpy(), shares.numpy(), end)
+        # The tables of σ and factors are tiny: they are computed on the CPU, and sent in one copy.
+        slope, factors = _telescoped(sigmas.numpy(), shares.numpy(), end)
         tables = torch.stack([sigmas[:-1], torch.from_numpy(factors)]).to(x.device, non_blocking=True)
         on_output, on_source = self._weights(*tables.mT)
+        # −Σ_i weight_i·c_i, split into its part in the outputs and its part in x_src.
         with _without_autocast(x.device.type):
             result = torch.einsum("bn,bn...->b...", on_output, self.output.to(on_output.dtype))
         result = torch.addcmul(result, per_latent(on_source, x), self.x_src)
-        derivative = torch.from_numpy(derivative).to(x.device, non_blocking=True)
+        derivative = torch.from_numpy(slope).to(x.device, non_blocking=True)
         return torch.addcmul(result, per_latent(derivative, x), x)
 
     def _weights(self, sigma: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """−Σ_i c_i·Σ_s factor_s·φ_i(τ_s): weights of the outputs, (B, N), and of x_src, (B,). σ_s, factors: (B, S)."""
+        """Weights of the outputs, (B, N), and of x_src, (B,), in −Σ_i c_i·Σ_s factor_s·φ_i(τ_s).
+
+        Args:
+            sigma: σ at the start of each substep, (B, S).
+            factor: of each substep, (B, S).
+        """
         columns = (self._raw_src, self.sigma_src, self._index)
-        arrays = [sigma, factor, *(column.reshape(-1, 1).to(sigma.dtype) for column in columns)]
-        if sigma.device.type == "cpu":  # on so few numbers numpy takes a third of the time
+        arrays: list[Any] = [sigma, factor, *(column.reshape(-1, 1).to(sigma.dtype) for column in columns)]
+        if sigma.device.type == "cpu":  # for so few numbers numpy takes a third of torch's time
             arrays = [array.numpy() for array in arrays]
         sigma, factor, raw_src, sigma_src, index = arrays
-        terms = self._basis(self._raw(sigma), raw_src, index) * factor[:, None]
-        # One by one, so that the substeps in which a sample rests, zeros, do not alter the rounding.
+        terms = self._basis(self._raw(sigma), raw_src, index) * factor[:, None]  # (B, N, S)
+        # Summed in order (`sum` may add pairwise): the zeros of substeps in which a sample is at its end already
+        # then leave the rounding as it is without them, and a sample does not depend on its batch.
         weights = terms.cumsum(-1)[..., -1]
         return torch.as_tensor(sigma_src * weights), torch.as_tensor(-weights.sum(1))
 
     @property
     def one_time_per_sample(self) -> bool:
-        """Whether `sigma_src` is the same at all of a sample's locations."""
+        """Whether `sigma_src` is the same at all of a sample's locations, as `closed_form` needs."""
         return self._raw_src[0].numel() == 1
 
     def _raw(self, sigma: Times) -> Times:
@@ -107,6 +122,7 @@ class DXPolicy:
         """φ_i(τ), with i along a new second axis: for τ (B, …), the source's τ (B, …) and i (N, …)."""
         if self.mode == "polynomial":
             return (raw_src - raw)[:, None] ** index
+        # Linear interpolation as hat functions: index 0 is the segment's end, N − 1 its source.
         last = len(index) - 1
         raw_end = (raw_src - self.segment_size).clip(0, 1)
         position = (raw - raw_end) / (raw_src - raw_end) * last
@@ -120,26 +136,34 @@ class DXPolicy:
         return self._like(self.output.detach(), self.x_src.detach())
 
     def with_temperature(self, temperature: float | Tensor) -> DXPolicy:
-        """Itself: DX has no mixture to sharpen."""
+        """The policy itself: DX has no mixture to sharpen."""
         return self
 
     def with_dropout(self, p: float, generator: torch.Generator | None = None) -> DXPolicy:
-        """Itself: DX has no components to drop."""
+        """The policy itself: DX has no components to drop."""
         return self
 
 
 def _telescoped(sigma: np.ndarray, share: np.ndarray, end: float) -> tuple[np.ndarray, np.ndarray]:
-    """λ_0, (B,), and what stands before the φ_i(τ_s), (S, B), in `DXPolicy.closed_form`."""
+    """λ_0, (B,), and the factors of φ_i(τ_s), (S, B), in the result of `DXPolicy.closed_form`.
+
+    Args:
+        sigma: (S + 1, B).
+        share: (S, B).
+        end: factor of the end state.
+    """
     clamped = np.maximum(sigma, MIN_SIGMA)
-    # σ_S/σ_s: 1 also where a sample rests at σ_S = 0
+    # σ_S/σ_s; where a sample is at its end already, σ_s = σ_S and the quotient is 1, also at 0/0.
     kept = np.divide(sigma[-1], sigma, out=np.ones_like(sigma), where=sigma > sigma[-1])
+    # Σ_{r≥s} share_r, with the empty sum 0 for s = S; (S + 1, B)
     remaining = np.add.accumulate(np.concatenate([np.zeros_like(share[:1]), share[::-1]]))[::-1]
     derivative = end * kept + remaining / clamped  # λ, (S + 1, B)
     return derivative[0], (np.diff(sigma, axis=0) * derivative[1:] + share) / clamped[:-1]
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Sums in float32 also where the caller's network runs in lower precision."""
+    """A context without autocast: sums are in float32 also where the caller's network runs in lower precision."""
+    # is_autocast_enabled raises an error for devices that have no autocast, such as "meta".
     available = torch.amp.is_autocast_available(device_type)
     enabled = available and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()

@@ -1,5 +1,10 @@
 """MLflow: one run per job, delivered in the background, and registered model versions.
 
-`run.Tracker` is the run a training writes to, `address` checks where it goes, `spool` keeps what is not
+`run.Tracker` is the run that a training writes to, `address` checks where it goes, `spool` keeps what is not
 delivered yet, `registry` stores and finds students, `version` says which code made them.
 """
+
+from fewstep.tracking.run import TrackedRun, Tracker
+from fewstep.tracking.spool import spool_folder
+
+__all__ = ["TrackedRun", "Tracker", "spool_folder"]

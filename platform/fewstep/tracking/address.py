@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DOOR_SECONDS = 5
-DATABASE_SECONDS = 60  # an empty database server gets its schema first
+CHECK_SECONDS = 5
+"""Longest wait for a tracking server, or for a locked database file, to answer."""
+
+DATABASE_SECONDS = 60
+"""The same for a database server: an empty one gets MLflow's schema first."""
+
 _SQLITE = "sqlite:///"
 _SERVERS = ("http://", "https://")
 _DATABASES = ("postgresql", "mysql", "mssql")
-# They narrate every schema migration and model version, and print a traceback for every busy database.
+# They report every schema migration and model version, and print a traceback for every busy database.
 _NOISY_LOGGERS = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store")
 _environment_lock = threading.RLock()
 
@@ -49,7 +53,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
-    """Where a new experiment keeps its files: beside an sqlite database; a server decides (None)."""
+    """Where a new experiment keeps its files: a folder beside an sqlite database; None where a server decides."""
     path = sqlite_path(uri)
     if path is None:
         return None
@@ -58,11 +62,16 @@ def artifact_location(uri: str, experiment: str) -> str | None:
 
 @contextmanager
 def mlflow_settings(timeout_s: int, retries: int = 0) -> Iterator[None]:
-    """Short HTTP timeouts and no printing for the MLflow calls inside, then the process's own settings.
+    """Short HTTP timeouts and no printing for the MLflow calls inside, then the process's own settings again.
 
-    MLflow reads these only from the environment, at each call, so the block holds a lock: two threads never
-    see each other's values. What the user has set in the environment wins.
+    What the user has set in the environment wins.
+
+    Args:
+        timeout_s: of each HTTP request, in seconds.
+        retries: how often a failed request is sent again.
     """
+    # MLflow reads these settings from the environment alone, at each call. The lock keeps two threads from seeing
+    # each other's values.
     wanted = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
@@ -80,7 +89,10 @@ def mlflow_settings(timeout_s: int, retries: int = 0) -> Iterator[None]:
 
 
 def connect(uri: str) -> MlflowClient:
-    """An MLflow client for tracking and registry at `uri`, without touching MLflow's global settings."""
+    """An MLflow client for tracking and registry at `uri`; MLflow's global settings stay as they are.
+
+    An sqlite database that does not exist is created.
+    """
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
@@ -93,20 +105,27 @@ def connect(uri: str) -> MlflowClient:
 def check_reachable(uri: str) -> str:
     """Refuse a tracking address that can't work, before any training starts.
 
-    Returns the address to hand to workers (sqlite paths absolute). A missing database is created, in about
-    5 s; everything else is known within about 5 s.
+    A missing sqlite database is created, which takes about 5 s. A server that does not answer is refused after
+    `CHECK_SECONDS`, a database server after `DATABASE_SECONDS`.
+
+    Args:
+        uri: MLflow tracking address.
+
+    Returns:
+        The address to hand to workers: sqlite paths are absolute.
 
     Raises:
         UserError: an unreachable server, a file store, an unwritable or outdated database.
     """
     uri = absolute_uri(uri)
     if (path := sqlite_path(uri)) is not None:
+        # First without MLflow, which retries a busy database for a long time and prints tracebacks meanwhile.
         _check_sqlite_file(uri, path)
         _ask(uri)
     elif uri.startswith((*_SERVERS, *_DATABASES)):
         import mlflow  # noqa: F401 - takes seconds, which are not the server's
 
-        seconds = DOOR_SECONDS if uri.startswith(_SERVERS) else DATABASE_SECONDS
+        seconds = CHECK_SECONDS if uri.startswith(_SERVERS) else DATABASE_SECONDS
         _within(seconds, lambda: _ask(uri), _no_answer(uri, f"no answer within {seconds} s"))
     elif uri.startswith("file:") or "://" not in uri:
         raise UserError(
@@ -125,28 +144,31 @@ def check_reachable(uri: str) -> str:
 def _create_database(path: Path) -> None:
     """Write MLflow's schema to a file beside `path` and link it there.
 
-    MLflow migrates in place and without a lock: two processes at once fail over each other's tables, and an
-    interrupted first start leaves a database that no later start accepts. The link is made whole or not at
+    MLflow creates its tables in place and without a lock: two processes at once fail over each other's tables, and
+    an interrupted first start leaves a database that no later start accepts. The link is made whole or not at
     all, and never over a database that another process made meanwhile.
     """
+    # Not a public class, but the only way to write the schema to a chosen file, and to close that file afterwards.
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as scratch:
         store = SqlAlchemyStore(f"{_SQLITE}{scratch}/{path.name}", str(path.parent / "mlartifacts"))
         store.engine.dispose()
+        # A hard link appears in one act, and fails where the name is taken; renaming would replace the other database.
         with suppress(FileExistsError):
             os.link(f"{scratch}/{path.name}", path)
 
 
 def _check_sqlite_file(uri: str, path: Path) -> None:
-    """Take and release the write lock: the only test that also holds for root and for network drives."""
+    """Refuse a database file that can't be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             connect(uri)
-        database = sqlite3.connect(path, timeout=DOOR_SECONDS, isolation_level=None)
+        database = sqlite3.connect(path, timeout=CHECK_SECONDS, isolation_level=None)
         try:
+            # Permissions say nothing to root, and little on network drives; taking the write lock does.
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
         finally:
@@ -159,11 +181,11 @@ def _check_sqlite_file(uri: str, path: Path) -> None:
 
 
 def _ask(uri: str) -> None:
-    """One cheap question to the tracking store; creates the schema of a new database."""
+    """Send one cheap request to the tracking store, which creates the schema of a new database."""
     from mlflow.exceptions import MlflowException
 
     try:
-        with mlflow_settings(timeout_s=DOOR_SECONDS - 1):
+        with mlflow_settings(timeout_s=CHECK_SECONDS - 1):
             connect(uri).search_experiments(max_results=1)
     except MlflowException as error:
         if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
@@ -189,7 +211,10 @@ def _no_answer(uri: str, reason: str) -> UserError:
 
 
 def readable(error: Exception) -> str:
-    """One line for a message: of MLflow's nested connection errors, the innermost cause."""
+    """An error as one line for a message, at most 160 characters.
+
+    Of MLflow's nested connection errors that is the innermost cause, which names what is wrong.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, socket.gaierror | ConnectionError | TimeoutError):
@@ -200,7 +225,8 @@ def readable(error: Exception) -> str:
 
 
 def _within(seconds: float, call: Callable[[], T], late: Exception) -> T:
-    """The call's result, or `late` when it takes longer (name resolution knows no timeout of its own)."""
+    """The call's result; raises `late` when it takes longer than `seconds`."""
+    # In a thread, as name resolution has no timeout of its own and can't be interrupted.
     outcome: list[T] = []
     failure: list[BaseException] = []
 
@@ -210,7 +236,7 @@ def _within(seconds: float, call: Callable[[], T], late: Exception) -> T:
         except BaseException as error:
             failure.append(error)
 
-    thread = threading.Thread(target=run, name="fewstep-tracking-door", daemon=True)
+    thread = threading.Thread(target=run, name="fewstep-tracking-check", daemon=True)
     thread.start()
     thread.join(seconds)
     if failure:

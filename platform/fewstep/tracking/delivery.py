@@ -15,34 +15,52 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECORD_SECONDS = 10
+"""HTTP timeout of one batch of records."""
+
 UPLOAD_SECONDS = 60
-# MLflow's limits for one log_batch call.
+"""HTTP timeout of one request of an upload."""
+
 MAX_ITEMS = 1000
+"""MLflow's limit on metrics, params and tags in one `log_batch` call."""
+
 MAX_PARAMS_OR_TAGS = 100
-# MLflow's database layer also answers BAD_REQUEST for passing trouble, so only a lasting one is a refusal.
-PATIENCE_WITH_BAD_REQUEST = 3
+"""MLflow's limit on params, and on tags, in one `log_batch` call."""
+
+BAD_REQUESTS_ALLOWED = 3
+"""So many times in a row BAD_REQUEST does not yet count as a refusal: MLflow's database layer also answers it for
+trouble that passes."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One metric, param or tag; a batch is a list of them."""
+    """One metric, param or tag."""
 
     kind: str
+    """Which of the three: metric, param or tag."""
     key: str
-    value: float | str
+    value: Any
+    """A number for metrics, text for params and tags."""
+    """A number for metrics, text for params and tags."""
     time_ms: int = 0
+    """When a metric was logged, in milliseconds since 1970."""
     step: int = 0
+    """The optimizer step that a metric belongs to."""
 
 
 @dataclass
-class Batch:
-    """Neighbouring records that fit in one call. A status stands alone: it must not overtake metrics."""
+class LogBatch:
+    """Neighbouring records that fit into one call to MLflow: items, or one change of the run's status.
+
+    A status never shares a batch with metrics, because it must not arrive before those that were logged earlier.
+    """
 
     items: list[Item] = field(default_factory=list)
     status: Record | None = None
     end: int = 0
+    """The journal's offset behind the last of these records."""
 
     def takes(self, items: list[Item]) -> bool:
+        """Whether these items may join the batch without breaking MLflow's limits."""
         params = {item.key for item in self.items if item.kind == "param"}
         if any(item.kind == "param" and item.key in params for item in items):
             return False  # MLflow refuses a key twice in one batch
@@ -55,11 +73,16 @@ class Batch:
 
 
 class Courier:
-    """Delivers one session. Raises whatever MLflow raises when it is away; the journal then stays as it is.
+    """Delivers one session to MLflow.
+
+    Its methods raise whatever MLflow raises when it can't be reached; the journal then stays as it is.
 
     A batch whose answer got lost is sent again. That changes nothing in MLflow: its metric table's primary
     key is (key, timestamp, step, run, value, is_nan) and `log_batch` skips rows that exist already; params
     and tags are set to the values they have; files are overwritten with themselves.
+
+    Args:
+        session: what to deliver; whoever made it closes it.
     """
 
     def __init__(self, session: Session) -> None:
@@ -69,11 +92,14 @@ class Courier:
         self._warned: set[str] = set()
 
     def send_records(self) -> bool:
-        """Send the records that wait now, in full batches; False when none did.
+        """Send the records that wait now, in batches as full as they can be.
 
-        What arrives meanwhile stays for the next call, so that a busy run's values travel together.
+        Returns:
+            Whether any were sent.
         """
         records = self.session.records
+        # What is appended while this runs waits for the next call, so that a busy run's values fill whole batches
+        # instead of travelling one by one.
         until, sent = records.end, False
         while records.sent < until and (batch := next_batch(records.read())) is not None:
             with mlflow_settings(RECORD_SECONDS):
@@ -88,7 +114,11 @@ class Courier:
         return sent
 
     def send_upload(self) -> bool:
-        """Send one file or folder; False when nothing waits."""
+        """Send the file or folder that has waited longest.
+
+        Returns:
+            Whether there was one.
+        """
         waiting = self.session.uploads.read()
         if not waiting:
             return False
@@ -135,6 +165,7 @@ class Courier:
             if len(items) == 1:
                 self._set_aside(vars(items[0]), f"{items[0].kind} {items[0].key!r}", error)
             else:
+                # MLflow refuses a batch as a whole and does not reliably say for which item.
                 middle = len(items) // 2
                 self._log(items[:middle])
                 self._log(items[middle:])
@@ -146,30 +177,35 @@ class Courier:
             self._mlflow.set_terminated(self.session.run_id, record["status"], record["time_ms"])
 
     def _refused(self, error: Exception) -> bool:
-        """Whether MLflow is there and will never take this (and is not just away, or the run deleted)."""
+        """Whether MLflow answered, and will never take this: not because it is away, or the run is deleted."""
         code = getattr(error, "error_code", None)
         if code == "BAD_REQUEST":
             self._bad_requests += 1
-            return self._bad_requests > PATIENCE_WITH_BAD_REQUEST
+            return self._bad_requests > BAD_REQUESTS_ALLOWED
         if code != "INVALID_PARAMETER_VALUE":
             return False
+        # A deleted run takes nothing either, but can be restored: what belongs to it goes on waiting.
         return self._mlflow.get_run(self.session.run_id).info.lifecycle_stage == "active"
 
     def _set_aside(self, record: Record, what: str, error: Exception) -> None:
         self.session.set_aside(record, str(error))
-        if what not in self._warned:
+        if what not in self._warned:  # the same metric is refused at every step
             self._warned.add(what)
             log.warning(
                 "MLflow refused %s, kept in %s: %s", what, self.session.folder / "refused.jsonl", error
             )
 
 
-def next_batch(waiting: list[tuple[Record, int]]) -> Batch | None:
-    """As many leading records as one call may carry; None when there are none."""
-    batch = Batch()
+def next_batch(waiting: list[tuple[Record, int]]) -> LogBatch | None:
+    """As many of the first records as one call may carry; None when there are none.
+
+    Args:
+        waiting: records in order, each with the journal's offset behind it (see `Journal.read`).
+    """
+    batch = LogBatch()
     for record, end in waiting:
         if record["kind"] == "status":
-            if batch.end == 0:
+            if batch.end == 0:  # only where no metrics come before it in this batch
                 batch.status, batch.end = record, end
             break
         items = unpack(record)
@@ -181,6 +217,6 @@ def next_batch(waiting: list[tuple[Record, int]]) -> Batch | None:
 
 
 def unpack(record: Record) -> list[Item]:
-    """A journal record's items; {"kind": "metric", "values": {key: value}, "time_ms", "step"} is one."""
+    """The items of a journal's record, such as {"kind": "metric", "values": {key: value}, "time_ms", "step"}."""
     common: dict[str, Any] = {name: record[name] for name in ("time_ms", "step") if name in record}
     return [Item(record["kind"], key, value, **common) for key, value in record["values"].items()]

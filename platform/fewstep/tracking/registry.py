@@ -1,11 +1,11 @@
-"""Registered model versions: an exported student in, the same folder out."""
+"""Registered model versions: exported students are stored as such, and found again."""
 
 from __future__ import annotations
 
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +13,22 @@ from typing import TYPE_CHECKING
 
 from fewstep.errors import UserError
 from fewstep.tracking.address import absolute_uri, connect, mlflow_settings, readable
-from fewstep.tracking.version import code_version, library_versions
+from fewstep.tracking.version import code_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-MODEL_SCRIPT = Path(__file__).with_name("pyfunc_model.py")
 ARTIFACT = "student"
+"""Name of the exported folder among an MLflow model's artifacts."""
+
 REGISTRY_SECONDS = 60
+"""HTTP timeout of requests that move files."""
+
 LOOK_UP_SECONDS = 5
+"""HTTP timeout of requests that only look up a version."""
+
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))")
 _RUN_FILES = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<path>.+)")
 
@@ -33,11 +38,14 @@ class ModelVersionInfo:
     """Where a student came from; all None for a plain folder, name and version None for a run's files."""
 
     name: str | None = None
+    """Of the registered model."""
     version: int | None = None
     run_id: str | None = None
+    """The MLflow run that made it."""
 
     @property
     def uri(self) -> str | None:
+        """`models:/name/3`; None for what is not registered."""
         return None if self.name is None else f"models:/{self.name}/{self.version}"
 
 
@@ -49,19 +57,31 @@ def register(
     alias: str | None = "champion",
     metrics: Mapping[str, float] | None = None,
     description: str = "",
-    script: Path = MODEL_SCRIPT,
+    *,
+    script: Path,
+    requirements: Sequence[str] = (),
+    code: Callable[[Path], Sequence[Path]] | None = None,
 ) -> ModelVersionInfo:
     """Store an exported student as the next version of the registered model `name`.
 
     The version holds the whole folder and `script`, which serves it through `mlflow.pyfunc`; nothing is
-    pickled. Neither the model nor its requirements are loaded or inferred here.
+    pickled. The student is not loaded for it.
 
     Args:
         folder: the exported student.
-        uri: tracking address; the run and the registry live there.
+        name: of the registered model, which is created if it does not exist.
+        uri: tracking address of the run and of the registry.
         run_id: the run that made it; the version and the run's page link to each other.
         alias: moved to the new version; None leaves aliases alone.
         metrics: become the version's tags `metric.<name>` and a table in its description.
+        description: shown on the version's page, before the metrics.
+        script: a Python file that MLflow stores and runs to load the model ("models from code"). It is run once here.
+        requirements: what the model needs, as lines of a requirements file of pip.
+        code: what else of Python the model needs. It is called with an empty scratch folder, and returns folders of
+            packages; MLflow stores them with the model, and makes them importable before it loads it.
+
+    Returns:
+        The new version.
 
     Raises:
         UserError: `folder` is not a folder, or MLflow does not take the version.
@@ -73,7 +93,7 @@ def register(
     client = connect(uri)
     try:
         with mlflow_settings(REGISTRY_SECONDS, retries=2):
-            model_id, location = _store_model(client, folder, name, run_id, script)
+            model_id, location = _store_model(client, folder, name, run_id, script, requirements, code)
             _ensure_registered_model(client, name)
             version = client.create_model_version(
                 name,
@@ -95,13 +115,16 @@ def register(
 
 
 def resolve(model: str, uri: str, into: Path | None = None) -> tuple[Path, ModelVersionInfo]:
-    """The local folder of an exported student, and where it came from.
+    """Find an exported student by its address, and fetch its files if they are elsewhere.
 
     Args:
         model: "models:/NAME@ALIAS", "models:/NAME/3", "runs:/RUN_ID/PATH", or a plain local folder.
         uri: tracking address.
-        into: where to download to; a fresh temporary folder by default. Files that MLflow keeps on this
-            machine are used in place then.
+        into: where to download to. By default a new temporary folder, or no download at all where MLflow keeps the
+            files on this machine.
+
+    Returns:
+        The student's local folder, and where it came from.
 
     Raises:
         UserError: no such model, alias, version, run or folder; the message lists what exists.
@@ -141,16 +164,24 @@ def look_up(model: str, uri: str) -> ModelVersionInfo:
     return ModelVersionInfo(version.name, int(version.version), version.run_id or None)
 
 
-def _store_model(client: MlflowClient, folder: Path, name: str, run_id: str, script: Path) -> tuple[str, str]:
-    """Log the folder as an MLflow model of the run; returns (model id, location).
+def _store_model(
+    client: MlflowClient,
+    folder: Path,
+    name: str,
+    run_id: str,
+    script: Path,
+    requirements: Sequence[str],
+    code: Callable[[Path], Sequence[Path]] | None,
+) -> tuple[str, str]:
+    """Log the folder as an MLflow model of the run; returns the model's id and where its files are.
 
-    What `mlflow.pyfunc.log_model` does, through the client: the fluent call would set the process's active
-    run and tracking address.
+    This is what `mlflow.pyfunc.log_model` does. That call can't be used, because it sets the active run and the
+    tracking address of the whole process.
     """
     from mlflow.entities import LoggedModelOutput
 
     with _quiet_mlflow():
-        from mlflow.models.model import Model
+        from mlflow.models import Model
         from mlflow.pyfunc import save_model
 
     run = client.get_run(run_id)
@@ -159,13 +190,18 @@ def _store_model(client: MlflowClient, folder: Path, name: str, run_id: str, scr
     )
     try:
         with tempfile.TemporaryDirectory(prefix="fewstep-model-") as scratch:
+            (packages := Path(scratch) / "code").mkdir()
+            # Copied beside the model's own folder, which MLflow wants to create itself.
+            code_paths = [str(package) for package in code(packages)] if code is not None else None
             with _quiet_mlflow():
                 save_model(
                     f"{scratch}/model",
                     python_model=str(script),
                     artifacts={ARTIFACT: str(folder)},
                     signature=_signature(),
-                    pip_requirements=_requirements(),
+                    # Stated, because MLflow would load the model in a subprocess to find out what it imports.
+                    pip_requirements=list(requirements),
+                    code_paths=code_paths,
                     mlflow_model=Model(
                         artifact_path=logged.artifact_location,
                         model_uuid=logged.model_id,
@@ -174,7 +210,7 @@ def _store_model(client: MlflowClient, folder: Path, name: str, run_id: str, scr
                     ),
                 )
             client.log_model_artifacts(logged.model_id, f"{scratch}/model")
-    except BaseException:
+    except BaseException:  # an interrupt, too: otherwise the model would stay "pending" for ever
         client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     client.finalize_logged_model(logged.model_id, "READY")
@@ -185,6 +221,7 @@ def _store_model(client: MlflowClient, folder: Path, name: str, run_id: str, scr
 def _ensure_registered_model(client: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
+    # Asked for and not looked up first: another process may create it between the two calls.
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -206,19 +243,12 @@ def _signature() -> ModelSignature:
     )
 
 
-def _requirements() -> list[str]:
-    """Stated, not inferred: MLflow would load the model in a subprocess to find them out."""
-    needed = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
-    versions = library_versions()
-    return [f"fewstep=={code_version().package}"] + [
-        f"{name}=={versions[name].split('+')[0]}" for name in needed if name in versions
-    ]
-
-
 @contextmanager
 def _quiet_mlflow() -> Iterator[None]:
-    """MLflow warns of its own type hints on import, and asks for an input example, which would load and run
-    the student while it is being logged."""
+    """No warnings inside: MLflow has some about its own type hints, and one that asks for an input example.
+
+    An example would make it load and run the student while it is being stored.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
@@ -239,6 +269,7 @@ def _find_version(
     try:
         if alias is not None:
             return client.get_model_version_by_alias(name, alias)
+        assert version is not None, "an address has an alias or a version"
         return client.get_model_version(name, version)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -269,7 +300,7 @@ def _what_exists(client: MlflowClient, uri: str, name: str, missing: str) -> str
 
 
 def _files_of(client: MlflowClient, version: ModelVersion) -> str:
-    """A version's artifact address; versions may point at a logged model, whose files are elsewhere."""
+    """Address of a version's files; some versions point at a logged model, which has them elsewhere."""
     source = client.get_model_version_download_uri(version.name, version.version)
     if match := re.fullmatch(r"models:/(m-[0-9a-f]+)", source):
         return client.get_logged_model(match[1]).artifact_location

@@ -1,4 +1,4 @@
-"""Send what finished or killed jobs could not: `python -m fewstep.tracking.resend SPOOL`."""
+"""Send to MLflow what finished or killed jobs could not: `python -m fewstep.tracking.resend SPOOL`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from fewstep.tracking.spool import left_behind, sessions
 def resend(spool: Path) -> tuple[int, int]:
     """Deliver the sessions under `spool` that no living process owns.
 
-    Returns (sessions delivered, sessions that still wait: in use, or MLflow is away).
+    Args:
+        spool: the folder that the job named.
+
+    Returns:
+        How many sessions were delivered, and how many still wait: because a process uses them, or MLflow is away.
 
     Raises:
         UserError: `spool` is not a folder.
@@ -38,6 +42,14 @@ def resend(spool: Path) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Resend what one spool holds, as the command line says.
+
+    Args:
+        arguments: of the command line; those of this process by default.
+
+    Returns:
+        The exit status: 0 if everything is delivered, 1 if some still waits, 2 if the spool is not a folder.
+    """
     parser = argparse.ArgumentParser(prog="python -m fewstep.tracking.resend", description=__doc__)
     parser.add_argument("spool", type=Path, help="the spool folder named in the job's last tracking message")
     try:

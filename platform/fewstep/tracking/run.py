@@ -1,4 +1,4 @@
-"""One MLflow run per job, written without ever waiting for MLflow."""
+"""One MLflow run per job; logging to it never waits for MLflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fewstep.errors import UserError
 from fewstep.tracking.address import (
-    DOOR_SECONDS,
+    CHECK_SECONDS,
     absolute_uri,
     artifact_location,
     check_reachable,
@@ -38,9 +38,14 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 COALESCE_SECONDS = 1.0
+"""How long records gather before they are sent together."""
+
 FIRST_BACKOFF_SECONDS = 1.0
+"""Wait after a failed delivery; doubled with each further failure."""
+
 LONGEST_BACKOFF_SECONDS = 30.0
 FLUSH_RETRY_SECONDS = 0.5
+"""Wait between attempts while somebody waits for all to be delivered."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,10 @@ class TrackedRun:
     """Where a run is, for another process of the same job."""
 
     uri: str
+    """Tracking address."""
     run_id: str
     spool: Path
+    """Absolute folder for what is not delivered yet."""
 
 
 class Tracker:
@@ -58,9 +65,16 @@ class Tracker:
     Every `log_…` call appends to a spool on local disk and returns; a background thread sends the spool in
     batches, in order, with the times and steps of the calls. While MLflow is away the spool grows and the
     thread retries; what a process could not send is sent by the next one that opens the same run, or by
-    `python -m fewstep.tracking.resend SPOOL`. After `start` no tracking trouble raises.
+    `python -m fewstep.tracking.resend SPOOL`. Once a run has started, no trouble with MLflow or the spool raises an
+    exception: it is logged as a warning.
 
     Use as a context manager to end the run as FINISHED, FAILED (an exception) or KILLED (an interrupt).
+
+    Made by `start` or `join`.
+
+    Attributes:
+        run_id: the MLflow run.
+        uri: tracking address, as workers can use it.
     """
 
     def __init__(self, session: Session, earlier: list[Session], spool: Path) -> None:
@@ -92,8 +106,8 @@ class Tracker:
             params: logged as strings; nested mappings become dotted keys.
             tags: run tags.
             spool: folder on a local disk for what is not delivered yet; runs may share it, processes too.
-            run_id: a run to continue. What earlier processes of it left in `spool` is sent first. MLflow
-                may be away.
+            run_id: a run to continue, even while MLflow can't be reached. What earlier processes of it left in
+                `spool` is sent first.
 
         Raises:
             UserError: a new run can't be created, `run_id` does not exist, or `spool` can't be written.
@@ -101,13 +115,14 @@ class Tracker:
         _make_spool(spool := Path(spool).absolute())
         if run_id is None:
             uri = check_reachable(uri)
-            with mlflow_settings(DOOR_SECONDS):
+            with mlflow_settings(CHECK_SECONDS):
                 run_id = _create_run(connect(uri), uri, experiment, run_name)
         elif not has_run(uri := absolute_uri(uri), run_id):
             raise UserError(
                 f"MLflow at {uri} has no run {run_id!r}: correct the id or the address, or start a new run"
             )
         tracker = cls.join(TrackedRun(uri, run_id, spool))
+        # A continued run may have ended before; `join` leaves the status to the process that started it.
         tracker._append({"kind": "status", "status": "RUNNING", "time_ms": _now_ms()})
         tracker.set_tags(tags)
         tracker.log_params(params)
@@ -117,7 +132,7 @@ class Tracker:
     def join(cls, run: TrackedRun) -> Tracker:
         """Log to a run that another process of the job has started and will end.
 
-        What dead processes of it left in the spool is sent first. MLflow may be away.
+        What dead processes of it left in the spool is sent first. MLflow need not be reachable.
 
         Raises:
             UserError: the spool can't be written.
@@ -128,11 +143,12 @@ class Tracker:
 
     @property
     def run(self) -> TrackedRun:
-        """What `join` takes, in another process."""
+        """Where this run is; hand it to another process, which then can `join` it."""
         return TrackedRun(self.uri, self.run_id, self._spool)
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers (anything `float` takes) at a step, with the time of this call."""
+        # In parts that fit into one call to MLflow, so that delivering never has to split a record.
         for part in _chunks({key: float(value) for key, value in values.items()}, MAX_ITEMS):
             self._append({"kind": "metric", "values": part, "time_ms": _now_ms(), "step": int(step)})
 
@@ -175,7 +191,15 @@ class Tracker:
         return self._sender.flush(timeout)
 
     def finish(self, status: Status = "FINISHED", timeout: float = 30.0) -> bool:
-        """End the run. False when MLflow did not take all within `timeout` s; the rest stays spooled."""
+        """End the run.
+
+        Args:
+            status: as what it ends.
+            timeout: how long to wait for MLflow, in seconds.
+
+        Returns:
+            Whether MLflow took everything in that time; what it did not take stays in the spool.
+        """
         if self._closed:
             return True
         self._append({"kind": "status", "status": status, "time_ms": _now_ms()})
@@ -208,6 +232,7 @@ class Tracker:
         target = PurePosixPath(name)
         folder = None if target.parent == PurePosixPath(".") else str(target.parent)
         try:
+            # The copy is whole before it is queued: whoever delivers the queue never sees half a file.
             path = self._session.new_file(target.name)
             write(path)
         except OSError as error:
@@ -219,6 +244,7 @@ class Tracker:
         if self._closed:
             self._say_once(f"run {self.run_id} is finished, later calls are dropped")
             return
+        # Two journals, so that a file that can't be delivered is not in the way of metrics.
         journal = self._session.uploads if record["kind"] == "upload" else self._session.records
         try:
             journal.append(record)
@@ -226,13 +252,21 @@ class Tracker:
             self._say_once(f"could not write to the spool {self._spool}, values are lost: {error}")
 
     def _say_once(self, message: str) -> None:
+        # A full disk fails every step of a training in the same way.
         if message not in self._said:
             self._said.add(message)
             log.warning("tracking: %s", message)
 
 
 class Sender:
-    """The background thread. A broken file store holds up no metrics: the two lanes back off apart."""
+    """The thread that delivers.
+
+    Metrics and files are retried independently, so that a broken file store delays no metrics.
+
+    Args:
+        couriers: of this process's session and of those that dead processes of the run left, oldest first.
+        uri: tracking address, for messages.
+    """
 
     def __init__(self, couriers: list[Courier], uri: str) -> None:
         self._couriers = couriers
@@ -242,13 +276,15 @@ class Sender:
         self._stopping = False
         self._records = Lane("metrics", uri, self._send_records)
         self._uploads = Lane("files", uri, self._send_upload)
+        # A daemon: a call to MLflow that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="fewstep-tracking", daemon=True)
         self._thread.start()
 
     def flush(self, timeout: float) -> bool:
+        """Wait until all is delivered; False when `timeout` seconds were not enough."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            self._flushing += 1
+            self._flushing += 1  # the thread now retries sooner; several callers may wait at once
             self._changed.notify_all()
             while not self._delivered() and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
@@ -256,7 +292,7 @@ class Sender:
             return self._delivered()
 
     def stop(self) -> None:
-        """End the thread; one that hangs in a call to MLflow is left to die with the process."""
+        """End the thread. One that hangs in a call to MLflow is not waited for; it ends with the process."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -265,6 +301,7 @@ class Sender:
             courier.session.close()
 
     def _send_records(self) -> bool:
+        # A list, so that every courier sends; any() of a generator would stop after the first that had something.
         return any([courier.send_records() for courier in self._couriers])
 
     def _send_upload(self) -> bool:
@@ -275,7 +312,7 @@ class Sender:
 
     def _run(self) -> None:
         while not self._stopping:
-            # All records that are there, then one upload: a long queue of files holds up no metrics.
+            # All records, then one upload, and so on: a long queue of files does not delay metrics.
             self._records.work(bool(self._flushing))
             uploaded = self._uploads.work(bool(self._flushing))
             with self._changed:
@@ -285,7 +322,13 @@ class Sender:
 
 
 class Lane:
-    """One kind of delivery and its patience."""
+    """One kind of delivery, and how long it waits after a failure before it tries again.
+
+    Args:
+        what: is delivered, in words.
+        uri: tracking address, for messages.
+        send: delivers some, and says whether there was any.
+    """
 
     def __init__(self, what: str, uri: str, send: Callable[[], bool]) -> None:
         self._what = what
@@ -295,7 +338,14 @@ class Lane:
         self._not_before = 0.0
 
     def work(self, hurry: bool) -> bool:
-        """Try one delivery, unless waiting for MLflow to return; True when something was delivered."""
+        """Try one delivery, unless a failure was too recent.
+
+        Args:
+            hurry: try in any case.
+
+        Returns:
+            Whether something was delivered.
+        """
         if time.monotonic() < self._not_before and not hurry:
             return False
         try:
@@ -318,11 +368,11 @@ class Lane:
 
 
 def has_run(uri: str, run_id: str) -> bool:
-    """Whether MLflow knows a run; while it is away it is taken to."""
+    """Whether MLflow knows a run; True, with a warning, where it can't be reached."""
     from mlflow.exceptions import MlflowException
 
     try:
-        with mlflow_settings(DOOR_SECONDS):
+        with mlflow_settings(CHECK_SECONDS):
             connect(absolute_uri(uri)).get_run(run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
@@ -368,8 +418,9 @@ def _create_experiment(client: MlflowClient, uri: str, name: str) -> str:
     try:
         return client.create_experiment(name, artifact_location=artifact_location(uri, name))
     except MlflowException as error:
-        if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another process was first
-            return client.get_experiment_by_name(name).experiment_id
+        exists = error.error_code == "RESOURCE_ALREADY_EXISTS"  # another process was first
+        if exists and (found := client.get_experiment_by_name(name)) is not None:
+            return found.experiment_id
         raise
 
 

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 VARIABLE = "FEWSTEP_CODE_VERSION"
+"""Environment variable that gives the version instead of git."""
+
 _LIBRARIES = (
     "torch",
     "ray",
@@ -30,6 +32,7 @@ class CodeVersion:
     package: str
     commit: str | None = None
     dirty: bool = False
+    """Whether tracked files differ from the commit."""
 
     def __str__(self) -> str:
         if self.commit is None:
@@ -38,6 +41,7 @@ class CodeVersion:
 
     @classmethod
     def parse(cls, text: str) -> CodeVersion:
+        """The version that was written as `text`."""
         package, _, local = text.partition("+")
         return cls(package, local.removesuffix(".dirty") or None, local.endswith(".dirty"))
 
@@ -45,8 +49,8 @@ class CodeVersion:
 def code_version() -> CodeVersion:
     """The version of this code.
 
-    The environment variable FEWSTEP_CODE_VERSION, `str` of an earlier result, wins: a driver sets it for its
-    workers, whose copy of the code carries no .git.
+    The environment variable FEWSTEP_CODE_VERSION wins, which holds `str` of an earlier result: a driver can set it
+    for its workers, whose copy of the code has no .git.
     """
     if given := os.environ.get(VARIABLE):
         return CodeVersion.parse(given)
@@ -87,7 +91,7 @@ def _package_version() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """A git command's output; None without git, outside a checkout, or when git takes too long."""
+    """A git command's output; None where there is no git or no checkout, or when git takes over 10 s."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],

@@ -1,1 +1,1 @@
-"""Training on Ray: recipes, the worker's loop, sharding, checkpoints."""
+"""Training on Ray: recipes, the workers' loop, sharding, checkpoints, and estimates of a run's cost."""

@@ -1,84 +1,102 @@
-"""What a training run optimises: π-ID of a student, or a teacher's velocity. One interface for the loop."""
+"""Objectives, what a training run optimises: π-ID of a student, or the velocity of a teacher; with one interface."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import Batch
 from fewstep.distill import (
-    ImitationSettings,
     LossResult,
     flow_matching_loss,
     imitation_loss,
     imitation_walk,
     teacher_ratio,
 )
-from fewstep.flow import SamplerSchedule, TimeShift, euler, gaussian_noise, generate, guided_velocity
-from fewstep.models.conditioning import TextConditioning
+from fewstep.flow import SamplerConfig, TimeShift, euler, gaussian_noise, generate, guided_velocity
+from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.dual_stream import start_from_dual_stream
-from fewstep.models.family import Family
-from fewstep.models.network import GuidedTeacher, PolicyNetwork
+from fewstep.models.family import Family, Transformer
+from fewstep.models.guided_teacher import GuidedTeacher
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import load_teacher, open_teacher, read_card, reference_to, told_guidance
+from fewstep.models.teacher import (
+    TeacherCard,
+    load_teacher,
+    open_teacher,
+    read_card,
+    reference_to,
+    save_teacher,
+    told_guidance,
+)
 from fewstep.policies import Policy
+from fewstep.student.adapter import fill_adapter
+from fewstep.student.card import StudentCard
+from fewstep.student.pipeline import save_student
+from fewstep.student.resolve import resolve_student
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
 
 class Objective(Protocol):
-    """A model to shard and train, its loss, and how it samples."""
+    """Interface of objectives: a model to shard and train, its losses, and how it samples."""
 
-    model: nn.Module
-    """What FSDP shards and gathers; all calls go through its `forward`. It names its `transformers()`."""
+    model: Any
+    """The nn.Module that FSDP shards and gathers; all calls go through its `forward`. It has `transformers()`."""
     family: Family
-    transformer: nn.Module
+    """Family of the network that is trained."""
+    transformer: Transformer
+    """The network that is trained."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains, by name."""
+        """The parameters that the optimizer trains, by name."""
         ...
 
     def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
-        """The losses of one micro-batch, each to be differentiated before the next is asked for.
+        """The losses of one micro-batch; call backward on each before taking the next.
 
-        All draws come from `generator`; what is scheduled follows from `step`, the optimizer step from 1 on.
+        Args:
+            batch: the micro-batch, on the model's device.
+            generator: source of all random numbers.
+            step: optimizer step, from 1, for what changes over the training.
         """
         ...
 
-    def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
-        """Latents (B, C, H, W) for sample grids."""
+    def sample(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """Latents (B, C, H, W) of B conditions for sample grids, from noise of that shape."""
         ...
 
     def read_weights(self, device: torch.device) -> None:
-        """Give the sharded model the values that it was built without, if it was; all ranks together."""
+        """Fill a model that was built without values, after sharding; every rank has to call it at the same time."""
         ...
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the trained model, with `weights` (name → full tensor) for its parameters."""
+        """Write the trained model to a folder, with `weights` (name → whole tensor) for its parameters."""
         ...
 
 
 class Distillation:
-    """π-ID of a student on its own teacher's base.
+    """π-ID of a student that shares its teacher's base (METHOD.md section 4).
 
     Args:
         recipe: what to train.
-        null: token states (1, L, D) of the empty caption, for guidance.
-        device: where the model lives.
-        sharded: whether FSDP will shard the model. It then is built without weights, which `read_weights` gives each
-            rank its part of: no rank ever holds a whole copy.
+        null: the null condition (B = 1) of guidance.
+        device: of the model.
+        sharded: whether FSDP will shard the model. If so, it is built without weights, and `read_weights` reads each
+            rank's part: no rank ever holds the whole.
     """
 
     def __init__(
-        self, recipe: DistillRecipe, null: TextConditioning, device: torch.device, sharded: bool = False
+        self, recipe: DistillRecipe, null: Conditioning, device: torch.device, sharded: bool = False
     ) -> None:
-        self.recipe, imitation = recipe, recipe.imitation
+        self.recipe = recipe
         student, teacher = recipe.student, recipe.teacher
-        named = teacher.path, teacher.family, teacher.embedded_guidance
+        named = teacher.path, teacher.family, teacher.embedded_guidance_scale
         self._weights: Path | None = None
         if sharded:
             transformer, self.family, self._weights = open_teacher(*named)
@@ -89,91 +107,75 @@ class Distillation:
             transformer, self.family, student.policy, student.lora, recipe.train.seed, student.full
         )
         if not sharded:
-            self.model.to(device)  # FSDP moves block after block; the whole may not fit
+            # A sharded model may be too large for one device: FSDP moves its parts.
+            self.model.to(device)
         self.transformer = self.model.transformer
         self.teacher = GuidedTeacher(
             self.model,
             null.to(device),
-            teacher.guidance,
+            teacher.guidance_scale,
             teacher.guidance_interval,
             teacher.orthogonal,
         )
-        self.settings = ImitationSettings(
-            nfe=imitation.nfe,
-            more_nfes=imitation.more_nfes,
-            final_step_scale=imitation.final_step_scale,
-            shift=TimeShift(imitation.shift),
-            intermediate_states=imitation.intermediate_states,
-            window=imitation.window / imitation.substeps,
-            gm_dropout=imitation.dropout,
-            loss_scale=imitation.loss_scale,
-            substeps=imitation.substeps,
-        )
 
     def parameters(self) -> dict[str, nn.Parameter]:
+        """The student's own weights, by name."""
         return self.model.trainable()
 
     def read_weights(self, device: torch.device) -> None:
+        """Fill a network that was built without weights, and give a student that continues another one its weights."""
         if self._weights is not None:
             self.model.fill(self._weights, device)
         if (start := self.recipe.student.start) is not None:
-            from fewstep.export.adapter import fill_adapter
-            from fewstep.export.pipeline import student_folder
-
-            fill_adapter(self.model, student_folder(start, self.recipe.tracking.uri))
+            fill_adapter(self.model, resolve_student(start, tracking_uri=self.recipe.tracking.uri).folder)
 
     def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
-        ratio = teacher_ratio(step, self.recipe.imitation.mixing_steps)
+        """π-ID of one micro-batch: one loss or, with `data_free`, one per segment."""
+        imitation, sampler = self.recipe.imitation, self._sampler_at(batch.shape)
+        ratio = teacher_ratio(step, imitation.mixing_steps)
 
         def student(x: Tensor, sigma: Tensor) -> Policy:
             return self.model.policy(x, sigma, batch.conditioning)
 
         def teacher(x: Tensor, sigma: Tensor) -> Tensor:
+            # The loss evaluates several states of each sample at once, S of them after one another in the batch.
             return self.teacher.velocity(x, sigma, batch.conditioning.repeat(len(x) // len(batch)))
 
-        if self.recipe.imitation.data_free:
-            device = batch.conditioning.states.device
-            noise = gaussian_noise((len(batch), *batch.shape), generator, device)
-            yield from imitation_walk(student, teacher, noise, generator, self.settings.at_step(step), ratio)
+        if imitation.data_free:
+            noise = gaussian_noise((len(batch), *batch.shape), generator, batch.conditioning.device)
+            one_nfe = sampler.at_optimizer_step(step)
+            yield from imitation_walk(student, teacher, noise, generator, one_nfe, imitation, ratio)
         else:
-            yield imitation_loss(student, teacher, batch.latent, generator, self.settings, ratio)
+            yield imitation_loss(student, teacher, _images(batch), generator, sampler, imitation, ratio)
 
-    def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
-        schedule = SamplerSchedule(self.settings.nfe, self.settings.shift, self.settings.final_step_scale)
-        return generate(
-            lambda x, sigma: self.model.policy(x, sigma, conditioning),
-            noise,
-            schedule,
-            temperature=self.recipe.imitation.temperature,
-            final_temperature=self.recipe.imitation.final_temperature,
-            final_temperature_below=self.recipe.imitation.final_temperature_below,
-            substeps=self.settings.substeps,
-        )
+    def sample(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """Latents (B, C, H, W) of the student's own sampler, from noise of that shape."""
+        sampler = self._sampler_at(noise.shape[1:])
+        generator = torch.Generator().manual_seed(
+            self.recipe.train.seed
+        )  # of what the sampler renews, if h > 0
+        # With the weights that the model has now: the loop swaps those of the EMA in before.
+        policy_at = partial(self.model.policy, conditioning=conditioning)
+        return generate(policy_at, noise, sampler, generator=generator)
+
+    def _sampler_at(self, shape: Sequence[int]) -> SamplerConfig:
+        """The recipe's sampler for latents of shape (C, H, W)."""
+        patch = self.family.patch(self.transformer)
+        return self.recipe.sampler.at_size((shape[1] // patch) * (shape[2] // patch))
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        from fewstep.data.schema import DatasetInfo
-        from fewstep.export.pipeline import StudentCard, save_student
-
-        recipe, imitation, teacher = self.recipe, self.recipe.imitation, read_card(self.recipe.teacher.path)
+        """Write the student's folder: adapters, head and card."""
+        recipe, teacher = self.recipe, read_card(self.recipe.teacher.path)
         info = DatasetInfo.open(recipe.data.path)
+        # The card holds all that generating needs, so what the recipe leaves to the teacher's card is resolved now.
+        own_shift = recipe.teacher.shift or (teacher.shift if teacher else None)
         card = StudentCard(
             teacher=self.reference,
             text_encoder=info.encoding.text_encoder,
             autoencoder=info.encoding.autoencoder,
             latent_shape=next(iter(info.buckets("train"))),
-            nfe=imitation.nfe,
-            more_nfes=imitation.more_nfes,
-            shift=imitation.shift,
-            final_step_scale=imitation.final_step_scale,
-            substeps=imitation.substeps,
-            temperature=imitation.temperature,
-            final_temperature=imitation.final_temperature,
-            final_temperature_below=imitation.final_temperature_below,
-            guidance=recipe.teacher.guidance,
-            embedded_guidance=recipe.teacher.embedded_guidance,
-            teacher_shift=recipe.teacher.shift or (teacher.shift if teacher else None),
-            guidance_interval=recipe.teacher.guidance_interval,
-            orthogonal=recipe.teacher.orthogonal,
+            sampler=recipe.sampler,
+            teacher_sampler=recipe.teacher.sampler.model_copy(update={"shift": own_shift}),
             max_tokens=info.encoding.max_tokens,
             recipe=recipe.model_dump(mode="json"),
         )
@@ -181,49 +183,59 @@ class Distillation:
 
 
 class FlowMatching:
-    """Flow matching of a teacher, with captions dropped for classifier-free guidance. Arguments as above."""
+    """Flow matching of a teacher; some conditions are replaced by the null condition, for classifier-free guidance.
 
-    def __init__(self, recipe: TeacherRecipe, null: TextConditioning, device: torch.device) -> None:
+    Args:
+        recipe: what to train.
+        null: the null condition (B = 1).
+        device: of the model.
+    """
+
+    def __init__(self, recipe: TeacherRecipe, null: Conditioning, device: torch.device) -> None:
         network = recipe.network
         if network.start is None:
             self.family = get_family(network.family)
+            # Networks draw their initial weights from torch's global generator: seeded here, and then left as it was.
             with torch.random.fork_rng():
                 torch.manual_seed(recipe.train.seed)
                 self.transformer = self.family.build(network.config)
         else:
             self.transformer, self.family, _ = load_teacher(network.start, network.family)
         self.transformer.to(device).train()
+        # Frozen, as they never get a gradient.
         self.dead = self.family.unused_parameters(self.transformer)
         for name in self.dead:
             self.transformer.get_parameter(name).requires_grad_(False)
         self.model = _VelocityNetwork(self.transformer, self.family)
         self.recipe, self.null = recipe, null.to(device)
         self.shift = TimeShift(recipe.flow_matching.shift)
-        self.teacher = GuidedTeacher(self.model, self.null, recipe.flow_matching.guidance)
+        self.teacher = GuidedTeacher(self.model, self.null, recipe.flow_matching.guidance_scale)
 
     def parameters(self) -> dict[str, nn.Parameter]:
+        """All weights that affect the output, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def read_weights(self, device: torch.device) -> None:
-        """Nothing: its networks are small enough to be built whole on every rank."""
+        """Nothing: teachers are small enough here to be built whole on every rank."""
 
     def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
+        """One flow-matching loss of the micro-batch, with some of its conditions replaced by the null condition."""
         draw = torch.rand(len(batch), generator=generator, device=generator.device)
-        keep = (draw >= self.recipe.flow_matching.condition_dropout).to(batch.latent.device)
+        latent = _images(batch)
+        keep = (draw >= self.recipe.flow_matching.condition_dropout).to(latent.device)
         conditioning = batch.conditioning.where(keep, self.null)
         yield flow_matching_loss(
-            lambda x, t: self.model.velocity(x, t, conditioning), batch.latent, generator, self.shift
+            lambda x, t: self.model.velocity(x, t, conditioning), latent, generator, self.shift
         )
 
-    def sample(self, noise: Tensor, conditioning: TextConditioning) -> Tensor:
+    def sample(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """Latents (B, C, H, W) of 32 guided Euler steps, from noise of that shape."""
         return euler(
             lambda x, sigma: self.teacher.velocity(x, sigma, conditioning), noise, steps=32, shift=self.shift
         )
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        from fewstep.data.schema import DatasetInfo
-        from fewstep.models.teacher import TeacherCard, save_teacher
-
+        """Write the teacher's folder: weights and card."""
         info = DatasetInfo.open(self.recipe.data.path)
         card = TeacherCard(
             family=self.family.name,
@@ -231,47 +243,59 @@ class FlowMatching:
             autoencoder=info.encoding.autoencoder,
             latent_shape=next(iter(info.buckets("train"))),
             shift=self.recipe.flow_matching.shift,
-            guidance=self.recipe.flow_matching.guidance,
+            guidance_scale=self.recipe.flow_matching.guidance_scale,
         )
         trained = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-        # What never reaches the output was never trained: zeros say so, and compress well.
+        # Parameters that do not affect the output were never trained: they are written as zeros, which compress well.
         dead = {name: torch.zeros(self.transformer.get_parameter(name).shape) for name in self.dead}
         save_teacher(self.transformer, card, folder, dead | trained)
 
 
 class GuidanceDistillation(FlowMatching):
-    """A network that takes the guidance scale as an input learns another teacher's guided velocity.
+    """Guidance distillation: a network that takes the guidance scale as an input learns a teacher's guided velocity.
 
-    So FLUX.1 dev was made from a network that is guided by a second pass. Arguments as above.
+    FLUX.1 dev was made in this way: it gives in one pass what takes its teacher two.
+
+    Args:
+        recipe: what to train, and which teacher to imitate.
+        null: the null condition (B = 1) of the teacher's guidance.
+        device: of both networks.
     """
 
-    def __init__(self, recipe: TeacherRecipe, null: TextConditioning, device: torch.device) -> None:
+    def __init__(self, recipe: TeacherRecipe, null: Conditioning, device: torch.device) -> None:
         super().__init__(recipe, null, device)
         told = told_guidance(
-            self.family, self.transformer, recipe.flow_matching.guidance, recipe.network.family
+            self.family, self.transformer, recipe.flow_matching.guidance_scale, recipe.network.family
         )
         self.family = self.model.family = told
-        # Of the sample grids: one pass, told the scale.
+        # For sample grids: the guidance scale is an input, so one pass without classifier-free guidance.
         self.teacher = GuidedTeacher(self.model, None, scale=1)
         settings = recipe.guidance_distillation
+        assert settings.teacher is not None, "`build_objective` takes this class where there is one"
         transformer, family, _ = load_teacher(settings.teacher, settings.family)
         self.imitated = _VelocityNetwork(transformer.to(device).eval().requires_grad_(False), family)
         if settings.from_teacher:
+            assert isinstance(null, TextConditioning), "both of the classes that can start so take text"
             start_from_dual_stream(self.transformer, transformer, null.states.square().mean().sqrt().item())
 
     def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
+        """One loss: the network's velocity for a random guidance scale against the teacher's, guided by that scale."""
+        # Conditions are not dropped: without a second pass, there is no guidance that would need the null condition.
         least, most = self.recipe.guidance_distillation.scales
-        draw = torch.rand(len(batch), generator=generator, device=generator.device).to(batch.latent.device)
+        latent = _images(batch)
+        draw = torch.rand(len(batch), generator=generator, device=generator.device).to(latent.device)
+        # Uniform in [least, most], one per sample
         scale = torch.lerp(torch.full_like(draw, least), torch.full_like(draw, most), draw)
         both = batch.conditioning.cat(self.null.expand(len(batch)))
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
+            # Both passes of the teacher as one batch
             positive, negative = self.imitated.velocity(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
             return guided_velocity(positive, negative, scale)
 
         yield flow_matching_loss(
             lambda x, t: self.model(x, t, batch.conditioning, scale),
-            batch.latent,
+            latent,
             generator,
             self.shift,
             guided,
@@ -279,33 +303,40 @@ class GuidanceDistillation(FlowMatching):
 
 
 class _VelocityNetwork(nn.Module):
-    """A transformer as a velocity field on latents: the smallest thing FSDP and guidance can call."""
+    """A transformer with its family, as a module from latents to velocities that FSDP and `GuidedTeacher` can call."""
 
-    def __init__(self, transformer: nn.Module, family: Family) -> None:
+    def __init__(self, transformer: Transformer, family: Family) -> None:
         super().__init__()
         self.transformer, self.family = transformer, family
         self.channels = family.latent_channels(transformer)
 
-    def transformers(self) -> list[nn.Module]:
+    def transformers(self) -> list[Transformer]:
         return [self.transformer]
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Any, guidance: Tensor | None = None) -> Tensor:
-        family = self.family if guidance is None else replace(self.family, embedded_guidance=guidance)
-        tokens = family.denoise(self.transformer, x, t, conditioning)
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: Any, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        tokens = self.family.denoise(self.transformer, x, t, conditioning, guidance_scale)
         return self.family.unpack(tokens.float(), self.channels, x.shape[-2], x.shape[-1])[:, 0]
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """(B, C, H, W) velocity; with gradients where they are enabled."""
+        """The velocity, (B, C, H, W), with gradient if autograd is enabled."""
         return self(x, t, conditioning)
+
+
+def _images(batch: Batch) -> Tensor:
+    """The batch's latents. Validation has refused datasets without images for objectives that need them."""
+    assert batch.latent is not None
+    return batch.latent
 
 
 def build_objective(
     recipe: DistillRecipe | TeacherRecipe,
-    null: TextConditioning,
+    null: Conditioning,
     device: torch.device,
     sharded: bool = False,
 ) -> Objective:
-    """The objective that a recipe describes. Arguments as for `Distillation`."""
+    """The objective of a recipe; arguments as for `Distillation`."""
     if isinstance(recipe, DistillRecipe):
         return Distillation(recipe, null, device, sharded)
     kind = FlowMatching if recipe.guidance_distillation.teacher is None else GuidanceDistillation

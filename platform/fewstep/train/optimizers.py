@@ -1,4 +1,4 @@
-"""What moves the weights: Adam, or Muon for the matrices inside transformer blocks; and at what rate."""
+"""Optimizers, Adam or Muon for the matrices of transformer blocks, and the schedule of their learning rates."""
 
 from __future__ import annotations
 
@@ -8,63 +8,74 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from fewstep.train.recipe import OptimizerSection
+from fewstep.train.recipe import OptimizerConfig
 
 
 def build_optimizers(
-    parameters: Iterable[nn.Parameter], blocks: Iterable[nn.Module], settings: OptimizerSection
+    parameters: Iterable[nn.Parameter], blocks: Iterable[nn.Module], config: OptimizerConfig
 ) -> list[Optimizer]:
-    """One or two optimizers that share `parameters`; each group has its rate after warm-up as `peak_rate`.
+    """Make the optimizers of a run: Adam alone, or Muon for some parameters and Adam for the others.
 
-    Adam has decoupled weight decay on matrices only.
+    Each parameter group has `peak_lr`, its learning rate after warm-up. Adam's weight decay (decoupled) is only on
+    matrices.
 
     Args:
-        parameters: what is trained.
-        blocks: the transformer's, whose matrices are Muon's.
-        settings: kind and rates.
+        parameters: all trained parameters.
+        blocks: the transformer's blocks, whose matrices Muon trains.
+        config: kind and learning rates.
     """
     parameters = list(parameters)
-    muons = muon_parameters(blocks, settings)
+    muons = muon_parameters(blocks, config)
     taken = {id(p) for p in muons}
     matrices = [p for p in parameters if p.ndim > 1 and id(p) not in taken]
     others = [p for p in parameters if p.ndim <= 1]
     adam = AdamW(
         [
-            {"params": matrices, "weight_decay": settings.weight_decay, "peak_rate": settings.rate},
-            {"params": others, "weight_decay": 0.0, "peak_rate": settings.rate},
+            {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
+            {"params": others, "weight_decay": 0.0, "peak_lr": config.lr},
         ],
-        lr=settings.rate,
-        betas=settings.betas,
-        fused=True,
+        lr=config.lr,
+        betas=config.betas,
+        fused=True,  # one kernel for all parameters instead of several per parameter
     )
     if not muons:
         return [adam]
-    group = {"params": muons, "peak_rate": settings.muon_rate}
-    return [Muon([group], lr=settings.muon_rate, weight_decay=settings.weight_decay), adam]
+    group = {"params": muons, "peak_lr": config.muon_lr}
+    return [Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay), adam]
 
 
-def muon_parameters(blocks: Iterable[nn.Module], settings: OptimizerSection) -> list[nn.Parameter]:
-    """The trained matrices that Muon moves; none where Adam moves all."""
-    if settings.type != "muon":
+def muon_parameters(blocks: Iterable[nn.Module], config: OptimizerConfig) -> list[nn.Parameter]:
+    """The parameters that Muon trains: matrices of transformer blocks; none if the optimizer is Adam."""
+    if config.type != "muon":
         return []
     return [p for block in blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad]
 
 
-def rate_share(settings: OptimizerSection, step: int, steps: int) -> float:
-    """Share of the full rate at optimizer step `step` (from 1): linear warm-up, then constant or linear decay."""
-    warmup = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
-    if settings.decay == "none":
+def lr_share(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Factor on the learning rates at an optimizer step: linear warm-up, then 1, or falling linearly to 0.
+
+    Args:
+        config: has the schedule.
+        step: optimizer step, from 1.
+        steps: of the whole run.
+    """
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.decay == "none":
         return warmup
-    begin = settings.decay_from * steps
+    # The last step still has a small factor: with 0 it would change nothing.
+    begin = config.decay_from * steps
     return min(warmup, (steps - step + 1) / (steps - begin))
 
 
 def first_slots(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the optimizer keeps of a parameter before its first step, so that a checkpoint has where to go."""
+    """The state that an optimizer has of a parameter before its first step, for loading a checkpoint into it.
+
+    Names and types are those that torch's own Muon and AdamW use.
+    """
     if isinstance(optimizer, Muon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     return {
-        # Where fused Adam keeps it: a GPU's kernel reads the count from the GPU's own memory.
+        # On the parameter's device: fused Adam's kernel reads the step count from its own memory.
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),

@@ -1,4 +1,4 @@
-"""How workers share a model: FSDP2 or whole replicas (DDP); and the precision they compute in."""
+"""How workers share a model (sharded by FSDP2, or whole replicas, DDP), and the precision that they compute in."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.overrides import TorchFunctionMode
 
 from fewstep.train.objectives import Objective
-from fewstep.train.recipe import TrainSection
+from fewstep.train.recipe import TrainConfig
 
 
-def is_sharded(settings: TrainSection, world_size: int) -> bool:
-    """Whether FSDP shards the model: not with whole replicas, and not for a lone CPU worker."""
+def is_sharded(settings: TrainConfig, world_size: int) -> bool:
+    """Whether FSDP shards the model: neither replicas nor the model of a lone CPU worker are sharded."""
     return settings.parallel == "fsdp" and (world_size > 1 or settings.gpu)
 
 
-def shard(objective: Objective, settings: TrainSection, world_size: int) -> None:
-    """Shard the objective's model in place, one FSDP group per transformer block and one for the rest.
+def shard(objective: Objective, settings: TrainConfig, world_size: int) -> None:
+    """Prepare the objective's model in place: sharding, precision, checkpointing of activations, compilation.
 
-    With `parallel: ddp` every worker keeps the whole model, and `average_gradients` is all they share. With
-    bfloat16, blocks compute in it (of replicas and on CPUs, their matrix products do); weights stay, and gradients
-    are reduced, in float32. A lone CPU worker keeps its model as it is: it has nothing to share, and FSDP's hooks are
-    13 % of a small model's step.
+    With `parallel: fsdp` each transformer block is one FSDP group, and the rest of the model another. With
+    `parallel: ddp` every worker keeps the whole model, and `average_gradients` is all that workers exchange. A lone CPU
+    worker keeps its model as it is: it has nothing to share, and FSDP's hooks take 13 % of a small model's step.
+
+    With bfloat16, FSDP on GPUs runs blocks in it; elsewhere only matrix products are computed in it. In all cases
+    weights are kept, and gradients averaged, in float32.
     """
     if settings.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
     blocks = [b for network in objective.model.transformers() for b in objective.family.blocks(network)]
     if settings.compile is not None:
-        for block in blocks:  # and not the whole: gathering weights between blocks breaks its graph anyway
+        # Block by block: FSDP gathers weights between blocks, which would break a graph of the whole anyway.
+        for block in blocks:
             block.compile(backend=settings.compile)
-    precision = MixedPrecisionPolicy()
+    precision = MixedPrecisionPolicy()  # float32 throughout
     if settings.precision == "bfloat16" and settings.gpu and settings.parallel == "fsdp":
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     elif settings.precision == "bfloat16":
@@ -47,22 +50,25 @@ def shard(objective: Objective, settings: TrainSection, world_size: int) -> None
             transformer.forward = _bfloat16_products(transformer.forward, "cuda" if settings.gpu else "cpu")
     if not is_sharded(settings, world_size):
         return
+    # One dimension: all workers share one copy of the model.
     mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
-    # One worker has nothing to gather: it keeps the weights whole between uses.
+    # A single worker has nothing to gather, so that dropping gathered weights after each use would only take time.
     reshard = world_size > 1
+    # Blocks first: what is left of the parameters when the whole model is sharded becomes its own group.
     for module in (*blocks, objective.model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter], settings: TrainSection, world_size: int) -> None:
-    """DDP's share of a step: replace each worker's gradients by their mean over all; FSDP has done so already.
+def average_gradients(parameters: Iterable[nn.Parameter], settings: TrainConfig, world_size: int) -> None:
+    """Replace each worker's gradients by their mean over all workers, for `parallel: ddp`. FSDP does so in backward.
 
-    Once per step, in one message. `DistributedDataParallel` would send them in every backward, and a data-free
-    step has one per segment.
+    Done once per step, in one message. torch's `DistributedDataParallel` would send gradients in every backward, of
+    which a data-free step has one per segment.
     """
     if settings.parallel == "fsdp" or world_size == 1:
         return
+    # The same parameters have gradients on every worker, so that the flat vectors agree.
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = parameters_to_vector(gradients)
     dist.all_reduce(flat)
@@ -70,23 +76,25 @@ def average_gradients(parameters: Iterable[nn.Parameter], settings: TrainSection
 
 
 def drop_gathered(model: nn.Module) -> None:
-    """Forget gathered copies of the weights, after the shards were changed behind FSDP's back."""
+    """Have FSDP gather weights again, after the shards were changed directly (such as by `PowerEMA.swapped`)."""
+    # FSDP keeps weights gathered, after a forward without backward for example, and does not notice changed shards.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 matrices in hardware; others take 50 to 100 times longer."""
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware; others take 50 to 100 times as long."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _bfloat16_products(forward: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
-    """`forward` with its linear layers in bfloat16; on CPUs with AVX512-BF16 1.3 times as fast as float32."""
+    """`forward` with autocast to bfloat16; on CPUs with AVX512-BF16 it is 1.3 times as fast as in float32."""
 
     @wraps(forward)
     def mixed(*args: Any, **kwargs: Any) -> Any:
+        # Entered at each call: modes and autocast hold for the thread that enters them.
         attention = _Float32Attention() if device == "cpu" else nullcontext()
         with torch.autocast(device, torch.bfloat16), attention:
             return forward(*args, **kwargs)
@@ -95,7 +103,10 @@ def _bfloat16_products(forward: Callable[..., Any], device: str = "cpu") -> Call
 
 
 class _Float32Attention(TorchFunctionMode):
-    """Attention in float32 inside autocast: torch's CPU kernel has a bfloat16 backward seven times as slow."""
+    """A mode in which attention is computed in float32, also inside autocast.
+
+    The backward of torch's attention kernel for CPUs is seven times as slow in bfloat16.
+    """
 
     def __torch_function__(
         self,
@@ -104,6 +115,7 @@ class _Float32Attention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        # Called for every torch function inside the mode; only attention is changed.
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
@@ -112,4 +124,5 @@ class _Float32Attention(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
+    """A floating-point tensor in float32; anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""What the loop says while it runs: metrics kept on the device, one line every so many steps."""
+"""Metrics of the training loop, which are summed on the device and read every few steps, and its progress line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from fewstep.distill import LossResult
 
 QUARTILES = 4
+"""Parts of raw time for which losses are also averaged separately."""
 
 
-class Meter:
-    """Sums losses on the device and reads them rarely, so that a step never waits for the host."""
+class LossMeter:
+    """Sums losses on the device and reads them rarely, so that the host doesn't wait for the device at each step."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(QUARTILES, device=device)
@@ -24,7 +25,8 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, result: LossResult) -> None:
-        """Take in one micro-batch's losses, by quartile of raw time."""
+        """Add the losses of one micro-batch, by quarter of raw time."""
+        # Rounded up, as raw times are in (0, 1].
         raw = result.raw_t.to(self._sums.device)
         quartile = (raw * QUARTILES).ceil().long().clamp(1, QUARTILES) - 1
         self._sums.index_add_(0, quartile, result.per_sample)
@@ -32,13 +34,18 @@ class Meter:
         self._finite &= result.per_sample.isfinite().all()
 
     def norm(self, gradient_norm: Tensor) -> None:
-        """Take in one optimizer step's gradient norm (before clipping)."""
+        """Add the gradient norm of one optimizer step, before clipping."""
         self._norm = self._norm + gradient_norm
         self._finite &= gradient_norm.isfinite()
         self._steps += 1
 
     def read(self, batch_size: int, seconds_waited: float) -> dict[str, float]:
-        """Means since the last reading, as MLflow metrics."""
+        """Means since the last call, as MLflow metrics.
+
+        Args:
+            batch_size: samples per optimizer step, of all workers.
+            seconds_waited: seconds that the loop has waited for data since the last call.
+        """
         now = time.perf_counter()
         seconds, steps = now - self._since, self._steps
         sums, counts = self._sums.tolist(), self._counts.tolist()
@@ -50,6 +57,7 @@ class Meter:
             "train/samples_per_second": batch_size * steps / seconds,
             "train/seconds_waiting_for_data": seconds_waited / steps,
         }
+        # A quarter without any sample since the last call has no point in the plot.
         for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
             if count:
                 metrics[f"train/loss_t{index + 1}of{QUARTILES}"] = total / count
@@ -63,14 +71,19 @@ class Meter:
 def progress_line(
     name: str, step: int, done_before: int, steps: int, started: float, metrics: dict[str, float]
 ) -> str:
-    """One line: a bar, step, loss, rate, and how long it will take.
+    """A line of progress: bar, step, loss, throughput, and remaining time.
 
     Args:
-        done_before: steps that an earlier, interrupted part of the run did.
-        started: `time.perf_counter()` at which this part began.
+        name: of the recipe.
+        step: optimizer steps done.
+        done_before: how many of them were done before the run was resumed.
+        steps: of the whole run.
+        started: `time.perf_counter()` when the run began or was resumed.
+        metrics: as `LossMeter.read` gives them, with the learning rate.
     """
     filled = round(20 * step / steps)
     seconds = time.perf_counter() - started
+    # Only from steps of this process: the time before a run was resumed is unknown.
     left = seconds / max(1, step - done_before) * (steps - step)
     return (
         f"{name} |{'█' * filled}{'·' * (20 - filled)}| {step}/{steps}  loss {metrics['train/loss']:.4f}  "
@@ -81,6 +94,7 @@ def progress_line(
 
 
 def _clock(seconds: float) -> str:
+    """A duration as m:ss or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

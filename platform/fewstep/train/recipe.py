@@ -1,8 +1,9 @@
-"""Recipes: one typed, validated tree per run.
+"""Recipes: all settings of a run, as one typed and validated tree.
 
-A recipe is a YAML file in `jobs/recipes/` (or anywhere); with `base: name` it says only what differs from
-another, and `--set section.key=value` overrides single fields. Unknown and ill-typed keys are refused with
-the nearest known name. The resolved recipe is logged to MLflow and stored in every checkpoint.
+A recipe is a YAML file in `fewstep.recipes` or elsewhere. With `base: name` it has only what differs from another
+recipe; `--set section.key=value` overrides single fields. Unknown keys are refused with the most similar known one, and
+values of a wrong type with the reason. Keys from before fewstep 0.2 are read, with a line that tells their new names.
+The resolved recipe is logged to MLflow and stored in every checkpoint.
 """
 
 from __future__ import annotations
@@ -10,74 +11,83 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from fewstep.data.shipped import EMOJI_DATA
+from fewstep.config import Config
+from fewstep.data.datasets.bundled import EMOJI_DATA
+from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
-from fewstep.models.heads import GMFlowSettings, PolicySettings
-from fewstep.models.network import LoRASettings
+from fewstep.flow import SamplerConfig, TeacherSamplerConfig
+from fewstep.models.adapters import LoRAConfig
+from fewstep.models.heads import GMFlowConfig, PolicyConfig
+
+RECIPES = Path(str(files("fewstep.recipes")))
+"""Folder of the named recipes."""
+
+RENAMED = {
+    "imitation.nfe": "sampler.nfe",
+    "imitation.more_nfes": "sampler.more_nfes",
+    "imitation.final_step_scale": "sampler.final_step_scale",
+    "imitation.shift": "sampler.shift",
+    "imitation.substeps": "sampler.substeps",
+    "imitation.temperature": "sampler.temperature",
+    "imitation.final_temperature": "sampler.final_temperature",
+    "imitation.final_temperature_below": "sampler.final_temperature_below",
+    "imitation.dropout": "imitation.gm_dropout",
+    "teacher.guidance": "teacher.guidance_scale",
+    "teacher.embedded_guidance": "teacher.embedded_guidance_scale",
+    "flow_matching.guidance": "flow_matching.guidance_scale",
+    "optimizer.rate": "optimizer.lr",
+    "optimizer.muon_rate": "optimizer.muon_lr",
+    "optimizer.clip_norm": "optimizer.max_grad_norm",
+    "evaluation.ladder": "evaluation.baseline_steps",
+    "evaluation.promise": "evaluation.criteria",
+}
+"""Keys from before fewstep 0.2 → their names now; values are the same."""
 
 
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, docstrings under fields are their documentation."""
+class TeacherConfig(TeacherSamplerConfig):
+    """The frozen network to imitate, its guidance and its sampler."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class TeacherSection(Section):
     path: str = "emoji"
     """A bundled name, a diffusers folder, or a hub id; of the network itself, or of its pipeline."""
     family: str = "qwen_image"
-    """Which family of networks it belongs to."""
+    """Name of the network's family."""
     module: str | None = None
-    """A Python file that registers that family, for a teacher of your own (docs/own_teacher.md)."""
-    guidance: float = Field(3.0, ge=1)
-    """Classifier-free guidance scale of its velocity; 1 is none."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Range of σ in which guidance acts."""
-    embedded_guidance: float | None = Field(None, ge=0)
-    """Guidance scale that a guidance-distilled network takes as an input (FLUX.1 dev: 3.5); null for all others."""
-    orthogonal: float = Field(0.0, ge=0, le=1)
-    """Share of the guidance direction's part parallel to x0 that is removed."""
-    shift: float | None = Field(None, gt=0)
-    """Time shift of its own sampler, with which the student is compared; null takes that of its card, or the
-    student's."""
+    """A Python file that registers that family, for a teacher of your own (docs/tutorials/own_teacher.md)."""
 
-    @model_validator(mode="after")
-    def _interval_ascends(self) -> TeacherSection:
-        if not self.guidance_interval[0] < self.guidance_interval[1]:
-            raise ValueError("guidance_interval must be [least, largest] σ")
-        return self
+    @property
+    def sampler(self) -> TeacherSamplerConfig:
+        """The teacher's guidance and sampler without its path and family, as a student's card has them."""
+        return TeacherSamplerConfig(
+            **{name: getattr(self, name) for name in TeacherSamplerConfig.model_fields}
+        )
 
 
-class StudentSection(Section):
-    policy: PolicySettings = GMFlowSettings()
+class StudentConfig(Config):
+    """The student's own parts: policy head and adapters, or all weights."""
+
+    policy: PolicyConfig = GMFlowConfig()
     """Policy head."""
-    lora: LoRASettings | None = LoRASettings()
-    """Adapters on the shared base; null for none."""
+    lora: LoRAConfig | None = LoRAConfig()
+    """Low-rank adapters on the base that it shares with its teacher; null for none."""
     full: bool = False
-    """Train all weights beside a frozen copy of the teacher (the paper's ImageNet students), with lora null; otherwise
-    head and adapters alone."""
+    """Train all weights, beside a frozen copy of the teacher (as the paper's ImageNet students), with lora null;
+    otherwise only head and adapters are trained."""
 
     start: str | None = None
-    """A student to go on from, instead of from the teacher itself: a student's folder, `models:/name@alias`, or a
-    published adapter's folder, with the head and the adapters that are described here."""
+    """A student to start from, instead of from the teacher itself: a student's folder, `models:/name@alias`, or the
+    folder of a published adapter. Its head and adapters must be those that are described here."""
 
     @model_validator(mode="after")
-    def _adapters_or_all(self) -> StudentSection:
+    def _adapters_or_all(self) -> StudentConfig:
         if self.full and self.lora is not None:
             raise ValueError(
                 "student.full trains all weights and leaves none to adapt: set student.lora=null"
@@ -85,77 +95,41 @@ class StudentSection(Section):
         return self
 
 
-class ImitationSection(Section):
-    """π-ID, METHOD.md section 4."""
-
-    data_free: bool = False
-    """Walk the student's own trajectories from noise (Algorithm 3; captions suffice) instead of entering segments
-    from noised data (Algorithm 2). One sample of a batch then is one walk: nfe segments instead of one."""
-    nfe: int = Field(4, ge=1)
-    """Network evaluations of the student."""
-    more_nfes: tuple[PositiveInt, ...] = ()
-    """Further counts of evaluations that the same student learns, so that one model serves 2 to 8 steps. One of all
-    counts is drawn per sample; with data_free they take turns over the steps."""
-    final_step_scale: float = Field(0.5, gt=0)
-    """Size of the last segment relative to the others, and so its share of the training."""
-    shift: float = Field(2.0, gt=0)
-    """Time shift of the student's segments; need not be the teacher's."""
-    intermediate_states: int = Field(2, ge=1)
-    """States per segment at which the teacher is asked."""
-    window: int = Field(3, ge=0)
-    """Micro window in substeps; under 2 the instantaneous velocity is used."""
-    substeps: int = Field(128, ge=1)
-    """Policy substeps per unit of raw time."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout of mixture components in the rollout."""
-    temperature: PositiveFloat | Literal["auto"] = 1.0
-    """Mixture temperature at inference, not on the last step; "auto" = clamp(0.1·(nfe − 1), 0, 1)."""
-    final_temperature: float = Field(1.0, gt=0, le=1)
-    """Mixture temperature of the last step; below 1 it takes speckle out of students of one or two evaluations."""
-    final_temperature_below: float = Field(1.0, gt=0, le=1)
-    """σ below which the last step has that temperature; above, the mixture is as predicted, and keeps its variety."""
-    loss_scale: float = Field(30.0, gt=0)
-    """Factor on the mean squared error."""
-    mixing_steps: int = Field(0, ge=0)
-    """Optimizer steps over which the teacher's own steps give way to the student's rollouts within a segment, from
-    all to none (scheduled trajectory mixing, for guidance-distilled teachers); 0 is the student alone throughout."""
-
-
-class FlowMatchingSection(Section):
+class FlowMatchingConfig(Config):
     """Plain flow matching, for training a teacher."""
 
     shift: float = Field(2.0, gt=0)
     """Time shift of training and of the sampler."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of captions replaced by the null condition, so that guidance works."""
-    guidance: float = Field(3.0, ge=1)
-    """Guidance scale of sample grids, written to the teacher's card."""
+    """Share of conditions replaced by the null condition, so that classifier-free guidance is possible."""
+    guidance_scale: float = Field(3.0, ge=1)
+    """Guidance scale of sample grids; also written to the teacher's card."""
 
 
-class GuidanceDistillationSection(Section):
-    """For a network that takes the guidance scale as an input: another teacher's guided velocity instead of data's."""
+class GuidanceDistillationConfig(Config):
+    """For a network that takes the guidance scale as an input: it learns another teacher's guided velocity."""
 
     teacher: str | None = None
-    """The teacher to imitate: a bundled name, a folder or a hub id, on the same data; null is plain flow matching."""
+    """The teacher to imitate: a bundled name, a folder or a hub id; for the same data. Null is plain flow matching."""
     family: str = "qwen_image"
-    """Its family."""
+    """Name of that teacher's family."""
     scales: tuple[float, float] = (1.0, 4.0)
-    """Least and largest guidance scale; one is drawn per sample."""
+    """Smallest and largest guidance scale; each sample gets a random one between them."""
     from_teacher: bool = False
     """Start from the teacher's weights, as FLUX.1 dev did; a FLUX can start from a Qwen-Image network of its size."""
 
     @model_validator(mode="after")
-    def _scales_ascend(self) -> GuidanceDistillationSection:
+    def _scales_ascend(self) -> GuidanceDistillationConfig:
         if not 0 <= self.scales[0] <= self.scales[1]:
             raise ValueError("scales must be [least, largest], from 0 on")
         return self
 
 
-class NetworkSection(Section):
-    """A new network, or more training for an existing one."""
+class NetworkConfig(Config):
+    """The network to train: a new one, or an existing teacher."""
 
     family: str = "qwen_image"
-    """Which family of networks to build."""
+    """Name of the network's family."""
     module: str | None = None
     """A Python file that registers that family, for a network of your own."""
     config: dict[str, Any] = Field(
@@ -164,96 +138,103 @@ class NetworkSection(Section):
             "num_attention_heads": 4, "joint_attention_dim": 384, "axes_dims_rope": [8, 12, 12],
         }
     )  # fmt: skip
-    """Keyword arguments of the family's network class."""
+    """Keyword arguments of the network's class, for a new network."""
     start: str | None = None
     """A teacher folder (or bundled name) to start from instead of random weights."""
 
 
-class DataSection(Section):
+class DataConfig(Config):
+    """The training data."""
+
     path: str = EMOJI_DATA
-    """Folder or s3:// address of prepared shards (jobs/prepare_data.py); data/emoji16 and data/fashion28 are prepared
-    when missing."""
+    """Folder or s3:// address of a prepared dataset (jobs/prepare_data.py); data/emoji16 and data/fashion28 are
+    prepared if they don't exist."""
     batch_size: int = Field(48, ge=1)
     """Samples per optimizer step, over all workers and accumulation steps."""
 
 
-class OptimizerSection(Section):
-    """Adam without weight decay, as in the paper; or Muon where all of a small model's weights are trained."""
+class OptimizerConfig(Config):
+    """Adam, by default without weight decay as in the paper; or Muon, for small models with all weights trained."""
 
     type: Literal["adam", "muon"] = "adam"
-    """muon: the matrices of the transformer's blocks move by orthogonalised momentum, all else by Adam."""
-    rate: float = Field(1e-3, gt=0)
+    """muon: the matrices of transformer blocks are updated by orthogonalised momentum, all other weights by Adam."""
+    lr: float = Field(1e-3, gt=0)
     """Adam's learning rate after warm-up."""
-    muon_rate: float = Field(0.02, gt=0)
-    """Muon's, the spectral norm of a step (more for matrices that are higher than wide); scheduled as Adam's is."""
+    muon_lr: float = Field(0.02, gt=0)
+    """Muon's learning rate, the spectral norm of an update (more for matrices with more rows than columns); it follows
+    the same schedule as Adam's."""
     warmup_steps: int = Field(20, ge=0)
     """Steps of linear warm-up."""
     decay: Literal["none", "linear"] = "linear"
-    """What the rate does after warm-up: stay, or fall linearly to zero at the last step."""
+    """Learning rate after warm-up: constant, or falling linearly to zero at the last step."""
     decay_from: float = Field(0.0, ge=0, lt=1)
-    """Share of all steps after which the decay begins."""
+    """Share of all steps after which the learning rate begins to fall."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Adam's averaging factors."""
+    """Adam's decay rates of its averages of gradients and of their squares."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
-    clip_norm: float = Field(50.0, gt=0)
+    """Decoupled weight decay, on matrices."""
+    max_grad_norm: float = Field(50.0, gt=0)
     """Largest gradient norm; larger gradients are scaled down to it."""
     ema_gamma: float = Field(7.0, gt=0)
-    """γ of the power schedule of the weight average: decay (1 − 1/t)^(γ+1)."""
+    """γ of the power schedule of the EMA of the weights: decay (1 − 1/t)^(γ+1)."""
 
 
-class TrainSection(Section):
+class TrainConfig(Config):
+    """How the training runs on the cluster."""
+
     steps: int = Field(1000, ge=1)
     """Optimizer steps."""
     seed: int = 0
-    """One seed, one result."""
+    """Seed of all random numbers: the same seed gives the same result."""
     workers: int = Field(1, ge=1)
-    """Ray Train workers; each takes its share of every batch."""
+    """Number of Ray Train workers; each takes its share of every batch."""
     parallel: Literal["fsdp", "ddp"] = "fsdp"
-    """How workers share the model: fsdp, each holds a shard of the weights, gathered block by block; ddp, each holds
-    all of them and gradients are averaged once per step, which is faster where the model is small."""
+    """How workers share the model. fsdp: each holds a part of the weights, which are gathered block by block. ddp: each
+    holds all of them, and gradients are averaged once per step, which is faster for small models."""
     gpu: bool = False
     """Whether each worker gets a GPU."""
     threads: int = Field(2, ge=1)
-    """CPU threads of each worker's tensor arithmetic."""
+    """CPU threads that each worker computes with."""
     cpus_per_worker: float = Field(1.0, gt=0)
-    """Logical CPUs that each worker holds; leave some free for the data pipeline."""
+    """Logical CPUs that each worker reserves in Ray; leave some for the data pipeline."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Compute precision (gradients are reduced, and weights kept, in float32); bfloat16 wants a GPU, or a CPU that
-    multiplies it in hardware (AVX512-BF16, AMX)."""
+    """Precision of computations (gradients are averaged, and weights kept, in float32); bfloat16 needs a GPU, or a CPU
+    that multiplies it in hardware (AVX512-BF16, AMX)."""
     activation_checkpointing: bool = False
-    """Recompute blocks in backward instead of keeping their activations."""
+    """Compute blocks again in backward instead of keeping their activations."""
     compile: Literal["inductor", "aot_eager"] | None = None
-    """Compile transformer blocks with this backend of torch.compile (inductor, on GPUs); null runs them as they are."""
+    """Backend of torch.compile for transformer blocks (inductor, on GPUs); null does not compile them."""
     checkpoint_every: int = Field(250, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many checkpoints stay on disk."""
+    """Number of checkpoints that are kept; older ones are deleted."""
     log_every: int = Field(10, ge=1)
     """Steps between progress lines and metric points."""
     sample_every: int = Field(250, ge=0)
-    """Steps between sample grids; 0 for none."""
+    """Steps between sample grids; 0 for no grids."""
     max_failures: int = Field(3, ge=0)
-    """How often dead workers are replaced before the run gives up."""
+    """How often the run is restarted after workers have died, before it fails."""
     storage: str = "runs"
     """Folder or s3:// address of checkpoints and results."""
 
 
-class TrackingSection(Section):
+class TrackingConfig(Config):
+    """MLflow's address, and the names under which the run and its model are stored there."""
+
     uri: str = "sqlite:///mlflow.db"
-    """MLflow tracking address: a server's http(s) address, or sqlite:///file."""
+    """MLflow's tracking address: a server's http(s) address, or sqlite:///file."""
     experiment: str = "fewstep"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     model: str = "emoji-4step"
     """Name of the registered model."""
     alias: str = "champion"
-    """Alias that the new version gets."""
+    """Alias that the new version of the model gets."""
 
     @model_validator(mode="after")
-    def _mlflow_takes_the_names(self) -> TrackingSection:
-        # It would refuse them itself, after the training.
+    def _mlflow_takes_the_names(self) -> TrackingConfig:
+        # MLflow itself would refuse them only after the training.
         if not re.fullmatch(r"[^/:.%\"']+", self.model):
             raise ValueError(f"model {self.model!r} must not hold any of / : . % \" ' (MLflow's rule)")
         if not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", self.alias, re.IGNORECASE):
@@ -263,38 +244,41 @@ class TrackingSection(Section):
         return self
 
 
-class EvaluationSection(Section):
+class EvaluationConfig(Config):
+    """How the student is evaluated at the end of its training."""
+
     captions: int = Field(384, ge=3)
-    """Held-out captions to evaluate on."""
+    """Number of held-out captions that the evaluation uses."""
     reference_steps: int = Field(64, ge=1)
-    """Teacher steps of the reference."""
-    ladder: tuple[int, ...] = (2, 4, 8, 16)
-    """Euler steps of the teacher to compare with."""
-    promise: Literal["quick", "full", "classes"] = "quick"
-    """Which of the documented promises the verdict checks: of the quick run, of the long one, or of class-conditional
-    students."""
+    """Euler steps of the teacher for the reference images."""
+    baseline_steps: tuple[int, ...] = (2, 4, 8, 16)
+    """The baseline: numbers of Euler steps of the teacher that the student is compared with."""
+    criteria: Literal["quick", "full", "classes"] = "quick"
+    """Acceptance criteria that are checked: of the quick run, of the long one, or of class-conditional students."""
     enabled: bool = True
     """Whether the job evaluates at its end."""
 
     @model_validator(mode="after")
-    def _ladder_has_the_rungs_of_the_promise(self) -> EvaluationSection:
-        if missing := {"quick": {4, 8}, "full": {4, 8, 16}}.get(self.promise, set()) - set(self.ladder):
+    def _baseline_has_the_steps_of_the_criteria(self) -> EvaluationConfig:
+        # Refused here, as the comparison comes only after the training.
+        needed = {"quick": {4, 8}, "full": {4, 8, 16}}.get(self.criteria, set())
+        if missing := needed - set(self.baseline_steps):
             raise ValueError(
-                f"the {self.promise} promise compares with {sorted(missing)} Euler steps: add to ladder"
+                f"the {self.criteria} criteria compare with {sorted(missing)} Euler steps: add to baseline_steps"
             )
         return self
 
 
-class _Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """Name of the recipe; run names begin with it."""
-    data: DataSection = DataSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    train: TrainSection = TrainSection()
-    tracking: TrackingSection = TrackingSection()
+class _Recipe(Config):
+    name: str
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _batch_divides(self) -> _Recipe:
+        # Each worker takes the same number of samples in each micro-batch.
         parts = self.train.workers * self.train.accumulate
         if self.data.batch_size % parts:
             raise ValueError(
@@ -308,23 +292,26 @@ class DistillRecipe(_Recipe):
     """Distil a teacher into a few-step policy student."""
 
     name: str = Field("emoji_qwen_4nfe", pattern=r"^[A-Za-z0-9_.-]+$")
-    teacher: TeacherSection = TeacherSection()
-    student: StudentSection = StudentSection()
-    imitation: ImitationSection = ImitationSection()
-    evaluation: EvaluationSection = EvaluationSection()
+    """Name of the recipe; run names begin with it."""
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    imitation: ImitationConfig = ImitationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 class TeacherRecipe(_Recipe):
     """Train a flow-matching teacher."""
 
     name: str = Field("emoji_teacher", pattern=r"^[A-Za-z0-9_.-]+$")
-    network: NetworkSection = NetworkSection()
-    flow_matching: FlowMatchingSection = FlowMatchingSection()
-    guidance_distillation: GuidanceDistillationSection = GuidanceDistillationSection()
+    """Name of the recipe; run names begin with it."""
+    network: NetworkConfig = NetworkConfig()
+    flow_matching: FlowMatchingConfig = FlowMatchingConfig()
+    guidance_distillation: GuidanceDistillationConfig = GuidanceDistillationConfig()
 
 
-def network_section(recipe: DistillRecipe | TeacherRecipe) -> TeacherSection | NetworkSection:
-    """The part of a recipe that names the network's family."""
+def network_section(recipe: DistillRecipe | TeacherRecipe) -> TeacherConfig | NetworkConfig:
+    """The section of a recipe that names the family of the network to load or build."""
     return recipe.teacher if isinstance(recipe, DistillRecipe) else recipe.network
 
 
@@ -332,31 +319,62 @@ Recipe = TypeVar("Recipe", DistillRecipe, TeacherRecipe)
 
 
 def load_recipe(
-    kind: type[Recipe], source: str | Mapping[str, Any] | None, overrides: Sequence[str], folder: Path
+    kind: type[Recipe],
+    source: str | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    folder: Path = RECIPES,
 ) -> Recipe:
     """Read, override and validate a recipe.
 
     Args:
-        kind: which recipe.
-        source: a YAML file, or the name of one in `folder`; a recipe's tree; None for the defaults.
-        overrides: `section.key=value` strings, values in YAML.
-        folder: where named recipes live (`jobs/recipes`).
+        kind: class of the recipe.
+        source: a YAML file, the name of one in `folder`, or a recipe as a tree; None for the defaults.
+        overrides: texts `section.key=value`, values in YAML.
+        folder: folder of the named recipes.
 
     Raises:
-        UserError: no such recipe, or a key that is unknown or ill-typed.
+        UserError: there is no such recipe, a key is unknown, or a value is not allowed.
     """
-    tree = _read(source, folder, (source,)) if isinstance(source, str) else copy.deepcopy(dict(source or {}))
+    renamed: dict[str, str] = {}
+    # YAML files may have a base; trees are complete.
+    tree = _read(source, folder, (source,), renamed) if isinstance(source, str) else dict(source or {})
+    tree, old = upgraded(tree)
+    renamed |= old
     for override in overrides:
         _set(tree, override)
+        # Each by itself, so that an old name given last wins over what the recipe says under the new one.
+        tree, old = upgraded(tree)
+        renamed |= old
+    if not isinstance(source, Mapping):
+        # Not for trees: they come from checkpoints and cards, where users can't change old names.
+        for key, now in renamed.items():
+            print(f"recipe: {key} is now called {now}", file=sys.stderr)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(kind, error)) from None
 
 
+def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe's tree with keys of before fewstep 0.2 under their present names; and which were renamed, old → new.
+
+    A key that is there under both names gets the old name's value.
+    """
+    new, renamed = copy.deepcopy(dict(tree)), {}
+    for old, now in RENAMED.items():
+        section, key = old.split(".")
+        if isinstance(new.get(section), dict) and key in new[section]:
+            target, name = now.split(".")
+            value = new[section].pop(key)
+            new.setdefault(target, {})[name] = value
+            renamed[old] = now
+    return new, renamed
+
+
 def document(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default, documentation) of every field, for help pages."""
+    """Key (with dots), default and documentation of every field, for help pages."""
     for name, field in kind.model_fields.items():
+        # A field whose default is settings is a section, whose fields are listed in its place.
         default = field.get_default(call_default_factory=True)
         if isinstance(default, BaseModel):
             yield from document(type(default), f"{prefix}{name}.")
@@ -364,7 +382,18 @@ def document(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
             yield f"{prefix}{name}", str(default), field.description or ""
 
 
-def _read(source: str, folder: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read(source: str, folder: Path, seen: tuple[str, ...], renamed: dict[str, str]) -> dict[str, Any]:
+    """The tree of a YAML file on top of its bases.
+
+    Args:
+        source: file, or name of one in `folder`.
+        folder: folder of the named recipes.
+        seen: sources that are based on this one, to notice circles.
+        renamed: gets the old keys that were found, with their new names.
+
+    Raises:
+        UserError: there is no such file, it is no recipe, or it is based on itself.
+    """
     file = Path(source) if Path(source).suffix in {".yaml", ".yml"} else folder / f"{source}.yaml"
     if not file.exists():
         known = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -382,12 +411,18 @@ def _read(source: str, folder: Path, seen: tuple[str, ...] = ()) -> dict[str, An
     if base := tree.pop("base", None):
         if base in seen:
             raise UserError(f"--recipe: {file} is based on itself ({' → '.join((*seen, base))}).")
-        return _merged(_read(base, folder, (*seen, base)), tree)
+        # Keys are renamed before merging, so that old keys in one file override new ones in the other.
+        tree, old = upgraded(tree)
+        renamed |= old
+        return _merged(_read(base, folder, (*seen, base), renamed), tree)
+    tree, old = upgraded(tree)
+    renamed |= old
     return tree
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes` on top, section by section; lists and values are replaced whole."""
+    # Only where both are sections; a section in place of a value (lora: null, for one) replaces it.
     both_sections = {
         key: _merged(base[key], value)
         for key, value in changes.items()
@@ -397,11 +432,17 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
+    """Set a field of the tree, in place, to the value of an override `section.key=value`.
+
+    Raises:
+        UserError: the override is written otherwise.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set takes section.key=value, for example optimizer.rate=1e-4; got {override!r}.")
+        raise UserError(f"--set takes section.key=value, for example optimizer.lr=1e-4; got {override!r}.")
     *sections, last = key.split(".")
     for section in sections:
+        # A section that the recipe lacks is made; validation refuses it if there is none of that name.
         child = tree.setdefault(section, {})
         if not isinstance(child, dict):
             raise UserError(f"--set {override}: {section!r} is a value, not a section.")
@@ -410,11 +451,12 @@ def _set(tree: dict[str, Any], override: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"--set {override}: the value is not YAML; put text in quotes.") from None
-    # YAML 1.1 reads 1e-4 as a string; people write learning rates so.
+    # YAML 1.1 reads 1e-4, a common way to write learning rates, as a text.
     tree[last] = _number(parsed) if isinstance(parsed, str) else parsed
 
 
 def _number(text: str) -> str | float:
+    """The number that a text stands for, or the text itself."""
     try:
         return float(text)
     except ValueError:
@@ -422,7 +464,8 @@ def _number(text: str) -> str | float:
 
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    """One sentence about the first of pydantic's errors."""
+    first = error.errors()[0]  # messages are one sentence; the others come up once this one is corrected
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = [name for name, _, _ in document(kind)]

@@ -1,4 +1,4 @@
-"""What a run leaves so that it can be found again: a record in this folder, and its checkpoints in its storage."""
+"""Finding a run again to resume it: by a record in the current folder, or by the checkpoints in its storage."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ from typing import Any
 
 import yaml
 
-from fewstep.data.storage import Storage
 from fewstep.errors import UserError
+from fewstep.storage import Storage
 from fewstep.train import checkpoint as ckpt
-from fewstep.train.recipe import DistillRecipe, TeacherRecipe
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe, upgraded
 
 RECORDS = Path(".fewstep") / "runs"
-"""Of each run RUN.json, a `RunRecord`, and RUN.yaml, its recipe."""
+"""Folder with two files of each run: RUN.json, its `RunRecord`, and RUN.yaml, its recipe."""
 
 
 SHAPING = (
     "teacher.family", "student.policy", "student.lora", "student.full",
     "network.family", "network.config", "optimizer.type",
 )  # fmt: skip
-"""Fields that decide which tensors a checkpoint holds."""
+"""Fields of a recipe that determine which tensors a checkpoint holds."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Where a run's parts are."""
+    """Where to find the parts of a run."""
 
     mlflow_run: str
+    """Id of its MLflow run."""
     storage: str
-    """Address of checkpoints, absolute."""
+    """Absolute address of the storage with its checkpoints."""
 
     @classmethod
     def of(cls, run_name: str) -> RunRecord | None:
-        """What this folder knows of a run."""
+        """The record of a run in the current folder; None if there is none."""
         file = RECORDS / f"{run_name}.json"
         return cls(**json.loads(file.read_text())) if file.exists() else None
 
     def save(self, run_name: str, recipe: DistillRecipe | TeacherRecipe) -> None:
+        """Write the record and the recipe into `RECORDS`."""
         RECORDS.mkdir(parents=True, exist_ok=True)
         (RECORDS / f"{run_name}.json").write_text(json.dumps(asdict(self)))
         resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -48,22 +50,25 @@ class RunRecord:
 
 
 def last_state(storage: str, run_name: str) -> ckpt.TrainState | None:
-    """What a run's newest checkpoint says of it, wherever the run was started.
+    """The state in a run's newest checkpoint, wherever the run was started; None if it has no checkpoint.
 
     Args:
         storage: folder or `s3://…` of all runs' checkpoints.
+        run_name: name of the run.
 
     Raises:
-        UserError: the storage is out of reach.
+        UserError: the storage can't be reached.
     """
     place = Storage.at(f"{storage}/{run_name}")
     states = [name for name in place.list() if name.startswith(ckpt.FOLDER) and name.endswith(ckpt.STATE)]
+    # Names begin with the step in seven digits, so that the largest is the newest.
     content = place.read(max(states)) if states else None
     return None if content is None else ckpt.TrainState.parse(content)
 
 
 def recipe_of(run_name: str, storage: str) -> str | dict[str, Any] | None:
-    """A run's own recipe, as `load_recipe` takes it: this folder's record of it, or what its checkpoints say."""
+    """A run's own recipe, as `load_recipe` takes it: from the current folder's record, or from its checkpoints."""
+    # The record first: it also knows runs that have no checkpoint yet.
     if (file := RECORDS / f"{run_name}.yaml").exists():
         return str(file)
     state = last_state(storage, run_name)
@@ -71,11 +76,12 @@ def recipe_of(run_name: str, storage: str) -> str | dict[str, Any] | None:
 
 
 def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> None:
-    """Refuse to continue a run that is not there, which would begin anew, or whose checkpoints would not fit.
+    """Refuse to resume a run that does not exist, or whose checkpoints do not fit the recipe.
+
+    A run that was stopped before its first checkpoint may be resumed: it starts from the beginning.
 
     Raises:
-        UserError: the recipe's storage has no such run, and this folder none that was to be there; or the run was
-            made with other tensors.
+        UserError: there is no such run in the recipe's storage, or its checkpoints hold other tensors.
     """
     storage, record = Storage.at(recipe.train.storage).root, RunRecord.of(run_name)
     if Storage.at(f"{storage}/{run_name}").list():
@@ -95,19 +101,26 @@ def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> Non
 
 
 def _check_same_tensors(recipe: DistillRecipe | TeacherRecipe, run_name: str, state: ckpt.TrainState) -> None:
-    asked = recipe.model_dump(mode="json")
+    """Refuse a recipe whose checkpoints would hold other tensors than the run's.
+
+    Raises:
+        UserError: one of the `SHAPING` fields differs.
+    """
+    # Checkpoints of older versions have old names of settings.
+    asked, (began, _) = recipe.model_dump(mode="json"), upgraded(state.recipe)
     for name in SHAPING:
         section, field = name.split(".")
-        was = state.recipe.get(section, {})
+        was = began.get(section, {})
+        # Fields that the run's version of fewstep did not have are not compared.
         if field in was and not _alike(was[field], asked.get(section, {}).get(field)):
             raise UserError(
-                f"--resume: run {run_name!r} began with {name}={was[field]}, and its checkpoints hold what that "
-                f"needs: leave {name} as it was, or begin a new run."
+                f"--resume: run {run_name!r} began with {name}={was[field]}, and its checkpoints fit only that: "
+                f"leave {name} as it was, or begin a new run."
             )
 
 
 def _alike(was: Any, asked: Any) -> bool:
-    """Whether settings are the same, as far as both versions of fewstep know them."""
+    """Whether two settings are equal, in those fields that both have: other versions of fewstep may have more."""
     if isinstance(was, dict) and isinstance(asked, dict):
         return all(_alike(was[key], asked[key]) for key in was.keys() & asked.keys())
     return was == asked

@@ -1,59 +1,63 @@
-"""The driver's side of a run: the door, the record, Ray Train, and the trained model brought home."""
+"""The driver's part of a run: validation, the run's record, Ray Train, and fetching the trained model."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fewstep.data.schema import DatasetInfo
-from fewstep.data.storage import Storage
 from fewstep.data.stream import read_split
+from fewstep.encoders import load_encoder
 from fewstep.errors import UserError
 from fewstep.models.family_code import code_of
+from fewstep.storage import Storage
+from fewstep.student.card import read_student_card, write_student_card
+from fewstep.tracking import spool_folder
 from fewstep.tracking.run import TrackedRun, Tracker, has_run
-from fewstep.train.checks import check
-from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainSection, network_section
+from fewstep.tracking.version import run_tags
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainConfig, network_section
 from fewstep.train.runs import RunRecord, last_state
-from fewstep.train.worker import EXPORT, Preview, WorkerJob, train_worker
+from fewstep.train.validation import check
+from fewstep.train.worker import EXPORT, SamplePlan, WorkerJob, train_worker
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 PREVIEW_CAPTIONS = 32
-"""Held-out captions in the sample grids."""
+"""Number of held-out captions in the sample grids."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a run leaves behind."""
+    """The results of a finished run."""
 
     run_name: str
+    """Name of the run."""
     folder: Path
     """The exported model, on this machine."""
     checkpoint: str
     """Address of the last checkpoint."""
     mlflow_run: str
+    """Id of the run in MLflow."""
     metrics: dict[str, float]
+    """The last metrics that were reported."""
 
 
 def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> TrainedModel:
-    """Train on the connected Ray cluster, or continue the run of that name.
+    """Train on the connected Ray cluster, or resume a run.
 
     Args:
         recipe: what to train.
-        run_name: name of the run and of its folder under `train.storage`; if it exists there, it is
-            continued from its last checkpoint under the same MLflow run.
+        run_name: name of the run and of its folder in `train.storage`. If the run exists there, it is resumed from its
+            last checkpoint, in the same MLflow run.
 
     Raises:
-        UserError: see `check`; the loss became non-finite; or workers died more often than allowed.
+        UserError: see `check`; the loss became infinite or NaN; or workers died more often than the recipe allows.
     """
     from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from fewstep.export.pipeline import read_student_card, write_card
-    from fewstep.tracking.version import run_tags
 
     info = check(recipe)
     run_name = run_name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -64,10 +68,11 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         run_name=run_name,
         params=resolved,
         tags=run_tags() | {"recipe": recipe.name},
-        spool=spool(),
+        spool=spool_folder(),
         run_id=_mlflow_run(recipe, run_name),
     )
     with tracker:
+        # Before training begins, so that a run that is killed at any time can be resumed by its name.
         RunRecord(tracker.run_id, Storage.at(recipe.train.storage).root).save(run_name, recipe)
         tracker.log_json(resolved, "recipe.json")
         tracker.flush()
@@ -78,19 +83,22 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
                 f"run {run_name} failed: {_root_cause(error)}; "
                 f"continue it from its last checkpoint with --resume {run_name}."
             ) from error
-        if (stopped := result.return_value) is not None:
+        # Ray Train v2's results and settings have fields that its type annotations, those of v1, lack.
+        if (stopped := cast(Any, result).return_value) is not None:
             raise UserError(f"run {run_name} stopped: {stopped}")
         folder = Path(".fewstep") / "models" / run_name
         _fetch_export(result.checkpoint, folder)
     if isinstance(recipe, DistillRecipe):
-        # Workers were told the data's absolute address, which is nobody's business.
-        write_card(replace(read_student_card(folder), recipe=resolved), folder)
+        # The worker's copy of the recipe has the data's absolute address; a published card should not show the folders
+        # of this machine.
+        card = read_student_card(folder).model_copy(update={"recipe": resolved})
+        write_student_card(card, folder)
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, (int, float))}
-    return TrainedModel(run_name, folder, result.checkpoint.path, tracker.run_id, metrics)
+    return TrainedModel(run_name, folder, cast(Any, result).checkpoint.path, tracker.run_id, metrics)
 
 
 def _mlflow_run(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> str | None:
-    """The MLflow run to continue: of this folder's record, or of a checkpoint that was made from another one."""
+    """Id of the MLflow run to continue: from the current folder's record, or else from the checkpoints; or None."""
     if (record := RunRecord.of(run_name)) is not None:
         return record.mlflow_run
     state = last_state(recipe.train.storage, run_name)
@@ -103,27 +111,26 @@ def _ray_trainer(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from fewstep.data.encoder import load_encoder
-
     settings = recipe.train
+    # Everything that workers need is computed here once, and sent to them.
     job = WorkerJob(
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
         null=load_encoder(info.encoding.text_encoder, max_tokens=info.encoding.max_tokens).null(),
-        preview=_preview(info) if settings.sample_every else None,
+        samples=_sample_plan(info) if settings.sample_every else None,
         code=code_of(network_section(recipe).family),
         home=str(Path.cwd()),
         tracking=tracking,
     )
     return TorchTrainer(
-        train_worker,
-        train_loop_config=job,
+        cast(Any, train_worker),
+        train_loop_config=cast(Any, job),  # travels as it is; Ray's annotations ask for a dictionary
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {}),
         ),
         torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
-        run_config=ray.train.RunConfig(
+        run_config=cast(Any, ray.train.RunConfig)(
             name=run_name,
             storage_path=Storage.at(settings.storage).root,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
@@ -133,14 +140,15 @@ def _ray_trainer(
     )
 
 
-def worker_environment(settings: TrainSection) -> dict[str, str]:
-    """What must stand in a worker's environment before its process starts.
+def worker_environment(settings: TrainConfig) -> dict[str, str]:
+    """Environment variables that a worker's process has to be started with.
 
-    Threads that wait spin only shortly: beside any other process on the same cores (Ray's own, the data
-    pipeline), libgomp's default makes a step up to ten times slower. Freed memory is kept instead of handed
-    back to the system and faulted in again at every operation: 15 % of a small model's step. And lines a
-    worker prints are printed once: Ray Train's print patch repeats them.
+    Threads that wait spin only for a short time: with other processes on the same cores (Ray's own, the data pipeline),
+    libgomp's default makes a step up to ten times slower. Freed memory is kept instead of being returned to the system
+    and mapped again at every operation, which takes 15 % of a small model's step. Lines that a worker prints are
+    printed once, where Ray Train's print patch would repeat them.
     """
+    # Larger than any allocation: glibc neither maps blocks of their own nor trims its heap.
     keep = str(1 << 33)
     return {
         "OMP_NUM_THREADS": str(settings.threads),
@@ -152,25 +160,25 @@ def worker_environment(settings: TrainSection) -> dict[str, str]:
     }
 
 
-def _preview(info: DatasetInfo) -> Preview:
+def _sample_plan(info: DatasetInfo) -> SamplePlan:
+    """The conditions of sample grids: held-out ones, if there are any."""
+    # Of one latent shape, as a grid's images are generated in one batch.
     split = "held_out" if "held_out" in info.splits else "train"
     shape = next(iter(info.buckets(split)))
     batch = read_split(info.root, split, PREVIEW_CAPTIONS, shape=shape)
-    return Preview(batch.conditioning, shape, info.encoding.autoencoder)
+    return SamplePlan(batch.conditioning, shape, info.encoding.autoencoder)
 
 
 def _fetch_export(checkpoint: Any, folder: Path) -> None:
+    """Copy the trained model out of the last checkpoint into a folder on this machine."""
     with checkpoint.as_directory() as local:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(Path(local) / EXPORT, folder)
 
 
 def _root_cause(error: BaseException) -> str:
+    """What went wrong in the first worker that failed, in one line."""
+    # Ray's own message has whole tracebacks in it; their last line is the error.
     failures = getattr(error, "worker_failures", None) or {0: error.__cause__ or error}
     first = next(iter(failures.values()))
     return f"{type(first).__name__}: {str(first).strip().splitlines()[-1] if str(first).strip() else 'worker died'}"
-
-
-def spool() -> Path:
-    """Where what MLflow has not taken yet is kept."""
-    return Path(".fewstep/spool").absolute()

@@ -1,6 +1,6 @@
-"""Fused GMFlow rollouts, one launch for all substeps; which one, the device decides.
+"""Fused GMFlow rollouts: one kernel launch for all substeps, by numba on CPUs and by Triton on GPUs.
 
-Nothing here is imported before the first rollout: compilers take their time.
+A kernel's module is imported at the first rollout that uses it, because importing its compiler takes long.
 """
 
 from __future__ import annotations
@@ -17,29 +17,32 @@ from fewstep.policies.gmflow import GMFlowPolicy
 log = logging.getLogger(__name__)
 
 MODULES = {"cpu": ("cpu", "numba"), "cuda": ("cuda", "triton")}
-"""Per device type: the module of this package that has `rollout`, and the compiler it needs."""
+"""Device type → the module of this package for it, and the compiler that the module needs."""
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def kernel(policy: object, x: torch.Tensor) -> ModuleType | None:
-    """The fused kernel for a policy's rollout from `x`, or None where plain torch has to do it."""
+    """The module of fused kernels for a policy's rollout from `x`, or None where plain torch has to compute it."""
+    # Subclasses may compute another velocity, which the kernels would not know.
     if type(policy) is not GMFlowPolicy or x.device.type not in MODULES:
         return None
     tensors = (x, policy.means, policy.logstds, policy.logweights, policy.x_src)
+    # One policy for several states, which broadcasting allows, is beyond the kernels: they index both alike.
     one_each = (len(policy.means), *policy.means.shape[2:]) == policy.x_src.shape == x.shape
     fits = one_each and all(t.device == x.device and t.dtype in DTYPES for t in tensors)
+    # σ and variance that differ by location are, too: a kernel computes its scalars once per sample and substep.
     per_sample = _per_sample(policy.sigma_src, x) and _per_sample(policy.logstds, policy.means)
     return _load(x.device.type) if fits and per_sample and x.numel() else None
 
 
 def _per_sample(scalars: torch.Tensor, of: torch.Tensor) -> bool:
-    """Whether a tensor holds one number for all, or one for each sample of `of`."""
+    """Whether `scalars` holds one number for the whole batch, or one for each sample of `of`."""
     one_each = scalars.ndim in (1, of.ndim) and scalars.numel() == len(scalars) == len(of)
     return one_each or scalars.numel() == 1
 
 
-@functools.cache
+@functools.cache  # also of a failure: the warning is logged once per process
 def _load(device_type: str) -> ModuleType | None:
     name, compiler = MODULES[device_type]
     try:

@@ -1,4 +1,4 @@
-"""The compiled GMFlow kernels on torch tensors, by torch's own threads."""
+"""The compiled GMFlow kernels applied to torch tensors, on torch's own threads."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from fewstep.policies.kernels.numba_gmflow import (
 )
 
 SLICE = 50_000
-"""Component-channel-substeps of a block that are worth a thread: some 50 µs."""
+"""Least work of a thread, in blocks × components × channels × substeps: some 50 µs. For less, none is started."""
 
 SLICES_PER_THREAD = 8
-"""A thread that comes late leaves the others at most an eighth of its share to wait for."""
+"""Slices that a thread's share of the blocks is cut into. Threads claim slices as they become free, so that one that
+starts late, or shares its core, delays the others by no more than a slice."""
 
-_PROCESS = os.getpid()
+_PROCESS = os.getpid()  # of the import: a forked child has another one
 
 
 def rollout(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor) -> Tensor:
-    """The state after all substeps, (B, C, H, W); `sigmas` (S + 1, B) are their ends."""
+    """The state after all substeps, (B, C, H, W); `sigmas` are σ at the substeps' boundaries, (S + 1, B)."""
     x_to = torch.empty(x.shape)
     _run(integrate, policy, x, sigmas, x_to=x_to)
     return x_to.to(x.dtype)
 
 
 def window(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor) -> Tensor:
-    """Σ_s share_s·velocity_s, (B, C, H, W); `shares` are (S, B)."""
+    """Σ_s share_s·velocity_s, (B, C, H, W), for `shares` (S, B) of the substeps between `sigmas` (S + 1, B)."""
     mean = torch.empty(x.shape)
     _run(integrate, policy, x, sigmas, shares=_flat(shares), mean_velocity=mean)
     return mean.to(x.dtype)
@@ -49,9 +50,16 @@ def window(policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor) -> T
 def window_gradient(
     policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, shares: Tensor, cotangent: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of `window`: gradients to x, means, logstds (one per sample), log-weights (B, K, 1, H, W) and x_src."""
+    """The gradients of `window` to x, means, logstds (one per sample), log-weights (B, K, 1, H, W) and x_src.
+
+    Args:
+        policy, x, sigmas, shares: as `window` was given.
+        cotangent: gradient of the loss to the result of `window`, (B, C, H, W).
+    """
     means = policy.means
     samples, blocks = len(means), -(-means.shape[3:].numel() // LANES)
+    # One summand per block instead of one sum per sample: blocks of a sample may be on several threads, and sums in the
+    # order of the blocks are the same however many threads there are.
     to_logstds = torch.empty(samples, blocks)
     to_x, to_x_src = torch.empty(x.shape), torch.empty(x.shape)
     to_means, to_logweights = torch.empty(means.shape), torch.empty(_weights_shape(means))
@@ -75,11 +83,20 @@ def window_gradient(
 def _run(
     kernel: Callable[..., None], policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, **others: Tensor
 ) -> None:
-    """Run a kernel on all blocks; `others` are the further fields of its `JOB`."""
+    """Run a kernel on all blocks.
+
+    Args:
+        kernel: `integrate` or `pull_back`.
+        policy, x, sigmas: what every kernel reads.
+        others: further tensors of its `JOB` by name, contiguous float32: more inputs, and the results to write.
+    """
     (samples, components, channels, *space), steps = policy.means.shape, len(sigmas) - 1
-    locations = prod(space)
+    locations = prod(space)  # N, latent locations of a sample
+    # A block lies within one sample, because its lanes share the sample's σ and variance.
     blocks = samples * -(-locations // LANES)
+    # torch's number of threads is the most that the user allowed this process.
     threads = max(1, min(torch.get_num_threads(), blocks, blocks * components * channels * steps // SLICE))
+    # Held in this dictionary until the kernel has returned: it sees only addresses, which do not keep memory alive.
     tensors = {
         "means": _flat(policy.means),
         "logstds": _flat(policy.logstds.reshape(-1).expand(samples)),
@@ -88,51 +105,61 @@ def _run(
         "sigma_src": _flat(policy.sigma_src.reshape(-1).expand(samples)),
         "x_from": _flat(x),
         "sigmas": _flat(sigmas),
+        # torch aligns memory of CPUs to 64 bytes, as rows of scratch memory have to be.
         "scratch": torch.empty(threads, scratch_rows(components, channels, steps), LANES),
-        "counters": torch.zeros(2, dtype=torch.int64),
+        "counters": torch.zeros(2, dtype=torch.int64),  # blocks and pieces of scratch memory given out so far
         **others,
     }
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    # A lone thread takes all blocks at once; several take slices.
     grain = blocks if threads == 1 else -(-blocks // (SLICES_PER_THREAD * threads))
     job = new_job(samples, components, channels, locations, steps, grain, **addresses)
     _on_threads(compiled(kernel), job.ctypes.data, threads)
 
 
 def _weights_shape(means: Tensor) -> tuple[int, ...]:
-    """Of the log-weights that belong to these means."""
+    """Shape of the log-weights that belong to these means, (B, K, 1, H, W)."""
     return (*means.shape[:2], 1, *means.shape[3:])
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Contiguous in float32: itself where it is."""
+    """The tensor, contiguous in float32, as kernels read it; not copied where it is so already."""
     if tensor.dtype == torch.float32 and tensor.is_contiguous():
         return tensor
     return tensor.detach().float().contiguous()
 
 
 def _on_threads(kernel: Any, job: int, threads: int) -> None:
-    """Have a compiled kernel's job done by several threads at once.
+    """Run a compiled kernel on several threads at once; they share the job's blocks among themselves.
 
-    By those of torch's OpenMP, where it has GNU's: they wait busily for the next piece of work on the cores that
-    threads of our own would need. A process that was forked from one with such threads must not ask for them.
+    Where torch uses GNU's OpenMP, its threads do it: after the network they still spin on their cores while they wait
+    for more work, and threads of our own would have to share those cores with them. Elsewhere a pool of our own does.
+
+    Args:
+        kernel: as `compiled` gives it.
+        job: address of its `JOB`.
+        threads: how many, this one included.
     """
+    # OpenMP's threads do not survive a fork: in a forked child, asking for them would wait for ever.
     team = _team() if threads > 1 and os.getpid() == _PROCESS else None
     if threads == 1:
         kernel.ctypes(job)
     elif team is not None:
         team(kernel.address, job, threads, 0)
     else:
+        # kernel.ctypes releases the GIL, as every ctypes function does, so the calls run side by side.
         others = [_pool(os.getpid()).submit(kernel.ctypes, job) for _ in range(threads - 1)]
         kernel.ctypes(job)
         for other in others:
-            if not other.cancel():
+            if not other.cancel():  # one that has not begun finds no block left: nothing to wait for
                 other.result()
 
 
 @functools.cache
 def _team() -> Any:
-    """`GOMP_parallel(function, data, threads, flags)`, or None."""
+    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP that torch loaded; None if that is not GNU's."""
     try:
+        # CDLL(None) looks among the libraries that this process has loaded already; it loads none.
         parallel = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):
         return None
@@ -143,5 +170,5 @@ def _team() -> Any:
 
 @functools.cache
 def _pool(_: int) -> ThreadPoolExecutor:
-    """One for each process: threads do not survive a fork."""
+    """The pool of a process, by its id: threads do not survive a fork, so a child needs a pool of its own."""
     return ThreadPoolExecutor(os.cpu_count(), "fewstep-rollout")

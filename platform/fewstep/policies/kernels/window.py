@@ -1,4 +1,4 @@
-"""The differentiable mean velocity over a micro window, by a device's fused kernels."""
+"""The differentiable mean velocity over a micro window (METHOD.md section 4), by a device's fused kernels."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def mean_velocity(
     """Σ_s share_s·velocity_s, (B, C, H, W), differentiable in the head's output, `x_src` and `x`.
 
     Args:
-        kernel: with `window` and `window_gradient`.
-        policy: any.
-        x: state at the first substep's start, (B, C, H, W).
-        sigmas: σ at the substeps' ends, (S + 1, B), on the policy's device.
-        shares: weight of each substep, (S, B), likewise.
+        kernel: a module with `window` and `window_gradient`, as `kernels.kernel` gives it.
+        policy: one that `kernels.kernel` accepts.
+        x: state at the start of the first substep, (B, C, H, W).
+        sigmas: σ at the boundaries of the S substeps, (S + 1, B), on the policy's device.
+        shares: weight of each substep, (S, B), on the policy's device.
     """
+    # Given one by one, because autograd follows only tensors that are arguments of `apply`.
     head = (policy.means, policy.logstds, policy.logweights, policy.x_src)
     return _MeanVelocity.apply(kernel, x, policy.sigma_src, sigmas, shares, *head)
 
 
 class _MeanVelocity(torch.autograd.Function):
-    """Keeps its inputs alone: the backward kernel integrates once more, block by block."""
+    """Keeps only its inputs for backward: the backward kernel integrates once more, block by block."""
 
     @staticmethod
     def forward(
@@ -42,13 +43,18 @@ class _MeanVelocity(torch.autograd.Function):
     ) -> Tensor:
         ctx.kernel = kernel
         ctx.save_for_backward(x, sigma_src, sigmas, shares, *head)
-        return kernel.window(GMFlowPolicy(*head, sigma_src), x, sigmas, shares)
+        means, logstds, logweights, x_src = head
+        policy = GMFlowPolicy(means, logstds, logweights, x_src, sigma_src)
+        return kernel.window(policy, x, sigmas, shares)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @torch.autograd.function.once_differentiable  # a second derivative raises an error instead of being wrong
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, sigma_src, sigmas, shares, *head = ctx.saved_tensors
-        policy = GMFlowPolicy(*head, sigma_src)
+        means, logstds, logweights, x_src = head
+        policy = GMFlowPolicy(means, logstds, logweights, x_src, sigma_src)
         to_x, *to_head = ctx.kernel.window_gradient(policy, x, sigmas, shares, cotangent)
+        # Kernels give gradients of full shape; log-weights and log-stds may have been broadcast.
         gradients = (grad.sum_to_size(of.shape).to(of.dtype) for grad, of in zip(to_head, head, strict=True))
+        # In the order of `forward`: kernel, x, sigma_src, sigmas, shares, head. Nothing trains through the times.
         return None, to_x.to(x.dtype), None, None, None, *gradients

@@ -1,0 +1,1 @@
+"""Benchmarks of the library: its kernels, and one step of training."""

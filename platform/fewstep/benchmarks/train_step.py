@@ -1,0 +1,310 @@
+"""`fewstep benchmark train-step`: one distillation step, and how much of it is rollouts, data and Ray."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine
+from fewstep.data.stream import Batch, read_split
+from fewstep.models.conditioning import TextConditioning
+from fewstep.train.recipe import DistillRecipe, load_recipe
+
+BATCHES = 8
+"""Batches that the bare process takes in turns; it holds them in memory."""
+
+DESCRIPTION = """\
+Take the steps of a distillation recipe (by default the main job's) in two ways, in turns:
+
+  bare   in as many processes with torch alone: no Ray, no sharding, batches in memory, the environment of a worker;
+         several average their gradients
+  Ray    as the job does: Ray Train's workers, FSDP or replicas, batches streamed by Ray Data, metrics to MLflow
+
+and in the bare processes also, in turns with the whole step,
+
+  network    the calls of the network that the step makes: student forward and backward, teacher's guided queries;
+             then optimizer and EMA; no rollouts
+  rollouts   all the rest of π-ID: the policies' rollouts to the visited states, the micro windows and their
+             gradient to the head's output; no network"""
+
+EXAMPLES = """\
+reading the table
+  Times are seconds per optimizer step. The first half of each run warms up and is not counted. The limits are those
+  of the main job on a CPU: rollouts under 15 % of a step, Ray at most 1.03 times the bare processes, waiting for
+  data under 2 %. Ray's own processes, idle, take a seventh of one core whatever the model: 7 % of two cores, less
+  than 1 % of sixteen.
+
+examples
+  {program}                                    two rounds of 40 steps each, some 6 minutes
+  {program} --rounds 4 --steps 60 --tracking sqlite:///mlflow.db
+  {program} --recipe fashion_dit_1nfe --set imitation.intermediate_states=4
+  {program} --set train.gpu=true --set train.workers=1"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        default="emoji_qwen_4nfe",
+        help="a bundled recipe's name, or a YAML file; default: %(default)s",
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
+    parser.add_argument("--steps", type=int, default=40, help="of each run; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each kind; default: %(default)s")
+    parser.add_argument("--tracking", metavar="URI", help="also log the table to this MLflow address")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Take the steps in both ways, and print the table.
+
+    Raises:
+        UserError: the recipe can't be run here.
+    """
+    from fewstep.cluster import connect_ray
+    from fewstep.data.datasets.bundled import open_data
+
+    recipe = load_recipe(DistillRecipe, options.recipe, options.set)
+    data = recipe.data.model_copy(update={"path": open_data(recipe.data.path).root})
+    recipe = recipe.model_copy(update={"data": data})
+    torch.set_num_threads(recipe.train.threads)
+    connect_ray()
+    rounds = []
+    with tempfile.TemporaryDirectory() as folder:
+        # In turns, so that a machine that gets slower or faster meanwhile favours neither.
+        for number in range(options.rounds):
+            bare = in_bare_process(recipe, options.steps, Path(folder) / f"bare-{number}.json")
+            rounds.append(bare | ray_run(recipe, options.steps, Path(folder), number))
+    seconds = {name: mean(one[name] for one in rounds) for name in rounds[0]}
+    description = machine(torch.device("cuda" if recipe.train.gpu else "cpu"))
+    table = f"{description}; {recipe.name}, batch {recipe.data.batch_size}\n\n{step_table(seconds)}"
+    print(f"\n{table}")
+    if options.tracking:
+        log_to_mlflow(options.tracking, "train-step", description, table, ratios(seconds) | seconds)
+
+
+def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Shares and quotients of times; some of them have a limit in the table.
+
+    Args:
+        seconds: per step, of "bare", "ray", "waiting" (for data, with Ray), "step", "network" and "rollouts".
+    """
+    return {
+        "rollouts_share": seconds["rollouts"] / seconds["step"],
+        "network_share": seconds["network"] / seconds["step"],
+        "ray_over_bare": seconds["ray"] / seconds["bare"],
+        "waiting_share": seconds["waiting"] / seconds["ray"],
+    }
+
+
+def step_table(seconds: Mapping[str, float]) -> str:
+    """Seconds and ratios as text, one line each; `seconds` as for `ratios`."""
+    of = ratios(seconds)
+    rows = [
+        ("bare, steps in a row", f"{seconds['bare']:.3f}", "1.000", ""),
+        ("inside Ray Train", f"{seconds['ray']:.3f}", f"{of['ray_over_bare']:.3f} of bare", "≤ 1.03"),
+        (
+            "  of that waiting for data",
+            f"{seconds['waiting']:.4f}",
+            f"{of['waiting_share']:.2%} of Ray's",
+            "< 2 %",
+        ),
+        ("bare, in turns with parts", f"{seconds['step']:.3f}", "100 %", ""),
+        ("  network alone", f"{seconds['network']:.3f}", f"{of['network_share']:.1%}", ""),
+        ("  rollouts alone", f"{seconds['rollouts']:.4f}", f"{of['rollouts_share']:.1%}", "< 15 %"),
+    ]
+    return aligned(("one optimizer step", "seconds", "ratio", "limit"), rows)
+
+
+def ray_run(recipe: DistillRecipe, steps: int, folder: Path, number: int) -> dict[str, float]:
+    """Seconds per step ("ray"), and of waiting for data in one ("waiting"), in the second half of a short real run.
+
+    Args:
+        recipe: of the run.
+        steps: how many it takes.
+        folder: for its checkpoints and its MLflow database.
+        number: of the run, which becomes part of its name.
+    """
+    from fewstep.train.trainer import fit
+
+    # Metrics are means since the last ones, so the last ones are of the second half.
+    train = {"steps": steps, "log_every": steps // 2, "checkpoint_every": steps, "sample_every": 0}
+    short = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update=train | {"storage": str(folder / "runs")}),
+            "tracking": recipe.tracking.model_copy(update={"uri": f"sqlite:///{folder / 'mlflow.db'}"}),
+        }
+    )
+    metrics = fit(short, f"benchmark-train-{os.getpid()}-{number}").metrics
+    return {
+        "ray": metrics["train/seconds_per_step"],
+        "waiting": metrics["train/seconds_waiting_for_data"],
+    }
+
+
+def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str, float]:
+    """`bare_run` in as many processes as the recipe has workers, with a worker's environment.
+
+    Args:
+        recipe: of the run.
+        steps: how many it takes in a row.
+        result: a file that does not exist yet, for the times.
+    """
+    from fewstep.train.trainer import worker_environment
+
+    file = result.with_suffix(".yaml")
+    file.write_text(json.dumps(recipe.model_dump(mode="json")))  # JSON is YAML
+    command = [sys.executable]
+    if recipe.train.workers > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={recipe.train.workers}"]
+    command += ["-m", "fewstep.benchmarks.train_step", str(file), str(steps), str(result)]
+    # Thread settings and those of the allocator are read when a process starts, so this one can't do it itself.
+    subprocess.run(command, env=os.environ | worker_environment(recipe.train), check=True)
+    return json.loads(result.read_text())
+
+
+def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
+    """Time steps in this process, alone or as one of those that torchrun started.
+
+    Args:
+        recipe: of the run.
+        steps: how many are taken in a row; the first half warms up.
+
+    Returns:
+        Seconds of one step in a row with others ("bare"), and of a whole step and its parts that are taken in turns
+        ("step", "network", "rollouts").
+    """
+    import torch.distributed as dist
+
+    from fewstep.data.schema import DatasetInfo
+    from fewstep.distill import PowerEMA
+    from fewstep.encoders import load_encoder
+    from fewstep.train.objectives import Distillation
+    from fewstep.train.optimizers import build_optimizers
+    from fewstep.train.parallel import average_gradients, shard
+    from fewstep.train.worker import seed_step, to_device
+
+    rank, workers = 0, recipe.train.workers
+    if workers > 1:
+        dist.init_process_group("nccl" if recipe.train.gpu else "gloo")
+        rank = dist.get_rank()
+    device = torch.device(f"cuda:{rank}" if recipe.train.gpu else "cpu")
+    if recipe.train.gpu:
+        torch.cuda.set_device(device)
+    # Whole copies of the model even where the recipe shards it: sharding is one of the things compared.
+    replicas = recipe.train.model_copy(update={"parallel": "ddp"})
+    torch.set_num_threads(recipe.train.threads)
+    torch.set_flush_denormal(True)  # as the worker does
+
+    # The same model, losses and optimizers as the worker's
+    info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size // workers
+    null = load_encoder(info.encoding.text_encoder, max_tokens=info.encoding.max_tokens).null()
+    objective = Distillation(recipe, null, device)
+    shard(objective, replicas, workers)
+    model, parameters = objective.model, objective.parameters()
+    blocks = objective.family.blocks(objective.transformer)
+    optimizers = build_optimizers(parameters.values(), blocks, recipe.optimizer)
+    ema, generator = PowerEMA(parameters, recipe.optimizer.ema_gamma), torch.Generator()
+
+    rows = read_split(recipe.data.path, "train", BATCHES * size, shape=next(iter(info.buckets("train"))))
+    order = torch.randperm(len(rows), generator=generator.manual_seed(rank)).split(size)
+    batches = [rows_of(rows, index.tolist()) for index in order]
+    taken = 0
+
+    def update(backward: Callable[[Batch], None]) -> None:
+        nonlocal taken
+        taken += 1
+        seed_step(generator, recipe.train.seed, rank, taken)
+        backward(to_device(batches[taken % len(batches)], device))
+        average_gradients(parameters.values(), replicas, workers)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.update(taken)
+
+    def whole(batch: Batch) -> None:
+        for result in objective.losses(batch, generator, step=1):
+            result.loss.backward()
+
+    # One step's calls of the network, with their answers: the parts are the calls without the rest, and the rest
+    # with the answers in place of the calls.
+    forward = model.forward
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+    def remembering(*args: Any, **named: Any) -> Tensor:
+        packed = forward(*args, **named)
+        calls.append((args, named, packed.detach()))
+        return packed
+
+    seed_step(generator, recipe.train.seed, rank, 0)
+    first = to_device(batches[0], device)
+    with patch.object(model, "forward", remembering):
+        whole(first)
+
+    def network(batch: Batch) -> None:
+        for args, named, _ in calls:
+            with torch.set_grad_enabled(named["student"]):
+                packed = model(*args, **named)
+            if named["student"]:
+                packed.square().mean().backward()
+
+    def rollouts() -> None:
+        answers = (answer for _, _, answer in calls)
+
+        def answered(*_: Any, student: bool, **__: Any) -> Tensor:
+            return next(answers).detach().requires_grad_(student)
+
+        seed_step(generator, recipe.train.seed, rank, 0)  # the draws that led to those calls
+        with patch.object(model, "forward", answered):
+            whole(first)
+
+    def in_a_row(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            update(whole)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / count
+
+    in_a_row(steps // 2)
+    bare = in_a_row(steps - steps // 2)
+    runs = {"step": lambda: update(whole), "network": lambda: update(network), "rollouts": rollouts}
+    return {"bare": bare} | interleaved(runs, max(3, steps // 4), device)
+
+
+def rows_of(batch: Batch, index: list[int]) -> Batch:
+    """Some samples of a batch as a batch of their own; texts are padded to the longest among them."""
+    conditioning = batch.conditioning.map(lambda tensor: tensor[index])
+    if isinstance(conditioning, TextConditioning):
+        longest = int(conditioning.mask.sum(1).max())  # padding comes last
+        conditioning = TextConditioning(
+            conditioning.states[:, :longest], conditioning.mask[:, :longest], conditioning.pooled
+        )
+    latent = None if batch.latent is None else batch.latent[index]
+    captions, keys = [batch.captions[i] for i in index], [batch.keys[i] for i in index]
+    return Batch(latent, conditioning, captions, keys, batch.shape)
+
+
+def _bare_process(recipe: str, steps: str, result: str) -> None:
+    """What `in_bare_process` starts: run the recipe's file, and write the times to the file `result`."""
+    seconds = bare_run(load_recipe(DistillRecipe, recipe), int(steps))
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(result).write_text(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    _bare_process(*sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Options and checks that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fewstep.train.recipe import Recipe
+
+BUNDLED_STUDENT = "emoji-student"
+"""The student that is taken where a command line names none."""
+
+
+def add_student_options(parser: argparse.ArgumentParser) -> None:
+    """Declare `--model` and `--tracking-uri`: which student a command takes."""
+    parser.add_argument(
+        "--model", default=BUNDLED_STUDENT,
+        help="a registered model (models:/name@alias), an exported folder, or a bundled one: emoji-student (default), "
+        "fashion-student",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"
+    )
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, kind: type[Recipe], default: str) -> None:
+    """Declare `--recipe`, `--set` and `--resume`, and document every field of the recipe below the examples.
+
+    Args:
+        parser: of a command that takes a recipe; its epilog grows.
+        kind: the recipe's type.
+        default: name of the recipe that is run where none is given.
+    """
+    from fewstep.train.recipe import document
+
+    fields = "\n".join(f"  {key} = {value}\n      {text}" for key, value, text in document(kind))
+    parser.epilog = (
+        f"{parser.epilog}\n\n"
+        f"recipe fields (--set key=value), with the values they have where a recipe is silent:\n{fields}"
+    )
+    parser.set_defaults(default_recipe=default)
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE",
+        help=f"a bundled recipe's name, or a YAML file; default: {default}, or that of the run to resume",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one field; may be repeated"
+    )
+    parser.add_argument("--resume", metavar="RUN", help="name of an interrupted run to continue")
+
+
+def chosen_recipe(kind: type[Recipe], options: argparse.Namespace, default: str) -> Recipe:
+    """The recipe that a command line means: the named one, or else that of the run to resume, or the default.
+
+    Args:
+        kind: the recipe's type.
+        options: what a parser with `add_recipe_options` parsed.
+        default: name of the recipe where none is named.
+
+    Raises:
+        UserError: there is no such recipe, a key of it is unknown or ill-typed, or there is no such run.
+    """
+    from fewstep.train.recipe import load_recipe
+    from fewstep.train.runs import check_resumable, recipe_of
+
+    recipe, run = load_recipe(kind, options.recipe or default, options.set), options.resume
+    if run is None:
+        return recipe
+    if options.recipe is None and (own := recipe_of(run, recipe.train.storage)) is not None:
+        recipe = load_recipe(kind, own, options.set)
+    check_resumable(recipe, run)
+    return recipe

@@ -1,0 +1,126 @@
+"""`fewstep prepare-data`: captions (and images) become Parquet shards that training reads."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = "Prepare a dataset: captions (and images) become Parquet shards that training jobs read."
+EXAMPLES = """\
+examples
+  {program} --out data/emoji16
+  {program} --source fashion-mnist --out data/fashion28
+  {program} --source folder imagenet/ --out data/imagenet256 --size 256 --shard-rows 4096 \\
+      --autoencoder stabilityai/sd-vae-ft-ema --text-encoder labels:1000 --encoders 8 --gpus 1
+  {program} --source folder photos/ --out s3://bucket/photos --size 512x512 --size 640x384 \\
+      --autoencoder models/qwen-image:vae --text-encoder models/encoder --encoders 4 --gpus 1
+  {program} --source prompts prompts.txt --out data/prompts --size 16 --held-out 0.05
+  ray job submit -- {program} --out data/emoji16
+
+sources
+  emoji            the captioned emoji set. 16 pixels: from the file that ships with fewstep; any other size:
+                   rebuilt from three npm packages of pinned hash (needs npm and about 150 MB once)
+  fashion-mnist    70,000 grey 28x28 pictures in 10 classes, from the Debian package dataset-fashion-mnist, or
+                   from a folder of the set's idx files (PATH); classes as conditioning, one channel
+  folder DIR       images with a table of captions: metadata.jsonl, .csv or .parquet in DIR (or --captions),
+                   with the columns file (or file_name, image) and caption (or text, prompt)
+  prompts FILE...  captions alone, for distillation without data: text (one a line), or JSONL, CSV or Parquet
+                   with a column caption, text or prompt
+
+what to know
+  The command may be stopped and repeated: finished shards are kept, nothing half-written is left. A
+  broken image or row is skipped, counted and listed in ROOT/rejected.jsonl. A folder that holds a dataset of
+  other settings or rows is refused.
+  s3:// addresses use AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY. Work runs on
+  the Ray cluster of RAY_ADDRESS or of this machine; one is started for the command's time where there is none."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+
+    def add(*names: str, help: str, **options: Any) -> None:
+        default = "; default: %(default)s" if options.get("default") is not None else ""
+        parser.add_argument(*names, help=help + default, **options)
+
+    add("paths", nargs="*", metavar="PATH", help="the source's folder or files, local or s3://")
+    add(
+        "--source", choices=("emoji", "fashion-mnist", "folder", "prompts"), default="emoji", help="see below"
+    )
+    add("--out", metavar="ROOT", help="where the dataset goes: a local folder or s3://bucket/prefix")
+    add("--captions", metavar="TABLE", help="folder: the table of captions, if it is not in the folder")
+    add("--size", action="append", metavar="WxH", help="pixels, 512 or 640x384 (width x height); repeat it "
+        "for several buckets, each goes to the nearest aspect ratio; default: 16 (fashion-mnist: 28)")  # fmt: skip
+    add("--text-encoder", metavar="NAME", help="minilm, a folder or hub id of a transformers encoder; flux:PIPELINE, "
+        "flux2:PIPELINE or qwen-image:PIPELINE for those of a diffusers pipeline; or classes instead of text: "
+        "labels:fashion-mnist, labels:cat,dog, labels:1000 (class numbers); default: minilm (fashion-mnist: its "
+        "labels)")  # fmt: skip
+    add("--autoencoder", metavar="NAME", help="pixel (latents are pixels), grey (one channel), or a folder or hub id "
+        "of a diffusers AutoencoderKL or that of Qwen-Image or FLUX.2 (PIPELINE:vae for a pipeline's); default: pixel "
+        "(fashion-mnist: grey)")  # fmt: skip
+    add("--max-tokens", type=int, metavar="N", help="longer captions are rejected; default: 64")
+    add("--held-out", type=float, default=0.02, metavar="F", help="fraction of own data kept out of training "
+        "by a hash of the file name or prompt (the emoji set and fashion-mnist have their own split)")  # fmt: skip
+    add("--shard-rows", type=int, metavar="N", help="most rows a shard holds; a split needs at least as many shards "
+        "as there are training workers; default: 256 (fashion-mnist: 1024)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the shuffle of rows over shards")
+    add("--encoders", type=int, default=1, metavar="N", help="actors of each encoder")
+    add("--gpus", type=float, default=0.0, metavar="F", help="GPUs of each actor")
+    add("--cache", type=Path, metavar="DIR", help="of the emoji packages; default: ~/.cache/fewstep/emoji")
+    add("--bundle", action="store_true", help="maintainers: rebuild the 16-pixel file shipped with fewstep")
+    parser.set_defaults(error=parser.error)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prepare the dataset.
+
+    Raises:
+        UserError: the source, an encoder or the place of the dataset can't be used.
+    """
+    _check(options)
+
+    from fewstep.cluster import connect_ray
+    from fewstep.data import sources
+    from fewstep.data.datasets import emoji, fashion_mnist
+    from fewstep.data.prepare import prepare
+
+    if options.bundle:
+        count = emoji.write_bundle(options.cache or emoji.default_cache())
+        print(f"{emoji.BUNDLE}: {count} images")
+        return
+    given = {
+        "sizes": options.size and tuple(sources.Size.parse(size) for size in options.size),
+        "text_encoder": options.text_encoder,
+        "autoencoder": options.autoencoder,
+        "max_tokens": options.max_tokens,
+        "shard_rows": options.shard_rows,
+        "seed": options.seed,
+    }
+    config = replace(
+        fashion_mnist.PREPARATION if options.source == "fashion-mnist" else emoji.PREPARATION,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if options.source == "emoji":
+        source = emoji.emoji_set(config.sizes, options.cache)
+    elif options.source == "fashion-mnist":
+        source = fashion_mnist.fashion_mnist(*options.paths)
+    elif options.source == "folder":
+        source = sources.image_folder(options.paths[0], captions=options.captions, held_out=options.held_out)
+    else:
+        source = sources.prompts(options.paths, held_out=options.held_out)
+    connect_ray()
+    prepare(
+        source, options.out, config, encoders=options.encoders, gpus=options.gpus,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+
+
+def _check(options: argparse.Namespace) -> None:
+    """End with the usage line where options don't go together."""
+    if options.bundle == bool(options.out):
+        options.error("say where the dataset goes with --out (a local folder or s3://bucket/prefix)")
+    least, most = {"emoji": (0, 0), "fashion-mnist": (0, 1), "folder": (1, 1)}.get(options.source, (1, None))
+    if len(options.paths) < least or (most is not None and len(options.paths) > most):
+        takes = "no PATH" if most == 0 else "one PATH" if most == 1 else "a PATH"
+        options.error(f"--source {options.source} takes {takes}")

@@ -1,0 +1,180 @@
+"""`fewstep serve`: students behind HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+import urllib.error
+import urllib.request
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+
+READY_S = 300
+"""How long a deployment may take until it answers."""
+
+DESCRIPTION = """\
+Put students behind HTTP on the local Ray node: a page to try them on, OpenAI's images API, live previews. Starts a
+node where none runs. Serves until Ctrl-C, or goes on in the background with --detach."""
+EXAMPLES = """\
+examples
+  {program}                                  the bundled student at http://127.0.0.1:8000
+  {program} --print-config > config.yaml     a configuration to start from: models, batching, limits, scaling
+  {program} --config config.yaml --detach    again after every change of the file
+
+A configuration is Ray Serve's: `serve deploy config.yaml` on a cluster does the same. It replaces all that the node
+serves. `serve status` tells more, as do the logs, by default in /tmp/ray/session_latest/logs/serve. A node that
+--detach started goes on until `ray stop`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a Ray Serve configuration; default: the bundled student"
+    )
+    parser.add_argument("--detach", action="store_true", help="return as soon as it serves")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the configuration, and do nothing else"
+    )
+
+
+def needs_extra(options: argparse.Namespace) -> bool:
+    """Whether the extra must be installed: the configuration is printed without it."""
+    return not options.print_config
+
+
+def run(options: argparse.Namespace) -> None:
+    """Deploy, wait until the service answers, print its address, and serve.
+
+    Raises:
+        UserError: the configuration can't be read or deployed, or the service does not become ready.
+    """
+    text = _text(options.config)
+    if options.print_config:
+        print(text, end="")
+        return
+    config = _parse(text, options.config)
+
+    from ray import serve
+
+    from fewstep.cluster import connect_ray
+
+    dashboard = connect_ray(show_logs=False, keep_node=options.detach)
+    names = [application["name"] for application in config["applications"]]
+    try:
+        _deploy(config, dashboard)
+        address = _address(config)
+        _wait(address, names)
+        print(f"serving at {address}    page {address}/    API {address}/docs", flush=True)
+        if options.detach:
+            return
+        print("Ctrl-C ends it", flush=True)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        # The node may be another's and go on, so what was deployed is taken back. In the background it stays, even
+        # where it is not ready: `serve status` can tell why.
+        if not options.detach:
+            for name in names:
+                serve.delete(name)
+
+
+def _text(file: Path | None) -> str:
+    try:
+        return (file or files("fewstep_serve") / "config.yaml").read_text()
+    except OSError as error:
+        raise UserError(f"--config: {file} can't be read: {error.strerror}.") from None
+
+
+def _parse(text: str, file: Path | None) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    applications = config.get("applications") if isinstance(config, dict) else None
+    if not isinstance(applications, list) or not all(isinstance(one, dict) for one in applications):
+        raise UserError(
+            f"--config: {file} is no Ray Serve configuration: it has no list of applications. "
+            "`fewstep serve --print-config` shows one."
+        )
+    for application in applications:
+        application.setdefault("name", "default")  # Ray Serve's own
+    return config
+
+
+def _address(config: dict[str, Any]) -> str:
+    http = config.get("http_options") or {}
+    host = http.get("host", "127.0.0.1")
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port', 8000)}"
+
+
+def _deploy(config: dict[str, Any], dashboard: str | None) -> None:
+    """Hand the configuration to the cluster, as `serve deploy` does.
+
+    Raises:
+        UserError: the cluster refuses it, or has no dashboard.
+    """
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    if dashboard is None:
+        raise UserError("the Ray node runs without its dashboard: start it with `ray start --head`.")
+    try:
+        ServeSubmissionClient(dashboard).deploy_applications(config)
+    except (RuntimeError, ConnectionError) as error:
+        raise UserError(f"the configuration was not deployed: {_essence(str(error))}") from None
+
+
+def _wait(address: str, names: list[str]) -> None:
+    """Wait until the applications run and the address answers.
+
+    Raises:
+        UserError: one of them failed, or it took too long.
+    """
+    from ray import serve
+
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        applications = serve.status().applications
+        states = {name: applications[name] for name in names if name in applications}
+        for name, state in states.items():
+            if state.status == "DEPLOY_FAILED":
+                # The application's own message may do no more than name the deployment that failed.
+                failed = [one.message for one in state.deployments.values() if one.status == "DEPLOY_FAILED"]
+                why = _essence((failed or [state.message])[0])
+                raise UserError(f"the application {name!r} could not be deployed: {why}")
+        running = len(states) == len(names) and all(state.status == "RUNNING" for state in states.values())
+        # A deployment of min_replicas 0 is ready without a replica, and then says 503 until the first request.
+        asleep = any(
+            not one.replica_states for state in states.values() for one in state.deployments.values()
+        )
+        if running and _status(address) in ({200, 503} if asleep else {200}):
+            return
+        time.sleep(0.5)
+    raise UserError(
+        f"{address} was not ready within {READY_S} s: `serve status` and Ray's dashboard say why."
+    )
+
+
+def _status(address: str) -> int | None:
+    """The status with which the service answers; None where nobody does."""
+    try:
+        with urllib.request.urlopen(f"{address}/healthz", timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:  # URLError is one
+        return None
+
+
+def _essence(message: str) -> str:
+    """One line of what Ray tells: of a traceback, the exception alone."""
+    began = [match.start() for match in re.finditer(r"^\w[\w.]*(Error|Exception)\b", message, re.MULTILINE)]
+    lines = (line.strip() for line in message[began[-1] if began else 0 :].splitlines())
+    return " ".join(line for line in lines if line and not line.startswith("For further information"))[:500]

@@ -1,0 +1,38 @@
+"""The datasets of the shipped recipes, which are prepared when they are first opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fewstep.data.schema import MANIFEST, DatasetInfo
+from fewstep.storage import Storage
+
+EMOJI_DATA = "data/emoji16"
+"""Folder in which the bundled emoji set is prepared."""
+
+FASHION_DATA = "data/fashion28"
+"""Folder in which Fashion-MNIST is prepared."""
+
+
+def open_data(path: str) -> DatasetInfo:
+    """Open a recipe's dataset; at the paths of the shipped recipes it is prepared first, once.
+
+    At other paths nothing is prepared: a mistyped path must be refused, and not be filled with some other data.
+
+    Raises:
+        UserError: see `DatasetInfo.open`.
+    """
+    # Imported here, because recipes need only the two paths above, and not the code that prepares data.
+    from fewstep.data.datasets import emoji, fashion_mnist
+    from fewstep.data.prepare import PreparationConfig, prepare
+    from fewstep.data.sources import Source
+
+    shipped: dict[str, tuple[str, Callable[[], Source], PreparationConfig]] = {
+        EMOJI_DATA: ("the bundled emoji set", emoji.emoji_set, emoji.PREPARATION),
+        FASHION_DATA: ("Fashion-MNIST", fashion_mnist.fashion_mnist, fashion_mnist.PREPARATION),
+    }
+    if path in shipped and Storage.at(path).read(MANIFEST) is None:
+        what, source, config = shipped[path]
+        print(f"preparing {what} in {path} (once)", flush=True)
+        prepare(source(), path, config, encoders=2, report=lambda line: print(line, flush=True))
+    return DatasetInfo.open(path)

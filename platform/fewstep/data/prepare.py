@@ -1,0 +1,467 @@
+"""Preparation of raw rows to Parquet shards: a Ray Data pipeline with text encoder and autoencoder in actor pools.
+
+A shard is the unit of work. Which rows it holds is decided beforehand, by a seeded hash of their keys: so each shard is
+a random sample of its bucket, and a run that is stopped and repeated makes the same shards. A shard is written whole or
+not at all, so one that exists is finished and is skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+
+from fewstep.config import MAX_TOKENS, Shape
+from fewstep.data.columns import condition_columns
+from fewstep.data.execution import configured, user_errors
+from fewstep.data.schema import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    DatasetInfo,
+    Encoding,
+    Shard,
+    bucket_folder,
+    encode_table,
+    shard_metadata,
+)
+from fewstep.data.seeds import stable_hash
+from fewstep.data.sources import Rejection, Size, Source, fit, measure, open_image
+from fewstep.encoders import (
+    MINILM,
+    PIXEL,
+    Autoencoder,
+    ConditionEncoder,
+    encoder_widths,
+    load_autoencoder,
+    load_encoder,
+)
+from fewstep.errors import UserError
+from fewstep.storage import Storage
+
+PLAN = "plan.json"
+REJECTED = "rejected.jsonl"
+
+IMAGES_PER_PASS = 16
+DECODING_THREADS = 4
+ROWS_PER_MEASURE = 512
+STAGE_CPUS = 0.1
+"""CPU slots of an actor or task: a fraction, because training workers may hold nearly all CPUs of a small cluster."""
+
+
+@dataclass(frozen=True)
+class PreparationConfig:
+    """The settings that, with the source, determine a dataset's content. To finish a dataset, repeat its settings."""
+
+    sizes: tuple[Size, ...]
+    """Sizes of the image buckets, in pixels; an image goes to the bucket of the nearest aspect ratio."""
+
+    text_encoder: str = MINILM
+    autoencoder: str = PIXEL
+    max_tokens: int = MAX_TOKENS
+    shard_rows: int = 256
+    """Most rows of a shard; each bucket of a split is divided into shards of equal size."""
+
+    seed: int = 0
+    """Seed of the shuffle that assigns rows to shards."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as `plan.json` has them, with sizes as `WIDTHxHEIGHT`."""
+        return asdict(replace(self, sizes=())) | {"sizes": [str(size) for size in self.sizes]}
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard that is to be written: its path, and the raw rows (INDEX) that it is made of."""
+
+    path: str
+    split: str
+    size: Size
+    shape: Shape
+    rows: pa.Table
+
+    def as_item(self) -> dict[str, Any]:
+        """The plan as a row of the pipeline's dataset."""
+        size = {"width": self.size.width, "height": self.size.height, "shape": list(self.shape)}
+        return {"path": self.path, "split": self.split, **size, "rows": _pack(self.rows)}
+
+
+def prepare(
+    source: Source,
+    out: str | os.PathLike[str],
+    config: PreparationConfig,
+    *,
+    encoders: int = 1,
+    gpus: float = 0.0,
+    report: Callable[[str], None] = print,
+) -> DatasetInfo:
+    """Encode a source to a dataset, or finish one that was begun; returns the finished dataset.
+
+    Args:
+        source: the raw rows.
+        out: folder or `s3://…` of the dataset.
+        config: the settings that determine its content.
+        encoders: number of actors of each kind (text encoder, autoencoder).
+        gpus: GPUs of each actor; with a fraction, actors share one.
+        report: called with a line of progress from time to time.
+
+    Raises:
+        UserError: `out` holds a dataset of other settings or source, a model can't be loaded, storage can't be reached,
+            or no row could be encoded.
+    """
+    storage = Storage.at(out)
+    # Before anything is written: an encoder that can't be loaded is refused here.
+    dim, pooled = encoder_widths(config.text_encoder)
+    claim(storage, source, config)
+    plans, rejected = plan(source, config)
+    present = storage.list()
+    missing = [shard for shard in plans if shard.path not in present]
+    if len(missing) < len(plans):
+        report(f"{len(plans) - len(missing)} of {len(plans)} shards are finished already and are skipped")
+    encoding = Encoding(config.text_encoder, dim, config.autoencoder, pooled, config.max_tokens)
+    _encode(missing, source, storage, config, encoding, encoders=encoders, gpus=gpus, report=report)
+    return _finish(storage, source, plans, rejected, encoding, report)
+
+
+def claim(storage: Storage, source: Source, config: PreparationConfig) -> None:
+    """Record in the folder which source and settings its dataset is made of, or compare with the record there.
+
+    Raises:
+        UserError: the folder's dataset is made of another source or other settings.
+    """
+    ours = {"version": SCHEMA_VERSION, "source": source.name, **config.as_dict(), "rows": source.digest()}
+    content = storage.read(PLAN)
+    if content is None:
+        storage.write(PLAN, json.dumps(ours, indent=1).encode())
+        return
+    theirs = json.loads(content)
+    differing = [name for name in ours if theirs.get(name) != ours[name]]
+    if differing:
+        name = differing[0]
+        what = "other rows" if name == "rows" else f"{name} {theirs.get(name)}, not {ours[name]}"
+        raise UserError(
+            f"{storage.root} was prepared with {what}: choose another --out, or delete that folder "
+            "to start anew."
+        )
+
+
+def plan(source: Source, config: PreparationConfig) -> tuple[list[ShardPlan], list[Rejection]]:
+    """Assign rows to shards; a pure function of the source and the settings.
+
+    Returns:
+        The shards to be written, and the rows rejected so far: those that the source rejected and, with several sizes,
+        images whose size can't be read.
+    """
+    autoencoder = load_autoencoder(config.autoencoder)
+    shapes = {size: autoencoder.latent_shape(size.height, size.width) for size in config.sizes}
+    sizes, broken = _choose_sizes(source, config)
+    keys, splits = source.rows["key"].to_pylist(), source.rows["split"].to_pylist()
+    # In the order of a hash: any part of a group is a random sample of it.
+    groups: dict[tuple[str, Size], list[int]] = {}
+    for index in sorted(range(len(keys)), key=lambda i: stable_hash(config.seed, keys[i])):
+        if (size := sizes[index]) is not None:
+            groups.setdefault((splits[index], size), []).append(index)
+    plans = []
+    # Sorted, so that shards have the same names in every run.
+    for (split, size), indices in sorted(groups.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+        for number, part in enumerate(np.array_split(indices, -(-len(indices) // config.shard_rows))):
+            path = f"{bucket_folder(split, shapes[size])}/part-{number:05d}.parquet"
+            plans.append(ShardPlan(path, split, size, shapes[size], source.rows.take(part)))
+    return plans, [*source.rejected, *broken]
+
+
+class EncodeText:
+    """Actor that encodes the captions of a shard, and adds the columns of their conditions."""
+
+    def __init__(self, config: PreparationConfig) -> None:
+        self.config = config
+
+    @functools.cached_property
+    def encoder(self) -> ConditionEncoder:
+        """The encoder of captions, in this process."""
+        # Loaded on first use: of an error in an actor's constructor, the user would learn only that the actor died.
+        return load_encoder(self.config.text_encoder, max_tokens=self.config.max_tokens, device=_device())
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        rows = _unpack(item["rows"])
+        refusals = self.encoder.refusals(rows["caption"].to_pylist())
+        rejected = [
+            Rejection(key, *refusal).as_dict()
+            for key, refusal in zip(rows["key"].to_pylist(), refusals, strict=True)
+            if refusal is not None
+        ]
+        rows = rows.filter(pa.array([refusal is None for refusal in refusals], pa.bool_()))
+        captions = rows["caption"].to_pylist()
+        # Rejected rows are out by now, as `encode` refuses what `refusals` names.
+        for name, column in condition_columns(self.encoder.encode(captions)).items():
+            rows = rows.append_column(SCHEMA.field(name), column)
+        return {**item, "rows": _pack(rows), "rejected": json.dumps(rejected)}
+
+
+class EncodeImages:
+    """Actor that encodes the images of a shard to latents, and writes the finished shard to storage."""
+
+    def __init__(
+        self,
+        config: PreparationConfig,
+        encoding: Encoding,
+        images: Storage | None,
+        out: Storage,
+        has_images: bool,
+    ) -> None:
+        self.config, self.encoding, self.images, self.out = config, encoding, images, out
+        self.has_images = has_images
+        self.threads = ThreadPoolExecutor(DECODING_THREADS)
+
+    @functools.cached_property
+    def autoencoder(self) -> Autoencoder:
+        """The encoder of images, in this process."""
+        return load_autoencoder(self.config.autoencoder, device=_device())
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        rows, rejected = _unpack(item["rows"]), json.loads(item["rejected"])
+        count, latents = len(rows) + len(rejected), None
+        if self.has_images:
+            rows, latents, broken = self._latents(rows, Size(item["width"], item["height"]))
+            rejected += [rejection.as_dict() for rejection in broken]
+        table = encode_table(rows, latents, tuple(item["shape"]), item["split"])
+        self.out.write(
+            item["path"], _parquet(table.replace_schema_metadata(self.encoding.metadata(rejected)))
+        )
+        return {"rows": count}
+
+    def _latents(self, rows: pa.Table, size: Size) -> tuple[pa.Table, np.ndarray, list[Rejection]]:
+        """The rows with a usable image, their latents (N, C, H, W), and the rejected other rows."""
+        import torch
+
+        usable: list[int] = []
+        broken: list[Rejection] = []
+        latents: list[np.ndarray] = []
+        for indices, images in self._decoded(rows, size):
+            good = [
+                (i, image) for i, image in zip(indices, images, strict=True) if isinstance(image, np.ndarray)
+            ]
+            broken += [image for image in images if isinstance(image, Rejection)]
+            if good:
+                usable += [i for i, _ in good]
+                latents.append(
+                    self.autoencoder.encode(torch.from_numpy(np.stack([x for _, x in good]))).numpy()
+                )
+        shape = self.autoencoder.latent_shape(size.height, size.width)
+        # A shard without a usable image still has latents of the right shape, (0, C, h, w).
+        stacked = np.concatenate(latents) if latents else np.empty((0, *shape), np.float32)
+        return rows.take(pa.array(usable, pa.int64())), stacked, broken
+
+    def _decoded(self, rows: pa.Table, size: Size) -> Iterator[tuple[range, list[np.ndarray | Rejection]]]:
+        """Rows and decoded images, `IMAGES_PER_PASS` at a time; threads decode the next ones in the meantime."""
+        ahead: tuple[range, list[Future[np.ndarray | Rejection]]] | None = None
+        for start in range(0, len(rows), IMAGES_PER_PASS):
+            indices = range(start, min(start + IMAGES_PER_PASS, len(rows)))
+            futures = [
+                self.threads.submit(_load, row, self.images, size)
+                for row in rows.slice(start, len(indices)).to_pylist()
+            ]
+            # Submitted before the pass ahead of it is given out, so that both go on side by side.
+            if ahead is not None:
+                yield ahead[0], [future.result() for future in ahead[1]]
+            ahead = (indices, futures)
+        if ahead is not None:
+            yield ahead[0], [future.result() for future in ahead[1]]
+
+
+def _choose_sizes(source: Source, config: PreparationConfig) -> tuple[list[Size | None], list[Rejection]]:
+    """The bucket of each row, None where its image's size can't be read; and the rejections of those rows."""
+    rows = source.rows
+    if len(config.sizes) == 1:
+        return [config.sizes[0]] * len(rows), []
+    if source.storage is None:
+        # Prompts without images have no aspect ratio: they are spread evenly over the buckets.
+        return [
+            config.sizes[stable_hash(0, f"size/{key}") % len(config.sizes)] for key in rows["key"].to_pylist()
+        ], []
+    import ray.data
+
+    index = rows.select(["key", "file", "image"])
+    blocks = [index.slice(start, ROWS_PER_MEASURE) for start in range(0, len(index), ROWS_PER_MEASURE)]
+    measured = ray.data.from_arrow(blocks).map_batches(
+        cast(Any, _measure),  # Ray's annotations leave out fn_kwargs
+        fn_kwargs={"images": source.storage},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=STAGE_CPUS,
+    )
+    with user_errors():
+        found = {row["key"]: row for row in configured(measured).iter_rows()}
+    sizes: list[Size | None] = []
+    rejected = []
+    for key in rows["key"].to_pylist():
+        row = found[key]
+        if row["trouble"]:
+            rejected.append(Rejection(key, "broken image", row["trouble"]))
+        sizes.append(None if row["trouble"] else Size.nearest(config.sizes, row["width"], row["height"]))
+    return sizes, rejected
+
+
+def _measure(rows: pa.Table, images: Storage) -> pa.Table:
+    """Ray Data task: width and height of each row's image, or what is wrong with the image."""
+    measured = []
+    for row in rows.to_pylist():
+        try:
+            width, height = measure(_content(row, images))
+            measured.append({"key": row["key"], "width": width, "height": height, "trouble": ""})
+        except ValueError as error:
+            measured.append({"key": row["key"], "width": 0, "height": 0, "trouble": str(error)})
+    return pa.Table.from_pylist(measured)
+
+
+def _load(row: dict[str, Any], images: Storage | None, size: Size) -> np.ndarray | Rejection:
+    """A row's image at the bucket's size, (height, width, 3) uint8; or the rejection of the row."""
+    try:
+        return fit(open_image(_content(row, images)), size)
+    except ValueError as error:
+        return Rejection(row["key"], "broken image", str(error))
+
+
+def _content(row: dict[str, Any], images: Storage | None) -> bytes:
+    """The bytes of a row's image file.
+
+    Raises:
+        ValueError: the file does not exist any more.
+    """
+    if row["image"] is not None:
+        return row["image"]
+    assert images is not None, "rows that name files come with the storage they lie in"
+    content = images.read(row["file"])
+    if content is None:
+        raise ValueError(f"{row['file']} has gone")
+    return content
+
+
+def _encode(
+    plans: Sequence[ShardPlan],
+    source: Source,
+    out: Storage,
+    config: PreparationConfig,
+    encoding: Encoding,
+    *,
+    encoders: int,
+    gpus: float,
+    report: Callable[[str], None],
+) -> None:
+    """Encode and write shards, with a line of progress every two seconds; arguments as for `prepare`."""
+    if not plans:
+        return
+    import ray.data
+
+    items = [shard.as_item() for shard in plans]
+    # Typed Any: Ray's annotations know classes without constructor arguments alone.
+    encode_text: Any = EncodeText
+    encode_images: Any = EncodeImages
+    pool: dict[str, Any] = {
+        "compute": ray.data.ActorPoolStrategy(size=encoders),
+        "num_cpus": STAGE_CPUS,
+        "num_gpus": gpus,
+    }
+    has_images = source.name != "prompts"
+    # Rows of Ray Data are whole shards, one per block, so that each is encoded and written by itself.
+    pipeline = (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map(encode_text, fn_constructor_kwargs={"config": config}, **pool)
+        .map(encode_images, fn_constructor_args=(config, encoding, source.storage, out, has_images), **pool)
+    )
+    total, done, warm = sum(len(p.rows) for p in plans), 0, 0
+    started = reported = time.monotonic()
+    report(f"encoding {total} rows into {len(plans)} shards; the encoders are starting")
+    with user_errors():
+        for number, item in enumerate(configured(pipeline).iter_rows(), 1):
+            done, now = done + item["rows"], time.monotonic()
+            if number == 1:
+                # The rate counts from here: loading the encoders is not part of it.
+                started, warm = now, done
+                report(f"{done}/{total} rows, 1/{len(plans)} shards")
+            elif now - reported >= 2 or number == len(plans):
+                rate = (done - warm) / (now - started)
+                left = f"{(total - done) / rate:.0f} s left"
+                report(f"{done}/{total} rows, {number}/{len(plans)} shards, {rate:.0f} rows/s, {left}")
+                reported = now
+
+
+def _finish(
+    storage: Storage,
+    source: Source,
+    plans: Sequence[ShardPlan],
+    rejected: list[Rejection],
+    encoding: Encoding,
+    report: Callable[[str], None],
+) -> DatasetInfo:
+    """Write the list of rejected rows, and the manifest, from the metadata of all shards."""
+    # Also of shards that an earlier run wrote: their rejections are in their footers alone.
+    with ThreadPoolExecutor(16) as threads:
+        footers = list(threads.map(lambda p: shard_metadata(storage, p.path), plans))
+    refused = [r.as_dict() for r in rejected] + [r for footer in footers for r in footer["rejected"]]
+    shards = tuple(
+        Shard(p.path, p.split, p.shape, footer["rows"])
+        for p, footer in zip(plans, footers, strict=True)
+        if footer["rows"]  # a shard of which every row was rejected is left out
+    )
+    if refused:
+        storage.write(REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in refused).encode())
+    reasons = dict(sorted(Counter(r["reason"] for r in refused).items()))
+    if not shards:
+        raise UserError(
+            f"not one row of the {source.name} source could be encoded ({_summary(reasons)}; "
+            f"{storage.root}/{REJECTED} lists them): mend or replace the input."
+        )
+    storage.sweep()
+    info = DatasetInfo(
+        storage, encoding, source.name, source.name != "prompts", shards, reasons, source.attribution
+    )
+    info.save()
+    if refused:
+        report(f"rejected {len(refused)} rows ({_summary(reasons)}); {storage.root}/{REJECTED} lists them")
+    splits = ", ".join(f"{info.rows(split)} {split}" for split in info.splits)
+    report(f"{storage.root} is ready: {splits} rows in {len(shards)} shards")
+    return info
+
+
+def _summary(reasons: dict[str, int]) -> str:
+    """Numbers of rejected rows by reason, as text."""
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+
+def _device() -> str:
+    """The device of this actor; Ray shows it only the GPUs that it was given."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _pack(table: pa.Table) -> bytes:
+    """A table as Arrow IPC bytes, so that a whole shard is a single row of Ray Data."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpack(content: bytes) -> pa.Table:
+    """The inverse of `_pack`."""
+    return pa.ipc.open_stream(content).read_all()
+
+
+def _parquet(table: pa.Table) -> memoryview:
+    """A shard's table as the bytes of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    assert table.schema.equals(SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return memoryview(sink.getvalue())

@@ -1,0 +1,79 @@
+"""The interface of encoders of conditions (texts or classes), and the names of encoders.
+
+A dataset is prepared with one encoder, and generating needs the same one again. `load_encoder` loads it by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.models.conditioning import Conditioning
+
+MINILM = "minilm"
+"""Name of the text encoder that is installed as a package: all-MiniLM-L6-v2, 22.7M parameters, D = 384, Apache-2.0."""
+
+LABELS = "labels:"
+"""Prefix of the names of label encoders, for classes instead of texts (see `labels.py`)."""
+
+PIPELINES = ("flux", "flux2", "qwen-image")
+"""Prefixes of the names of pipelines' own text encoders, before ":" and the pipeline's folder or hub id
+(see `pipelines.py`)."""
+
+
+class ConditionEncoder(ABC):
+    """Encodes captions to what a network is conditioned on.
+
+    Attributes:
+        name: as `load_encoder` was given it; stored in a dataset's manifest.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refusals(self, captions: Sequence[str]) -> list[tuple[str, str] | None]:
+        """For each caption None if it can be encoded, otherwise the reason and details why not."""
+
+    @abstractmethod
+    def check(self, captions: Sequence[str]) -> None:
+        """Refuse captions that can't be encoded, before any work is done for them.
+
+        Raises:
+            UserError: some can't; the message is about the first of them.
+        """
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> Sequence[Conditioning]:
+        """Each caption as a batch of one on the CPU, with the same numbers as shards store."""
+
+    def each(self, captions: Sequence[str]) -> Sequence[Conditioning]:
+        """Each caption as a batch of one on the CPU, without the rounding of shards; for generating."""
+        return self.encode(captions)
+
+    def conditioning(self, captions: Sequence[str]) -> Conditioning:
+        """The captions as one batch on the CPU, without the rounding of shards; for generating."""
+        return Conditioning.join(self.each(captions))
+
+    @abstractmethod
+    def null(self) -> Conditioning:
+        """The empty caption as a batch of one: the null condition of guidance, rounded as shards are."""
+
+
+def as_stored(states: Tensor) -> Tensor:
+    """Token states as shards store them: float32 rounded to float16 and back, clamped to float16's range.
+
+    Some language models have a few activations of 10⁴ and more: unclamped, one would become infinite and end training.
+    """
+    # NaN passes: clamping would hide that something went wrong.
+    largest = torch.finfo(torch.float16).max
+    return states.float().clamp(-largest, largest).half().float()
+
+
+def of_pipeline(name: str) -> str | None:
+    """Which of `PIPELINES` an encoder's name begins with; None for other encoders."""
+    # "flux" without a colon is a folder's or hub id's name, like any other.
+    kind, colon, _ = name.partition(":")
+    return kind if colon and kind in PIPELINES else None

@@ -1,0 +1,207 @@
+"""Text encoders of diffusers pipelines: captions are encoded as FLUX.1, FLUX.2 and Qwen-Image were trained with.
+
+Their names are `flux:PIPELINE`, `flux2:PIPELINE` and `qwen-image:PIPELINE`, where PIPELINE is a folder or hub id. Large
+language models are loaded in float32 on a CPU, and in bfloat16 on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.encoders.base import of_pipeline
+from fewstep.encoders.text import GROUP, TextEncoder, loading
+from fewstep.errors import UserError
+
+FLUX_TOKENS = 512
+"""Length in tokens that FLUX pads every caption to; networks were trained with the states of the padding."""
+
+
+class FluxTextEncoder(TextEncoder):
+    """The two text encoders of a FLUX.1 pipeline.
+
+    T5 gives a caption's token states, (512, D), and CLIP one vector for the whole caption, (P,).
+
+    Args:
+        name: "flux:" and the pipeline's folder or hub id.
+        tokens: T5's tokenizer and encoder.
+        whole: CLIP's tokenizer and text model, whose pooled output is the caption's vector.
+    """
+
+    _padded_length = FLUX_TOKENS
+
+    def __init__(self, name: str, tokens: tuple[Any, Any], whole: tuple[Any, Any]) -> None:
+        super().__init__(name, *tokens, max_tokens=FLUX_TOKENS)
+        self._clip_tokenizer, self._clip = whole
+        self.pooled_dim = self._clip.config.hidden_size
+
+    @torch.no_grad()
+    def pooled(self, captions: Sequence[str]) -> list[Tensor]:
+        """CLIP's vector of each caption, (P,) float32 each, on the CPU."""
+        vectors: list[Tensor] = []
+        for start in range(0, len(captions), GROUP):
+            # CLIP takes 77 tokens: longer captions are cut, as in FLUX's own pipeline.
+            ids = self._clip_tokenizer(
+                list(captions[start : start + GROUP]), padding="max_length", truncation=True, return_tensors="pt",
+                max_length=self._clip.config.max_position_embeddings,
+            )["input_ids"]  # fmt: skip
+            vectors += self._clip(input_ids=ids.to(self._clip.device)).pooler_output.float().cpu()
+        return vectors
+
+    def _states(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        # Padded by hand, because `super` masks what it pads itself, and here padding is attended to.
+        padding = self._tokenizer.pad_token_id
+        return super()._states([[*tokens, *[padding] * (FLUX_TOKENS - len(tokens))] for tokens in ids])
+
+
+class QwenImageTextEncoder(TextEncoder):
+    """Qwen-Image's text encoder: the last states of Qwen2.5-VL, (L, D).
+
+    The caption is put into a template that begins with a fixed instruction; the instruction's states are left out.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, model: Any, max_tokens: int) -> None:
+        super().__init__(name, tokenizer, model, max_tokens)
+        from diffusers import QwenImagePipeline
+
+        parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+        # A pipeline without parts: only its constructor knows the template and the length of the instruction.
+        settings: Any = QwenImagePipeline(**dict.fromkeys(parts))
+        self._template = settings.prompt_template_encode
+        self._instruction = settings.prompt_template_encode_start_idx
+        # The limit is on the caption: the template's own tokens come on top.
+        self.max_tokens = max_tokens + len(self._tokenize([""])[0])
+
+    def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        return super()._tokenize([self._template.format(caption) for caption in captions])
+
+    def _states(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        return [states[self._instruction :] for states in super()._states(ids)]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How FLUX.2 uses a language model."""
+
+    layers: tuple[int, ...]
+    """Indices of the hidden states that are used."""
+    has_instruction: bool
+    """Whether a system message comes before the caption."""
+    options: dict[str, Any]
+    """Further arguments of the tokenizer's chat template."""
+
+
+READINGS = {
+    "mistral3": _Reading((10, 20, 30), True, {}),  # dev
+    "qwen3": _Reading((9, 18, 27), False, {"add_generation_prompt": True, "enable_thinking": False}),  # klein
+}
+"""transformers' type of the language model → how FLUX.2 uses it."""
+
+
+class Flux2TextEncoder(TextEncoder):
+    """FLUX.2's text encoder: the states of three layers of a language model, concatenated to (512, 3·D)."""
+
+    _padded_length = FLUX_TOKENS
+
+    def __init__(self, name: str, tokenizer: Any, model: Any) -> None:
+        super().__init__(name, tokenizer, model, max_tokens=FLUX_TOKENS)
+        self._reading = _reading(model.config.model_type)
+        self.dim *= len(self._reading.layers)
+
+    def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        return [
+            self._tokenizer.apply_chat_template(
+                self._messages(caption), tokenize=True, return_dict=True, **self._reading.options
+            )["input_ids"]
+            for caption in captions
+        ]
+
+    def _messages(self, caption: str) -> list[dict[str, Any]]:
+        """The caption as a chat, which the tokenizer's template turns into tokens."""
+        if not self._reading.has_instruction:
+            return [{"role": "user", "content": caption}]
+        from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
+
+        [messages] = format_input([caption], SYSTEM_MESSAGE)
+        return messages
+
+    def _states(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        inputs = self._tokenizer.pad(
+            {"input_ids": list(ids)}, padding="max_length", max_length=FLUX_TOKENS, return_tensors="pt"
+        )
+        inputs = {key: inputs[key].to(self._model.device) for key in ("input_ids", "attention_mask")}
+        states = self._model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+        # (B, 512, 3·D)
+        side_by_side = torch.cat([states[layer] for layer in self._reading.layers], dim=-1)
+        return list(side_by_side.float().cpu())
+
+
+def load_pipeline_encoder(name: str, max_tokens: int, device: torch.device | str) -> TextEncoder:
+    """Load the text encoder of a pipeline.
+
+    Args:
+        name: "flux:", "flux2:" or "qwen-image:", and the pipeline's folder or hub id.
+        max_tokens: longest caption in tokens, of encoders that do not pad to a length of their own.
+        device: where it runs.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    from transformers import AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+    large = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    with loading(name) as where:
+
+        def part(kind: Any, number: str = "", dtype: torch.dtype = large) -> tuple[Any, Any]:
+            # Pipelines number their further text encoders: `text_encoder_2` with `tokenizer_2`.
+            tokenizer = AutoTokenizer.from_pretrained(**where, subfolder=f"tokenizer{number}")
+            model = kind.from_pretrained(**where, subfolder=f"text_encoder{number}", dtype=dtype)
+            return tokenizer, model.eval().requires_grad_(False).to(device)
+
+        match of_pipeline(name):
+            case "flux":
+                t5, clip = part(T5EncoderModel, "_2", torch.float32), part(CLIPTextModel, dtype=torch.float32)
+                return FluxTextEncoder(name, t5, clip)
+            case "flux2":
+                return Flux2TextEncoder(name, *part(AutoModel))
+        return QwenImageTextEncoder(name, *part(AutoModel), max_tokens)
+
+
+def pipeline_widths(name: str) -> tuple[int, int | None]:
+    """D of the token states, and P of the vectors of whole captions or None; from configurations, without weights.
+
+    Raises:
+        UserError: as `load_pipeline_encoder`.
+    """
+    from transformers import AutoConfig
+
+    with loading(name) as where:
+
+        def config(number: str = "") -> Any:
+            return AutoConfig.from_pretrained(**where, subfolder=f"text_encoder{number}").get_text_config()
+
+        match of_pipeline(name):
+            case "flux":
+                return config("_2").hidden_size, config().hidden_size
+            case "flux2":
+                kind = AutoConfig.from_pretrained(**where, subfolder="text_encoder").model_type
+                return config().hidden_size * len(_reading(kind).layers), None
+        return config().hidden_size, None
+
+
+def _reading(model_type: str) -> _Reading:
+    """How FLUX.2 uses a language model of this type.
+
+    Raises:
+        UserError: the type is unknown.
+    """
+    if model_type not in READINGS:
+        raise UserError(
+            f"--text-encoder flux2: knows FLUX.2's language models ({', '.join(READINGS)}), and this pipeline's is "
+            f"{model_type!r}."
+        )
+    return READINGS[model_type]

@@ -1,0 +1,46 @@
+"""Loading encoders of conditions by name."""
+
+from __future__ import annotations
+
+import torch
+
+from fewstep.config import MAX_TOKENS
+from fewstep.encoders.base import LABELS, MINILM, ConditionEncoder, of_pipeline
+from fewstep.encoders.labels import LabelEncoder
+from fewstep.encoders.pipelines import load_pipeline_encoder, pipeline_widths
+from fewstep.encoders.text import TextEncoder, text_width
+
+
+def load_encoder(
+    name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
+) -> ConditionEncoder:
+    """Load an encoder of texts or classes.
+
+    Args:
+        name: "minilm", "labels:…", "flux:…" and the like for a pipeline's own (`PIPELINES`), or the folder or hub id of
+            a transformers model.
+        max_tokens: longest caption in tokens, of encoders that do not pad to a length of their own.
+        device: where it runs.
+
+    Raises:
+        UserError: nothing loads under that name.
+    """
+    if name.startswith(LABELS):
+        return LabelEncoder(name)
+    if of_pipeline(name):
+        return load_pipeline_encoder(name, max_tokens, device)
+    return TextEncoder.load(name, max_tokens=max_tokens, device=device)
+
+
+def encoder_widths(name: str) -> tuple[int, int | None]:
+    """D of the token states (0 for classes), and P of the vectors of whole captions or None; without loading weights.
+
+    Raises:
+        UserError: as `load_encoder`.
+    """
+    if name.startswith(LABELS):
+        LabelEncoder(name)  # raises an error if the name stands for no classes
+        return 0, None
+    if of_pipeline(name):
+        return pipeline_widths(name)
+    return text_width(name), None

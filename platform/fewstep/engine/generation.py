@@ -1,0 +1,206 @@
+"""One image from noise to pixels: what is asked for, how far it is, and what came of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.engine.models import LoadedModel
+from fewstep.flow import SamplerConfig, gaussian_noise
+from fewstep.models.conditioning import Conditioning
+
+
+class StepPreview(NamedTuple):
+    """The clean image that is predicted after one network evaluation."""
+
+    step: int
+    """Evaluations done, from 1."""
+    pixels: np.ndarray
+    """(H, W, 3) uint8."""
+
+
+class BatchKey(NamedTuple):
+    """What images must have in common to share a network evaluation."""
+
+    model: LoadedModel
+    """The network; another version of the same model is another one."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of the latent."""
+    by_teacher: bool
+    """Whether the teacher's own sampler makes it."""
+    shift: float | Literal["dynamic"]
+    """Time shift of the student's sampler: one evaluation has one warp of time."""
+    substeps: int
+    """Substeps of the student's rollouts: they are walked together."""
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What one network evaluation of a batch took, in seconds."""
+
+    model: LoadedModel
+    """What was evaluated."""
+    size: int
+    """Images in the batch."""
+    share: float
+    """Of how many whole images it did the work: an image of n evaluations counts 1/n."""
+    network_s: float
+    """Time in the network."""
+    policy_s: float
+    """Time in rollouts, and in the rest of sampling outside the network."""
+
+
+@dataclass(frozen=True)
+class ImageTimings:
+    """Where one image's time went, in seconds."""
+
+    encode_s: float
+    """Until its caption was encoded."""
+    queue_s: float
+    """Waiting for its evaluations to begin."""
+    network_s: float
+    """Its batches' time in the network."""
+    policy_s: float
+    """Its batches' time in rollouts, and in the rest of sampling outside the network."""
+    decode_s: float
+    """Until its latent was decoded."""
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One finished image."""
+
+    seed: int
+    """What its noise was drawn from."""
+    pixels: np.ndarray
+    """(H, W, 3) uint8."""
+    latent: Tensor
+    """(C, H, W) float32 on the CPU."""
+    batch_size: float
+    """Images that shared its evaluations, itself included: their harmonic mean, so that 1/batch_size is its share."""
+    timings: ImageTimings
+    """Where its time went."""
+
+
+# Compared by identity: two requests for the same image are two images.
+@dataclass(eq=False)
+class Generation:
+    """One image that is asked for, and its state on the way from noise to data.
+
+    The first fields are the request, which `Generation.of` fills in with the model's defaults. The others belong to
+    the engine. An object is generated once: ask again with a new one.
+    """
+
+    model: LoadedModel
+    """What makes it."""
+    caption: str
+    """What it is to show: a text, or the name or number of a class."""
+    seed: int
+    """Of its noise, and of the noise that a stochastic sampler renews."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of its latent."""
+    sampler: SamplerConfig
+    """How the student is sampled, as `FewStepPipeline.sampler_for` resolves it."""
+    teacher_steps: int | None = None
+    """Steps of the teacher's own guided Euler sampler, which makes the image then; None: the student makes it."""
+    on_preview: Callable[[StepPreview], None] | None = None
+    """Called on the engine's event loop after each evaluation of the student."""
+
+    conditioning: Conditioning = field(init=False, repr=False)
+    """Its encoded caption, B = 1."""
+    latent: Tensor = field(init=False, repr=False)
+    """x at the next evaluation, (1, C, H, W) float32 on the CPU; the clean latent at the end."""
+    generator: torch.Generator = field(init=False, repr=False)
+    """Its own source of noise, so that no other image of its batch can change what it gets."""
+    evaluations: list[EvaluationReport] = field(default_factory=list, init=False, repr=False)
+    """The evaluations it has had."""
+
+    @classmethod
+    def of(
+        cls,
+        model: LoadedModel,
+        caption: str,
+        seed: int,
+        *,
+        size: tuple[int, int] | None = None,
+        nfe: int | None = None,
+        temperature: float | Literal["auto"] | None = None,
+        h: float | None = None,
+        teacher_steps: int | None = None,
+        on_preview: Callable[[StepPreview], None] | None = None,
+    ) -> Generation:
+        """Ask a model for an image; what is left out is as the student was trained.
+
+        Args:
+            model: what makes it.
+            caption: what it is to show.
+            seed: of its noise.
+            size: (height, width) in pixels.
+            nfe: network evaluations of the student.
+            temperature: mixture temperature of the student's policy.
+            h: how much noise the student's sampler renews between evaluations; 0 is deterministic.
+            teacher_steps: let the teacher make it, in this many steps of its own sampler.
+            on_preview: called after each evaluation of the student.
+
+        Raises:
+            UserError: a size or a sampler setting that the model can't take.
+        """
+        shape = model.latent_shape(size)  # first, as a dynamic shift depends on it
+        sampler = model.pipeline.sampler_for(shape, nfe=nfe, temperature=temperature, h=h)
+        return cls(model, caption, seed, shape, sampler, teacher_steps, on_preview)
+
+    @property
+    def key(self) -> BatchKey:
+        """Generations of equal keys can share a network evaluation."""
+        by_teacher = self.teacher_steps is not None
+        return BatchKey(self.model, self.shape, by_teacher, self.sampler.shift, self.sampler.substeps)
+
+    @property
+    def total(self) -> int:
+        """How many evaluations it takes."""
+        return self.sampler.nfe if self.teacher_steps is None else self.teacher_steps
+
+    @property
+    def done(self) -> int:
+        """How many evaluations it has had."""
+        return len(self.evaluations)
+
+    def begin(self, conditioning: Conditioning) -> None:
+        """Take the encoded caption (B = 1) and draw the noise; the first evaluation may follow."""
+        self.conditioning = conditioning
+        # On the CPU, where a seed gives the same numbers on every machine. It goes on to draw what the sampler renews.
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.latent = gaussian_noise((1, *self.shape), self.generator)
+
+    def advance(self, latent: Tensor, report: EvaluationReport) -> None:
+        """Take the state (1, C, H, W) after one more evaluation."""
+        self.latent = latent
+        self.evaluations.append(report)
+
+    def finished(
+        self, pixels: np.ndarray, *, encode_s: float, generate_s: float, decode_s: float
+    ) -> GeneratedImage:
+        """The result, after the last evaluation.
+
+        Args:
+            pixels: (H, W, 3) uint8, decoded from `latent`.
+            encode_s: seconds until the caption was encoded.
+            generate_s: seconds from then to the end of the last evaluation, waiting included.
+            decode_s: seconds from then until the pixels were there.
+        """
+        network_s = sum(report.network_s for report in self.evaluations)
+        policy_s = sum(report.policy_s for report in self.evaluations)
+        # What a batch took counts in full for each of its images: that is how long each of them waited for it.
+        return GeneratedImage(
+            seed=self.seed,
+            pixels=pixels,
+            latent=self.latent[0],
+            batch_size=statistics.harmonic_mean(report.size for report in self.evaluations),
+            timings=ImageTimings(encode_s, generate_s - network_s - policy_s, network_s, policy_s, decode_s),
+        )

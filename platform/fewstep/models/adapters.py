@@ -1,0 +1,67 @@
+"""Low-rank adapters (LoRA): their settings, the layers that get one, and how they are added to a network."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fewstep.config import Config
+from fewstep.errors import UserError
+from fewstep.models.family import Family, Transformer
+
+
+class LoRAConfig(Config):
+    """Low-rank adapters (LoRA) on the frozen teacher's layers."""
+
+    rank: int = Field(64, ge=1)
+    """Rank of every adapter; alpha equals the rank, so adapters are scaled by 1."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability on the adapters' inputs, in training."""
+    targets: tuple[str, ...] = ("paper",)
+    """Linear layers to adapt, by the ends of their module names; "paper" stands for the paper's list for the family."""
+
+
+def add_adapters(transformer: Transformer, family: Family, settings: LoRAConfig) -> None:
+    """Add adapters to a transformer's layers, in place; `PolicyNetwork` initialises their values afterwards.
+
+    Raises:
+        UserError: as `lora_target_modules`.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from fewstep.models.lora import FoldedLoRALinear
+
+    targets = lora_target_modules(transformer, family, settings.targets)
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.dropout, target_modules=targets
+    )
+    # A private function: peft has no public one by which linear layers get another adapter class.
+    config._register_custom_module({nn.Linear: FoldedLoRALinear})
+    # peft draws initial values, which are replaced later, from torch's global generator: fork_rng keeps that as it was.
+    with torch.random.fork_rng():
+        inject_adapter_in_model(config, transformer)
+
+
+def lora_target_modules(transformer: Transformer, family: Family, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the modules that `targets` match.
+
+    Raises:
+        UserError: a target matches no linear or convolutional layer.
+    """
+    # Matched here rather than by peft, so that a misspelled target is refused instead of adapting nothing.
+    layers = [
+        name for name, module in transformer.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    chosen: dict[str, None] = {}  # an ordered set: targets may overlap
+    for target in targets:
+        suffixes = family.lora_targets(transformer) if target == "paper" else [target]
+        for suffix in suffixes:
+            found = [name for name in layers if name == suffix or name.endswith(f".{suffix}")]
+            if not found:
+                raise UserError(
+                    f"student.lora.targets: no linear layer of the {family.name} teacher ends in {suffix!r}; "
+                    f"its layers are called like {layers[len(layers) // 2]!r}."
+                )
+            chosen.update(dict.fromkeys(found))
+    return list(chosen)

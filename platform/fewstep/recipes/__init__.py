@@ -1,0 +1,1 @@
+"""Recipes that come along: `fewstep distill --recipe NAME`."""

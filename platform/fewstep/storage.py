@@ -1,0 +1,169 @@
+"""Storage of datasets and checkpoints: a local folder, `s3://bucket/prefix`, or another address that pyarrow.fs takes.
+
+For S3, endpoint and credentials come from the usual environment variables: `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`
+(http:// or https://), `AWS_REGION` or `AWS_DEFAULT_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
+`AWS_SESSION_TOKEN`; without a pair of keys, from AWS's own chain (profile, instance role). Time limits are short, so
+that an unreachable endpoint is reported within seconds.
+
+Objects are written whole or not at all: locally to a hidden file that is renamed, on S3 by one upload, which becomes
+visible when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+
+from fewstep.errors import UserError
+
+# Time limits and attempts of S3's requests
+CONNECT_SECONDS = 4
+REQUEST_SECONDS = 20
+ATTEMPTS = 2
+PARTIAL_SUFFIX = ".partial"
+"""End of the names of local files that are being written."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A root address with its file system. It can be pickled, so that workers have the S3 settings of their driver.
+
+    Attributes:
+        root: the address as users write it; absolute for local folders.
+        filesystem: pyarrow's file system for it.
+        base: the path of `root` in the file system.
+    """
+
+    root: str
+    filesystem: fs.FileSystem
+    base: str
+
+    @classmethod
+    def at(cls, root: str | os.PathLike[str]) -> Storage:
+        """The storage at an address; no connection is made yet.
+
+        Raises:
+            UserError: the address is of a kind that can't be opened.
+        """
+        address = str(root).rstrip("/")
+        if address.startswith("s3://"):
+            return cls(address, _s3(), address.removeprefix("s3://"))
+        if "://" in address:
+            try:
+                filesystem, base = fs.FileSystem.from_uri(address)
+            except Exception as error:  # pyarrow's own errors, OSError or ValueError, depending on the scheme
+                raise UserError(
+                    f"the address {address} can't be opened ({_brief(error)}): use a local folder or s3://bucket/prefix."
+                ) from error
+            return cls(address, filesystem, base)
+        local = str(Path(address or "/").expanduser().absolute())
+        return cls(local, fs.LocalFileSystem(), local)
+
+    def path(self, relative: str) -> str:
+        """The path in the file system of an object, given relative to the root."""
+        return f"{self.base}/{relative}"
+
+    def read(self, relative: str) -> bytes | None:
+        """The content of an object, given relative to the root; None if it does not exist."""
+        with self.reachable():
+            try:
+                with self.filesystem.open_input_stream(self.path(relative)) as stream:
+                    return stream.read()
+            except FileNotFoundError:
+                return None
+
+    def list(self) -> dict[str, int]:
+        """Relative path → size in bytes of every object below the root, without unfinished local files."""
+        with self.reachable():
+            found = self.filesystem.get_file_info(
+                fs.FileSelector(self.base, allow_not_found=True, recursive=True)
+            )
+        return {
+            info.path.removeprefix(self.base).lstrip("/"): info.size
+            for info in found
+            # Other processes may be writing at this moment.
+            if info.type == fs.FileType.File and not info.path.endswith(PARTIAL_SUFFIX)
+        }
+
+    def write(self, relative: str, content: bytes | memoryview) -> None:
+        """Write an object, whole or not at all; replaces one of the same name."""
+        target = self.path(relative)
+        with self.reachable():
+            if not isinstance(self.filesystem, fs.LocalFileSystem):
+                with self.filesystem.open_output_stream(target) as stream:
+                    stream.write(content)
+                return
+            folder, name = os.path.split(target)
+            self.filesystem.create_dir(folder)
+            # A random name, so that two writers of one object don't disturb each other: the last to finish wins.
+            partial = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
+            with self.filesystem.open_output_stream(partial) as stream:
+                stream.write(content)
+            self.filesystem.move(partial, target)
+
+    def sweep(self) -> None:
+        """Delete unfinished local files of writers that were killed; on S3 there are none."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            for leftover in Path(self.base).rglob(f".*{PARTIAL_SUFFIX}"):
+                leftover.unlink()
+
+    @contextmanager
+    def reachable(self) -> Iterator[None]:
+        """A context in which errors of the storage (no connection, no bucket, no permission) become UserErrors.
+
+        Raises:
+            UserError: in place of an OSError of the file system; FileNotFoundError is raised as it is.
+        """
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            remedy = (
+                f"check that the bucket exists, AWS_ENDPOINT_URL (now {_endpoint() or 'unset: AWS itself'}), "
+                "the region and the credentials"
+                if self.root.startswith("s3://")
+                else "check that the folder exists, is writable and the disk isn't full"
+            )
+            raise UserError(f"{self.root} can't be reached or used ({_brief(error)}): {remedy}.") from error
+
+
+def _endpoint() -> str | None:
+    """S3's endpoint from the environment; None for AWS's own."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _s3() -> fs.S3FileSystem:
+    """pyarrow's S3 file system with the environment's settings."""
+    endpoint = _endpoint()
+    options: dict[str, str] = {}
+    if endpoint:
+        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+    if key := os.environ.get("AWS_ACCESS_KEY_ID"):
+        options |= {"access_key": key, "secret_key": os.environ.get("AWS_SECRET_ACCESS_KEY", "")}
+        if token := os.environ.get("AWS_SESSION_TOKEN"):
+            options["session_token"] = token
+    # Other providers ignore the region, but requests are signed with one; AWS's own is looked up by pyarrow.
+    region = (
+        os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or (endpoint and "us-east-1")
+    )
+    return fs.S3FileSystem(
+        **options,
+        region=region or None,
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=REQUEST_SECONDS,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+    )
+
+
+def _brief(error: Exception) -> str:
+    """The start of an error's message, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

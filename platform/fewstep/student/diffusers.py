@@ -1,0 +1,399 @@
+"""Students as diffusers pipelines: a folder that diffusers loads, and to which it can add style LoRAs.
+
+    save_diffusers(FewStepPipeline.from_pretrained("emoji-student"), Path("emoji"))          # or jobs/export.py
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained("emoji", trust_remote_code=True)
+    pipe("red heart, noto style", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
+    pipe.load_lora_weights("some_style")
+
+    model_index.json, pipeline.py     names of the parts, and a line of code that imports the pipeline's class
+    transformer/                      the student's adapters, which loading merges into the teacher's weights, and the
+                                      teacher's name; or, as an option, the whole transformer with adapters merged
+    head/                             the policy head, and the student's card
+
+The loaded transformer is of diffusers' own class, so everything works with it that diffusers and peft can do (style
+LoRAs, `torch.compile`). The head stays in float32. Its input is the input of the transformer's last norm; the outputs
+of that norm and of the projection after it are not used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.loaders import Flux2LoraLoaderMixin, FluxLoraLoaderMixin, QwenImageLoraLoaderMixin
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.family import Family, Transformer
+from fewstep.models.heads import PolicyConfig, build_head
+from fewstep.models.registry import get_family
+from fewstep.models.teacher import check_reference, load_teacher, told_guidance
+from fewstep.policies import Policy
+from fewstep.student.adapter import HEAD, OUTPUT, adapter_state
+from fewstep.student.card import StudentCard, read_student_card, write_student_card
+from fewstep.student.pipeline import FewStepPipeline, OutputType
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+ADAPTERS = "adapters.safetensors"
+"""Name of the file in `transformer/` with the student's own weights, unless the whole transformer is stored."""
+
+
+class StudentHead(nn.Module):
+    """A student's policy head and card, as a component of a diffusers pipeline."""
+
+    def __init__(self, card: StudentCard, policy: PolicyConfig, base: dict[str, Any]) -> None:
+        """Build the head, without values.
+
+        Args:
+            card: the student's.
+            policy: settings of the head.
+            base: configuration of the transformer, which has the sizes.
+        """
+        super().__init__()
+        self.card, self.policy_config, self.base = card, policy, base
+        family = get_family(card.teacher.family)
+        # The head is built from a transformer's last layers; on the meta device, that transformer takes no memory.
+        with torch.device("meta"):
+            transformer = family.build(base)
+            head = build_head(
+                transformer.norm_out, transformer.proj_out, family.latent_channels(transformer), policy
+            )
+        self.head = head.to_empty(device="cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Device of its weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its weights."""
+        return next(self.parameters()).dtype
+
+    def to(self, *arguments: Any, **options: Any) -> StudentHead:
+        """Move to a device; weights stay in float32, also when the pipeline is converted to another type."""
+        # diffusers calls to(device), to(dtype) and to(device, dtype), also by keyword. Types are ignored.
+        given = [*arguments, options.get("device")]
+        device = next((place for place in given if isinstance(place, str | int | torch.device)), None)
+        return self if device is None else super().to(device)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **_: Any) -> StudentHead:
+        """Load what `save_pretrained` wrote; diffusers' keyword arguments for large models are ignored."""
+        config = json.loads((Path(folder) / CONFIG).read_text())
+        policy = TypeAdapter(PolicyConfig).validate_python(config["policy"])
+        head = cls(read_student_card(Path(folder)), policy, config["base"])
+        head.head.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        return head.eval().requires_grad_(False)
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write configuration, weights, card, and the line of code with which diffusers imports this class."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"policy": self.policy_config.model_dump(), "base": self.base}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(self.head.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+        write_student_card(self.card, folder)
+        (folder / "head.py").write_text(f"from {__name__} import {StudentHead.__name__}  # noqa: F401\n")
+
+
+class TransformerOnTeacher(nn.Module):
+    """Loader of a transformer that is stored as adapters: loads the teacher's, and merges the adapters into it.
+
+    It derives from nn.Module only because diffusers passes `torch_dtype` to modules, and to nothing else.
+    """
+
+    @staticmethod
+    def from_pretrained(folder: str, torch_dtype: torch.dtype = torch.float32, **ignored: Any) -> nn.Module:
+        """The merged transformer, in diffusers' own class.
+
+        Args:
+            folder: as `save` has written it.
+            torch_dtype: type of the weights.
+            ignored: diffusers' keyword arguments for large models.
+
+        Raises:
+            UserError: the teacher that the student's card names is not found, or has other weights.
+        """
+        card = read_student_card(Path(folder))
+        transformer, _, reference = load_teacher(
+            card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
+        )
+        check_reference(reference, card.teacher)
+        merge(load_file(Path(folder) / ADAPTERS), transformer)
+        return transformer.to(torch_dtype)
+
+    @staticmethod
+    def save(state: Mapping[str, Tensor], card: StudentCard, folder: Path) -> None:
+        """Write a student's own weights without the head, its card, and the line of code that imports this class.
+
+        Args:
+            state: the student's weights by their published names.
+            card: the student's.
+            folder: made if it does not exist.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        trunk = {
+            name: tensor for name, tensor in state.items() if not name.startswith(("norm_out", "proj_out"))
+        }
+        save_file(trunk, folder / ADAPTERS, metadata={"format": "pt"})
+        write_student_card(card, folder)
+        (folder / "transformer.py").write_text(
+            f"from {__name__} import {TransformerOnTeacher.__name__}  # noqa: F401\n"
+        )
+
+
+class FewStepDiffusionPipeline(DiffusionPipeline):
+    """A student with the interface of a diffusers pipeline.
+
+    Args:
+        transformer: the merged transformer.
+        head: the policy head with the student's card.
+    """
+
+    # What `register_modules` sets.
+    transformer: Transformer
+    head: StudentHead
+
+    model_cpu_offload_seq = "transformer"
+    # The head is small; and offloading acts on calls of a module's forward, which the head's is not called by.
+    _exclude_from_cpu_offload = ("head",)
+
+    def __init__(self, transformer: Transformer, head: StudentHead) -> None:
+        super().__init__()
+        # diffusers' own base class has the method through a mixin that carries no types.
+        cast(Any, self).register_modules(transformer=transformer, head=head)
+        self._student = FewStepPipeline(_Grafted(self), head.card)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        temperature: float | Literal["auto"] | None = None,
+        h: float | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[list[Any]]:
+        """Generate one image per prompt.
+
+        Args:
+            prompt: one or several captions.
+            height, width: in pixels; as trained by default.
+            num_inference_steps: network evaluations (nfe); as trained by default.
+            generator: source of the noise, one or one per prompt; by default one with a random seed.
+            temperature: mixture temperature; as trained by default.
+            h: noise renewed between segments; as trained by default.
+            output_type: what `images` holds: PIL images, (H, W, 3) uint8 arrays, or (C, H, W) latents.
+            callback_on_step_end: called after each evaluation with this pipeline, the evaluation's index, the share of
+                evaluations that are left, and {"latents": the state}; its result is ignored.
+            return_dict: return an `ImagePipelineOutput`, or else a tuple with the images.
+
+        Raises:
+            UserError: a size, number of evaluations or prompt that the model can't take.
+        """
+        self._student.device = self.head.device  # the pipeline may have been moved since the last call
+        nfe = self.head.card.sampler.override(num_inference_steps).nfe
+        with cast(Any, self).progress_bar(total=nfe) as bar:
+
+            def on_step(index: int, state: Tensor, _: Tensor) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, index, 1 - (index + 1) / nfe, {"latents": state})
+
+            images = self._student(
+                prompt,
+                num_inference_steps=num_inference_steps,
+                generator=generator or torch.Generator().manual_seed(torch.seed() % 2**63),
+                temperature=temperature,
+                h=h,
+                height=height,
+                width=width,
+                output_type=output_type,
+                on_step=on_step,
+            ).images
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the folder that `DiffusionPipeline.from_pretrained` reads, with the whole merged transformer.
+
+        Args:
+            save_directory: made if it does not exist.
+            options: arguments of the transformer's own `save_pretrained`, such as `max_shard_size`.
+        """
+        folder = Path(save_directory)
+        self.transformer.save_pretrained(folder / "transformer", **options)
+        self._save_beside(folder, ("diffusers", type(self.transformer).__name__))
+
+    def _save_beside(self, folder: Path, transformer: tuple[str, str]) -> None:
+        """Write everything but the transformer; `transformer` names the library and class that load that."""
+        from diffusers import __version__
+
+        self.head.save_pretrained(folder / "head")
+        name = type(self).__name__
+        (folder / "pipeline.py").write_text(f"from {__name__} import {name}  # noqa: F401\n")
+        index = {
+            "_class_name": ["pipeline", name],
+            "_diffusers_version": __version__,
+            "transformer": transformer,
+            "head": ["head", StudentHead.__name__],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+class QwenImageFewStepPipeline(FewStepDiffusionPipeline, QwenImageLoraLoaderMixin):
+    """For students of Qwen-Image; takes its style LoRAs."""
+
+
+class FluxFewStepPipeline(FewStepDiffusionPipeline, FluxLoraLoaderMixin):
+    """For students of FLUX.1; takes its style LoRAs."""
+
+
+class Flux2FewStepPipeline(FewStepDiffusionPipeline, Flux2LoraLoaderMixin):
+    """For students of FLUX.2; takes its style LoRAs."""
+
+
+PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
+    "qwen_image": QwenImageFewStepPipeline,
+    "flux": FluxFewStepPipeline,
+    "flux2": Flux2FewStepPipeline,
+}
+"""The teacher's family → the pipeline for its students."""
+
+
+def to_diffusers(student: FewStepPipeline, teacher: str | None = None) -> FewStepDiffusionPipeline:
+    """Make a diffusers pipeline of a student. The adapters are merged into a teacher that is loaded once more.
+
+    Args:
+        student: of a family in `PIPELINES`.
+        teacher: the teacher's folder or hub id on this machine, if it differs from that in the student's card.
+
+    Raises:
+        UserError: there is no pipeline for students of the teacher's family.
+    """
+    card, network = student.card, cast(Any, student.network)
+    if card.teacher.family not in PIPELINES:
+        raise UserError(
+            f"a student of the family {card.teacher.family!r} can't be exported as a diffusers pipeline, only of "
+            f"{', '.join(PIPELINES)}: use the student's own folder instead (FewStepPipeline.from_pretrained reads it)."
+        )
+    transformer, _, _ = load_teacher(
+        teacher or card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
+    )
+    merge(_state(network), transformer)
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    head = StudentHead(card, network.policy_config, config)
+    head.head.load_state_dict(network.head.state_dict())
+    return PIPELINES[card.teacher.family](transformer, head.eval().requires_grad_(False))
+
+
+def save_diffusers(
+    student: FewStepPipeline, folder: Path, *, merged: bool = False, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a student as a folder that diffusers loads.
+
+    Args:
+        student: of a family in `PIPELINES`.
+        folder: made if it does not exist.
+        merged: write the whole transformer, so that loading does not need the teacher; otherwise only adapters.
+        dtype: type of the merged transformer's weights.
+
+    Raises:
+        UserError: there is no pipeline for students of the teacher's family.
+    """
+    pipe = to_diffusers(student)
+    if merged:
+        pipe.transformer.to(dtype)
+        pipe.save_pretrained(folder)
+    else:
+        TransformerOnTeacher.save(_state(student.network), student.card, folder / "transformer")
+        pipe._save_beside(folder, ("transformer", TransformerOnTeacher.__name__))
+
+
+@torch.no_grad()
+def merge(state: Mapping[str, Tensor], transformer: Transformer) -> None:
+    """Put a student's weights into its teacher's transformer: add LoRA adapters to weights, or replace whole weights.
+
+    Args:
+        state: the student's weights by their published names (see `adapter.py`); those of the head are left out.
+        transformer: the teacher's, changed in place, except for its last norm and projection.
+    """
+    weights = dict(transformer.named_parameters())
+    for name, tensor in state.items():
+        layer = name.removesuffix(".lora_A.weight")
+        if layer != name:
+            weight = weights[f"{layer}.weight"]
+            # alpha = rank, so adapters are added with factor 1.
+            weight.add_((state[f"{layer}.lora_B.weight"] @ tensor).to(weight))
+        elif name in weights and not name.startswith(OUTPUT):
+            weights[name].copy_(tensor)
+
+
+def _state(network: Any) -> dict[str, Tensor]:
+    """A student's own weights by their published names, also if they are frozen."""
+    # A loaded student has nothing trainable any more, so that its weights are found by their names.
+    full = network.teacher is not None
+    own = {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if name.startswith(HEAD) or ".lora_" in name or (full and name.startswith("transformer."))
+    }
+    return adapter_state(network, own)
+
+
+class _Grafted(nn.Module):
+    """A pipeline's transformer and head with the interface of a `PolicyNetwork`.
+
+    Both are looked up at each call, because users replace them by other modules, such as compiled ones.
+    """
+
+    def __init__(self, pipeline: FewStepDiffusionPipeline) -> None:
+        super().__init__()
+        self._pipeline = pipeline
+        card = pipeline.head.card
+        self.family: Family = told_guidance(
+            get_family(card.teacher.family),
+            self.transformer,
+            card.teacher_sampler.embedded_guidance_scale,
+            card.teacher.path,
+        )
+
+    @property
+    def transformer(self) -> Transformer:
+        """The merged transformer, with the style LoRAs that are loaded."""
+        return self._pipeline.transformer
+
+    def policy(self, x_src: Tensor, t_src: Tensor, conditioning: TextConditioning) -> Policy:
+        """The student's policy for the segments that start at x_src (B, C, H, W), t_src (B,)."""
+        transformer, head, dtype = self.transformer, self._pipeline.head.head, self.transformer.dtype
+        # The whole forward runs, and the input of its last norm is caught on the way: a compiled or offloaded
+        # transformer can't be run in part.
+        caught: list[tuple[Tensor, Tensor]] = []
+        hook = transformer.norm_out.register_forward_pre_hook(lambda _, given: caught.append(given))
+        try:
+            self.family.denoise(
+                transformer, x_src.to(dtype), t_src.to(dtype), conditioning.to(x_src.device, dtype)
+            )
+        finally:
+            hook.remove()
+        [(hidden, embedding)] = caught
+        height, width = x_src.shape[-2:]
+        # The head computes in float32, also if the transformer runs in bfloat16.
+        return head.policy(
+            head(hidden.float(), embedding.float()),
+            lambda tokens, channels: self.family.unpack(tokens, channels, height, width),
+            x_src,
+            t_src,
+        )

@@ -1,0 +1,332 @@
+"""The pipeline that generates images with an exported student.
+
+    pipe = FewStepPipeline.from_pretrained("emoji-student")
+    image = pipe("red heart, noto style", num_inference_steps=4, seed=0).images[0]
+
+A student's folder is an adapter (see `adapter.py`) together with its card (see `card.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.config import Shape
+from fewstep.encoders import Autoencoder, ConditionEncoder, load_autoencoder, load_encoder
+from fewstep.errors import UserError
+from fewstep.flow import (
+    Generators,
+    NextStep,
+    SamplerConfig,
+    TimeShift,
+    euler,
+    euler_step,
+    gaussian_noise,
+    generate,
+    generate_step,
+)
+from fewstep.models.conditioning import Conditioning
+from fewstep.models.family_code import CODE, code_of, find_code
+from fewstep.models.guided_teacher import GuidedTeacher
+from fewstep.models.network import PolicyNetwork
+from fewstep.models.teacher import check_reference, load_teacher
+from fewstep.student.adapter import load_adapter, save_adapter
+from fewstep.student.card import StudentCard, read_student_card, write_student_card
+from fewstep.student.resolve import resolve_student
+
+OutputType = Literal["pil", "np", "latent"]
+
+
+@dataclass
+class FewStepOutput:
+    """Result of a pipeline call."""
+
+    images: list[Any]
+    """PIL images, (H, W, 3) uint8 arrays, or (C, H, W) latents, depending on `output_type`."""
+
+
+def save_student(
+    network: PolicyNetwork, card: StudentCard, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write a student's folder.
+
+    If the teacher's family comes from a user's file, the folder gets a copy of that file.
+
+    Args:
+        network: the student's.
+        card: the student's.
+        folder: made if it does not exist.
+        weights: values, such as the EMA's, in place of the network's trainable parameters; by the same names.
+    """
+    save_adapter(network, folder, weights)
+    if (code := code_of(network.family.name)) is not None:
+        (folder / CODE).write_bytes(code.content)
+        card = card.model_copy(update={"teacher": replace(card.teacher, code_sha256=code.sha256)})
+    write_student_card(card, folder)
+
+
+class FewStepPipeline:
+    """Generates images from prompts in a few network evaluations; can also sample the teacher, for comparison.
+
+    Args:
+        network: a `PolicyNetwork`, or another module with its `policy`, `family` and `transformer`.
+        card: the student's.
+        device: where to generate.
+    """
+
+    def __init__(self, network: Any, card: StudentCard, device: torch.device | str = "cpu") -> None:
+        self.card, self.device = card, torch.device(device)
+        self.network = network.to(self.device).eval().requires_grad_(False)
+        if isinstance(network, PolicyNetwork):
+            network.keep_folded()  # the weights don't change any more
+
+    # Encoder, autoencoder and teacher are loaded when first used: a server may run them elsewhere, or not need them.
+
+    @cached_property
+    def text_encoder(self) -> ConditionEncoder:
+        """The encoder of prompts (texts or classes)."""
+        return load_encoder(self.card.text_encoder, max_tokens=self.card.max_tokens, device=self.device)
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder that decodes latents."""
+        return load_autoencoder(self.card.autoencoder, device=self.device)
+
+    @cached_property
+    def teacher(self) -> GuidedTeacher:
+        """The student's teacher, with the guidance with which it was imitated."""
+        how = self.card.teacher_sampler
+        # Without guidance no null condition is needed, so that the encoder is not loaded for it.
+        null = None if how.guidance_scale == 1 else self.text_encoder.null().to(self.device)
+        return GuidedTeacher(self.network, null, how.guidance_scale, how.guidance_interval, how.orthogonal)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        teacher: str | None = None,
+        device: torch.device | str = "cpu",
+        tracking_uri: str | None = None,
+    ) -> FewStepPipeline:
+        """Load a student and its teacher.
+
+        Args:
+            path: name or address of the student, as for `resolve_student`.
+            teacher: the teacher's folder or hub id on this machine, if it differs from that in the student's card.
+            device: where to generate.
+            tracking_uri: address of MLflow, for students that it holds; by default `MLFLOW_TRACKING_URI`.
+
+        Raises:
+            UserError: there is no such student; its teacher is not found, or has other weights; or the teacher's family
+                is code in the student's folder that may not be run yet (see `family_code.py`).
+        """
+        folder = resolve_student(path, tracking_uri=tracking_uri).folder
+        card = read_student_card(folder)
+        # First, because loading the teacher needs its family.
+        find_code(card.teacher.family, card.teacher.code_sha256, folder)
+        transformer, family, reference = load_teacher(
+            teacher or card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
+        )
+        check_reference(reference, card.teacher)
+        # `load_adapter` modifies the transformer: it is the student's from here on.
+        return cls(load_adapter(transformer, family, folder), card, device)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_inference_steps: int | None = None,
+        seed: int | Sequence[int] = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: float | Literal["auto"] | None = None,
+        h: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: OutputType = "pil",
+        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> FewStepOutput:
+        """Generate one image per prompt.
+
+        Args:
+            prompt: one or several captions.
+            num_inference_steps: network evaluations (nfe); as trained by default.
+            seed: of the noise, one number (prompt i gets seed + i) or one per prompt. An image depends only on its own
+                prompt and seed, not on the others of its batch.
+            generator: source of the noise, one or one per prompt, in place of `seed`.
+            temperature: mixture temperature, in (0, 1] or "auto"; as trained by default.
+            h: how much noise is renewed between segments, from 0 (none, deterministic); as trained by default.
+            height, width: in pixels; as trained by default.
+            output_type: what `images` holds: PIL images ("pil"), (H, W, 3) uint8 arrays ("np") or latents ("latent").
+            on_step: called after each evaluation with its index, the state, and the predicted clean latents.
+
+        Raises:
+            UserError: a size, number of evaluations or prompt that the model can't take.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if output_type not in get_args(OutputType):
+            raise UserError(
+                f"output_type must be one of {', '.join(get_args(OutputType))}; got {output_type!r}."
+            )
+        shape = self.latent_shape(height, width)
+        sampler = self.sampler_for(shape, num_inference_steps, temperature, h)
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise UserError(
+                f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt."
+            )
+        # The same generators then draw the noise that the sampler renews: an image is independent of its batch also
+        # where h is not 0.
+        generator = generator or [torch.Generator().manual_seed(s) for s in seeds]
+        noise = gaussian_noise((len(prompts), *shape), generator)
+        # (B, C, h, w)
+        latents = self.sample(noise, self.encode(prompts), sampler, generator=generator, on_step=on_step)
+        if output_type == "latent":
+            return FewStepOutput(list(latents))
+        pixels = self.decode(latents)
+        return FewStepOutput(list(pixels) if output_type == "np" else _to_pil(pixels))
+
+    def sampler_for(
+        self,
+        shape: Shape,
+        nfe: int | None = None,
+        temperature: float | Literal["auto"] | None = None,
+        h: float | None = None,
+    ) -> SamplerConfig:
+        """The sampler's settings for latents of shape (C, H, W): those given, and the others as trained.
+
+        Raises:
+            UserError: a value out of range.
+        """
+        # A dynamic shift depends on the number of the network's tokens, one per patch.
+        patch = self.network.family.patch(self.network.transformer)
+        tokens = (shape[1] // patch) * (shape[2] // patch)
+        return self.card.sampler.override(nfe, temperature, h).at_size(tokens)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditions of the prompts, as one batch on the pipeline's device."""
+        return self.text_encoder.conditioning(list(prompts)).to(self.device)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (B, C, H, W) → images (B, H', W', 3) uint8."""
+        return np.asarray(self.autoencoder.decode(latents))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        noise: Tensor,
+        conditioning: Conditioning,
+        sampler: SamplerConfig,
+        *,
+        generator: Generators = None,
+        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Sample the student: noise → latents, (B, C, H, W) both, in `sampler.nfe` network evaluations.
+
+        Args:
+            noise: x at σ = 1.
+            conditioning: of B samples, on the pipeline's device.
+            sampler: as `sampler_for` gives it.
+            generator: source of the noise that is renewed if `sampler.h` is not 0.
+            on_step: as for a call of the pipeline.
+        """
+        policy_at = partial(self.network.policy, conditioning=conditioning)
+        return generate(policy_at, noise.to(self.device), sampler, generator=generator, on_step=on_step)
+
+    @torch.inference_mode()
+    def sample_step(
+        self,
+        x: Tensor,
+        conditioning: Conditioning,
+        step: NextStep,
+        sampler: SamplerConfig,
+        generator: Generators = None,
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """One network evaluation of `sample`; each sample of the batch may be at another step, of another sampler.
+
+        Args:
+            x: states, (B, C, H, W).
+            conditioning: of B samples, on the pipeline's device.
+            step: the step of each sample. All their samplers must have the shift and substeps of `sampler`.
+            sampler: has the shift and substeps.
+            generator: as for `sample`.
+
+        Returns:
+            The next states, and a function that gives the predicted clean latents; see `generate_step`.
+        """
+        policy_at = partial(self.network.policy, conditioning=conditioning)
+        shift, substeps = sampler.time_shift, sampler.substeps
+        return generate_step(policy_at, x, step, shift, substeps=substeps, generator=generator)
+
+    @torch.inference_mode()
+    def sample_teacher(self, noise: Tensor, conditioning: Conditioning, steps: int) -> Tensor:
+        """Sample the teacher by guided Euler steps: noise → latents, (B, C, H, W) both.
+
+        Args:
+            noise: x at σ = 1.
+            conditioning: of B samples, on the pipeline's device.
+            steps: Euler steps, of `teacher.passes` network passes each.
+        """
+        velocity = partial(self.teacher.velocity, conditioning=conditioning)
+        return euler(velocity, noise.to(self.device), steps, self._teacher_shift(noise))
+
+    @torch.inference_mode()
+    def sample_teacher_step(
+        self, x: Tensor, conditioning: Conditioning, step: Tensor, steps: Tensor
+    ) -> Tensor:
+        """One step of `sample_teacher`; each sample of the batch may be at another step (see `euler_step`)."""
+        velocity = partial(self.teacher.velocity, conditioning=conditioning)
+        return euler_step(velocity, x, step, steps, self._teacher_shift(x))
+
+    def _teacher_shift(self, x: Tensor) -> TimeShift:
+        # The teacher's own shift; without one, the student's for this size (which may be dynamic).
+        own = self.card.teacher_sampler.shift
+        channels, height, width = x.shape[1:]
+        sampler = self.sampler_for((channels, height, width))
+        return sampler.time_shift if own is None else TimeShift(own)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that it was trained on."""
+        _, height, width = self.card.latent_shape
+        return self.autoencoder.image_size(height, width)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> Shape:
+        """Shape (C, h, w) of the latent of an image of (height, width) pixels; by default, sides are as trained.
+
+        Raises:
+            UserError: a side is not a multiple of what autoencoder and network need.
+        """
+        # Not by way of the size in pixels, so that the autoencoder is not loaded only for this.
+        if height is None and width is None:
+            return self.card.latent_shape
+        trained_height, trained_width = self.size
+        height, width = (
+            trained_height if height is None else height,
+            trained_width if width is None else width,
+        )
+        shape = self.autoencoder.latent_shape(height, width)
+        patch = self.network.family.patch(self.network.transformer)
+        # The autoencoder has its own multiple; latents also have to divide into the network's patches.
+        if any(cells % patch or cells < patch for cells in shape[1:]):
+            multiple, _ = self.autoencoder.image_size(patch, patch)
+            raise UserError(
+                f"an image of {width}x{height} pixels doesn't fit this model: both sides must be multiples of "
+                f"{multiple}."
+            )
+        return shape
+
+
+def _to_pil(pixels: np.ndarray) -> list[Any]:
+    """Images (B, H, W, 3) uint8 as a list of PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(image) for image in pixels]

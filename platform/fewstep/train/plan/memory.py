@@ -1,0 +1,82 @@
+"""Memory of one GPU, by part; and the part of it that stays over the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fewstep.models.network import PolicyNetwork
+from fewstep.train.optimizers import muon_parameters
+from fewstep.train.recipe import DistillRecipe, TrainConfig
+
+ADAM_BYTES = 8
+"""Two float32 averages per parameter that Adam trains (Muon keeps one)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, by part."""
+
+    weights: int
+    """This GPU's share of all weights, float32."""
+    gathered: int
+    """What FSDP has gathered at a time: two blocks (one computes, one arrives) and what belongs to no block."""
+    gradients: int
+    """This GPU's share, float32, and those of one block before they are reduced."""
+    optimizer: int
+    """This GPU's share of the optimizer's averages, float32."""
+    ema: int
+    """This GPU's share of the EMA of the student's own weights, float32."""
+    activations: int
+    """The most that is alive at a time besides, in one micro-batch."""
+
+    @property
+    def total(self) -> int:
+        """All parts together, in bytes."""
+        return sum(vars(self).values())
+
+
+def standing_memory(network: PolicyNetwork, recipe: DistillRecipe, gpus: int) -> Memory:
+    """What stays in memory over the whole run, with no activations.
+
+    Args:
+        network: teacher and student, with parameters in float32; they may be on the meta device.
+        recipe: how the run is spread, and what optimizes it.
+        gpus: how many GPUs share it.
+    """
+    train = recipe.train
+    everything = sum(p.nbytes for p in network.parameters())
+    own = sum(p.nbytes for p in network.trainable().values())
+    own_blocks = network.family.blocks(network.transformer)
+    momentum = sum(p.nbytes for p in muon_parameters(own_blocks, recipe.optimizer))
+    # Of every float32 weight that Muon leaves to Adam, two numbers are kept; of Muon's own one.
+    slots = (own - momentum) // 4 * ADAM_BYTES + momentum
+    if train.parallel == "ddp" or (gpus == 1 and not train.gpu):
+        # Averaging sends gradients as one message: a copy, and its mean.
+        gradients = own if gpus == 1 else 3 * own
+        return Memory(everything, 0, gradients, slots, own, activations=0)
+    blocks = [block for part in network.transformers() for block in network.family.blocks(part)]
+    sizes = sorted(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    outside = everything - sum(sizes)
+    gathered = everything if gpus == 1 else outside + sum(sizes[-2:])
+    largest = max([_trainable_bytes(block) for block in blocks], default=own)
+    # What is gathered, and gradients that are not reduced yet, are in the type that is computed in.
+    compute = 0.5 if computes_bfloat16(train) else 1.0
+    return Memory(
+        weights=everything // gpus,
+        gathered=int(compute * gathered),
+        gradients=own // gpus + int((1 + compute) * largest),
+        optimizer=slots // gpus,
+        ema=own // gpus,
+        activations=0,
+    )
+
+
+def computes_bfloat16(train: TrainConfig) -> bool:
+    """Whether the network itself computes in bfloat16, which FSDP's mixed precision makes it do."""
+    return train.precision == "bfloat16" and train.gpu and train.parallel == "fsdp"
+
+
+def _trainable_bytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)

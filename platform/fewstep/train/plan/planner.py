@@ -1,0 +1,268 @@
+"""Planning a distillation: what it will cost, measured on one micro-batch that takes no memory.
+
+The network is built at full size on the meta device, whose tensors have shapes and no data, and goes through one
+micro-batch there: student forward, teacher forward, student backward. A meter follows the life of every tensor and
+counts operations as they are dispatched, so the estimate comes from the training step itself and not from formulas.
+
+What it leaves out: workspaces of kernels, fragments of the allocator, and the CUDA context (about 1 GB). Leave room.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.config import Shape
+from fewstep.data.schema import DatasetInfo
+from fewstep.errors import UserError
+from fewstep.models.conditioning import ClassConditioning, Conditioning, TextConditioning
+from fewstep.models.family_code import use_module
+from fewstep.models.network import PolicyNetwork
+from fewstep.models.registry import get_family
+from fewstep.models.teacher import check_guidance, read_card, told_guidance
+from fewstep.train.plan.architecture import network_config
+from fewstep.train.plan.memory import Memory, computes_bfloat16, standing_memory
+from fewstep.train.plan.meter import DispatchMeter, fused_attention
+from fewstep.train.recipe import DistillRecipe
+
+FULL_SIZE = 128
+"""Latent cells per side of a one-megapixel image, where neither data nor a card says otherwise."""
+
+LABEL_BYTES = 4
+"""Of a class in a shard (int32)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is planned for."""
+
+    gpus: int
+    """How many GPUs."""
+    memory_gb: float
+    """Memory of each, in 10⁹ bytes."""
+    tflops: float = 989.0
+    """Peak rate of each in the compute precision, 10¹² operations per second; the default is an H100's in bfloat16."""
+    utilisation: float = 0.4
+    """Share of the peak rate that training reaches."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one micro-batch costs on one GPU."""
+
+    activations: int
+    """Largest number of bytes alive at a time beside weights and their gradients."""
+    student: int
+    """Operations of the student's forward and backward (a multiply-add is two)."""
+    teacher: int
+    """Operations of the teacher's queries."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run costs."""
+
+    recipe: DistillRecipe
+    """What is trained."""
+    machine: Machine
+    """What it is trained on."""
+    shape: Shape
+    """(C, H, W) of the latents."""
+    tokens: int
+    """Token states per caption."""
+    parameters: int
+    """Of the frozen teacher."""
+    trained: int
+    """Parameters of the student's own."""
+    memory: Memory
+    """As the recipe says."""
+    otherwise: Memory
+    """With the other choice of `train.activation_checkpointing`."""
+    student_operations: int
+    """Of the student per optimizer step, all GPUs together."""
+    teacher_operations: int
+    """Of the teacher per optimizer step, all GPUs together."""
+    captions: int
+    """In the dataset; where it is not prepared, as many as the run takes."""
+    cache: int
+    """Bytes of the dataset's shards: token states or classes, and latents where training needs them."""
+
+    @property
+    def hours(self) -> float:
+        """How long all steps take at the machine's rate."""
+        rate = self.machine.gpus * self.machine.tflops * 1e12 * self.machine.utilisation
+        operations = self.student_operations + self.teacher_operations
+        return self.recipe.train.steps * operations / rate / 3600
+
+
+def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = None, tokens: int = 256) -> Plan:
+    """Plan a run.
+
+    Args:
+        recipe: what to train; its batch is spread over the machine's GPUs, whatever `train.workers` says.
+        machine: what to train it on.
+        side: latent cells per side; by default those of the prepared data or the teacher's card, or 128.
+        tokens: token states per caption.
+
+    Raises:
+        UserError: the teacher's architecture can't be found, or the batch can't be spread.
+    """
+    train = recipe.train
+    if recipe.data.batch_size % (machine.gpus * train.accumulate):
+        raise UserError(
+            f"data.batch_size={recipe.data.batch_size} must be a multiple of GPUs × train.accumulate = "
+            f"{machine.gpus * train.accumulate}."
+        )
+    micro = recipe.data.batch_size // (machine.gpus * train.accumulate)
+    network = build_on_meta(recipe)
+    shape = _latent_shape(recipe, network, side)
+    parameters = count_parameters(network)
+    trained = sum(p.numel() for p in network.trainable().values())
+    standing = standing_memory(network, recipe, machine.gpus)
+
+    if computes_bfloat16(train):
+        network.to(torch.bfloat16)
+    chosen = other = measure(network, recipe, micro, shape, tokens)
+    try:
+        network.transformer.enable_gradient_checkpointing()  # second, because it can't be switched off again
+        thrifty = measure(network, recipe, micro, shape, tokens)
+        chosen, other = (thrifty, chosen) if train.activation_checkpointing else (chosen, thrifty)
+    except UserError:  # a network of one's own may have none
+        if train.activation_checkpointing:
+            raise
+
+    # Without data a step walks all segments of the student, and one micro-batch is measured for each of them.
+    data_free = recipe.imitation.data_free
+    segments = statistics.fmean(recipe.sampler.nfes) if data_free else 1
+    times = train.accumulate * machine.gpus * segments
+    captions = _captions(recipe)
+    per_caption = _condition_bytes(network, tokens) + (0 if data_free else 4 * math.prod(shape))
+    return Plan(
+        recipe, machine, shape, tokens,
+        parameters=parameters,
+        trained=trained,
+        memory=replace(standing, activations=chosen.activations),
+        otherwise=replace(standing, activations=other.activations),
+        student_operations=int(chosen.student * times),
+        teacher_operations=int(chosen.teacher * times),
+        captions=captions,
+        cache=captions * per_caption,
+    )  # fmt: skip
+
+
+def build_on_meta(recipe: DistillRecipe) -> PolicyNetwork:
+    """The recipe's teacher with its student at full size, on the meta device: it takes no memory.
+
+    Raises:
+        UserError: its architecture can't be found, or the recipe's guidance does not suit it.
+    """
+    teacher, student = recipe.teacher, recipe.student
+    if teacher.module is not None:
+        use_module(teacher.module)
+    family = get_family(teacher.family)
+    config = network_config(teacher.path)
+    with torch.device("meta"):
+        transformer = family.build(config)
+        family = told_guidance(family, transformer, teacher.embedded_guidance_scale, teacher.path)
+        check_guidance(family, transformer, teacher.guidance_scale, "teacher.guidance_scale")
+        return PolicyNetwork(
+            transformer, family, student.policy, student.lora, recipe.train.seed, student.full
+        )
+
+
+def count_parameters(network: PolicyNetwork) -> int:
+    """Number of parameters of the frozen teacher."""
+    # Where the student is a full copy, the teacher stands beside it; otherwise they share the base.
+    teacher = network.transformer if network.teacher is None else network.teacher
+    return sum(p.numel() for p in teacher.parameters() if not p.requires_grad)
+
+
+def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Shape, tokens: int) -> Pass:
+    """Run one micro-batch on the meta device, and say what it costs.
+
+    Args:
+        network: on the meta device, in the type that it computes in.
+        recipe: says how often the teacher is asked.
+        batch: samples.
+        shape: (C, H, W) of their latents.
+        tokens: token states of each.
+    """
+    dtype = next(network.transformer.parameters()).dtype
+    passes = 1 if recipe.teacher.guidance_scale == 1 else 2
+    queries = recipe.imitation.intermediate_states * passes
+    # FSDP reduces a block's gradients as soon as they are there, and frees them.
+    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in network.trainable().values()]
+    meter = DispatchMeter([*network.parameters(), *network.buffers()])
+    try:
+        with torch.device("meta"), fused_attention(meter), meter:
+            x, t = torch.empty(batch, *shape, dtype=dtype), torch.empty(batch, dtype=dtype)
+            conditioning = _conditioning(network, batch, tokens, dtype)
+            packed = network(x, t, conditioning, student=True)
+            predicted = network.head.parameters_of(packed, network._unpack(packed, x))
+            student = meter.operations
+            # While the student's graph is alive, as in training, where the teacher is asked at the states it visits.
+            network.velocity(x.repeat(queries, 1, 1, 1), t.repeat(queries), conditioning.repeat(queries))
+            teacher = meter.operations - student
+            loss = torch.stack([value.float().mean() for value in predicted.values()]).sum()
+            del packed, predicted  # nothing but the graph may hold them during backward, as in training
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Pass(meter.peak, meter.operations - teacher, teacher)
+
+
+def _conditioning(network: PolicyNetwork, batch: int, tokens: int, dtype: torch.dtype) -> Conditioning:
+    """Captions or classes as the family takes them, on the default device."""
+    family, transformer = network.family, network.transformer
+    if family.classes(transformer) is not None:
+        return ClassConditioning(torch.zeros(batch, dtype=torch.long))
+    states = torch.empty(batch, tokens, family.condition_width(transformer), dtype=dtype)
+    pooled = family.pooled_width(transformer)
+    vectors = None if pooled is None else torch.empty(batch, pooled, dtype=dtype)
+    return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool), vectors)
+
+
+def _condition_bytes(network: PolicyNetwork, tokens: int) -> int:
+    """Bytes of one caption's (or class's) condition in a shard, which keeps token states in float16."""
+    if network.family.classes(network.transformer) is not None:
+        return LABEL_BYTES
+    return 2 * tokens * network.family.condition_width(network.transformer)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _latent_shape(recipe: DistillRecipe, network: PolicyNetwork, side: int | None) -> Shape:
+    family, transformer = network.family, network.transformer
+    channels = family.latent_channels(transformer)
+    if side is None:
+        if (data := _dataset(recipe)) is not None:
+            return next(iter(data.buckets("train")))
+        if (card := read_card(recipe.teacher.path)) is not None:
+            return card.latent_shape
+    side = side or FULL_SIZE
+    if side % family.patch(transformer):
+        raise UserError(
+            f"--latent-size {side} can't be cut into the teacher's {family.patch(transformer)}-cell patches: give "
+            "a multiple."
+        )
+    return channels, side, side
+
+
+def _captions(recipe: DistillRecipe) -> int:
+    data = _dataset(recipe)
+    return recipe.train.steps * recipe.data.batch_size if data is None else data.rows("train")
+
+
+def _dataset(recipe: DistillRecipe) -> DatasetInfo | None:
+    """The prepared data; a plan needs none."""
+    try:
+        return DatasetInfo.open(recipe.data.path)
+    except UserError:
+        return None

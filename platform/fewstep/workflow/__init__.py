@@ -1,0 +1,1 @@
+"""What combines training, evaluation and registration: the only package that knows all three."""

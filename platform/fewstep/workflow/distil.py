@@ -1,0 +1,135 @@
+"""The whole distillation: train, measure, register, and say where everything is."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from shlex import quote
+
+from fewstep.data.schema import DatasetInfo, read_shard
+from fewstep.evaluate.criteria import check_criteria
+from fewstep.evaluate.plots import loss_plot
+from fewstep.student import (
+    PYFUNC_MODEL,
+    model_code,
+    model_requirements,
+    read_student_card,
+    write_student_card,
+)
+from fewstep.tracking import Tracker, spool_folder
+from fewstep.tracking.address import connect
+from fewstep.tracking.registry import register
+from fewstep.train.recipe import DistillRecipe
+from fewstep.train.trainer import TrainedModel, fit
+from fewstep.workflow.evaluation import evaluate, summary
+
+
+def distil(recipe: DistillRecipe, run_name: str | None = None) -> None:
+    """Train a student on the connected Ray cluster, or continue the run of that name; then measure and register it.
+
+    Args:
+        recipe: what to train, and how to measure it.
+        run_name: as for `fit`.
+
+    Raises:
+        UserError: see `fit` and `evaluate_and_register`.
+    """
+    evaluate_and_register(recipe, fit(recipe, run_name))
+
+
+def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
+    """The end of a distillation: measure the student, track, register, and say where everything is.
+
+    Args:
+        recipe: with which the student was trained.
+        trained: what the training left.
+
+    Raises:
+        UserError: MLflow did not take the model version; everything else is done and printed by then.
+        Exception: the evaluation failed; the student is registered, without figures.
+    """
+    results, settings = Path("out") / trained.run_name, recipe.tracking
+    # The run that trained, continued: figures and losses stand on one page.
+    tracker = Tracker.start(
+        uri=settings.uri, experiment=settings.experiment, run_name=trained.run_name,
+        params={}, tags={}, spool=spool_folder(), run_id=trained.mlflow_run,
+    )  # fmt: skip
+    metrics: dict[str, float] = {}
+    failure: Exception | None = None
+    with tracker:
+        if recipe.evaluation.enabled:
+            try:
+                metrics = _measure(recipe, trained, results, tracker)
+            except Exception as error:
+                # Raised at the end: a student that took hours to train is registered even if measuring it fails.
+                failure = error
+        results.mkdir(parents=True, exist_ok=True)
+        loss_plot(_losses(tracker)).savefig(results / "loss.png")
+        tracker.log_artifact(results, "results")
+    print(
+        f"student     {trained.folder.absolute()}\n"
+        f"MLflow run  {trained.run_name} ({tracker.run_id})\n"
+        f"open MLflow mlflow ui --backend-store-uri {tracker.uri}   (or: make ui), then visit port 5000",
+        flush=True,
+    )
+    # After the run has ended, so that all that could fail before is printed by then.
+    version = register(
+        trained.folder,
+        settings.model,
+        tracker.uri,
+        tracker.run_id,
+        settings.alias,
+        metrics,
+        script=PYFUNC_MODEL,
+        requirements=model_requirements(),
+        code=partial(model_code, trained.folder),
+    )
+    model = f"models:/{settings.model}@{settings.alias}"
+    print(
+        f"registered  models:/{version.name}/{version.version}, now {model}\n"
+        f"generate    fewstep generate --model {model} --prompt {quote(_held_out_caption(recipe))} --seed 0",
+        flush=True,
+    )
+    if failure is not None:
+        raise failure
+
+
+def _measure(
+    recipe: DistillRecipe, trained: TrainedModel, results: Path, tracker: Tracker
+) -> dict[str, float]:
+    """Evaluate; write the metrics to MLflow and into the student's card, and print the table."""
+    report = evaluate(trained.folder, recipe.data.path, recipe.evaluation, results, gpu=recipe.train.gpu)
+    metrics, criteria = report.metrics(), recipe.evaluation.criteria
+    tracker.log_metrics(metrics, recipe.train.steps)
+    outcomes = check_criteria(report, criteria)
+    tracker.set_tags({f"criterion.{one.name}": "met" if one.met else "missed" for one in outcomes})
+    text = summary(report, criteria)
+    (results / "report.txt").write_text(text)
+    card = read_student_card(trained.folder).model_copy(update={"metrics": metrics})
+    write_student_card(card, trained.folder)
+    print(f"\n{text}\npicture     {results.absolute() / 'comparison.png'}", flush=True)
+    return metrics
+
+
+def _held_out_caption(recipe: DistillRecipe) -> str:
+    """A caption of the kind that the model was trained on, for the command that is printed."""
+    info = DatasetInfo.open(recipe.data.path)
+    shard = next(iter(info.buckets("held_out").values()))[0]
+    return read_shard(info.storage, shard.path)["caption"][0].as_py()
+
+
+def _losses(tracker: Tracker) -> list[dict[str, float]]:
+    """The run's training losses as rows for `loss_plot`; none while MLflow can't be reached."""
+    from mlflow.exceptions import MlflowException
+
+    client = connect(tracker.uri)
+    rows: dict[int, dict[str, float]] = {}
+    try:
+        # From MLflow and not from this process: a resumed run's first losses are there alone.
+        for name in client.get_run(tracker.run_id).data.metrics:
+            if name.startswith("train/loss"):
+                for point in client.get_metric_history(tracker.run_id, name):
+                    rows.setdefault(point.step, {"step": point.step})[name] = point.value
+    except MlflowException:
+        return []
+    return [rows[step] for step in sorted(rows) if "train/loss" in rows[step]]

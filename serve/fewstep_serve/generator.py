@@ -1,0 +1,325 @@
+"""The generator deployment: models and the batch engine; with torch, which the ingress does without."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from fewstep_serve.config import EngineConfig, Offer
+from fewstep_serve.images import encode_image
+from fewstep_serve.schema import (
+    ImageData,
+    ImageRequest,
+    ImagesResponse,
+    ModelEntry,
+    PreviewImage,
+    Refusal,
+    Refused,
+    Timings,
+)
+from fewstep_serve.stages import RemoteStages
+
+# The ingress imports this module to call the deployment, so what needs torch is imported where it is used.
+if TYPE_CHECKING:
+    from fewstep.engine.engine import Engine
+    from fewstep.engine.generation import GeneratedImage, Generation, StepPreview
+    from fewstep.engine.models import LoadedModel, ModelStore
+
+log = logging.getLogger("ray.serve")
+GAUGE_EVERY_S = 1.0
+"""How often the number of waiting images is reported."""
+
+Show = Callable[[Callable[[], PreviewImage]], None]
+"""Takes a preview that is still to be encoded."""
+
+
+@serve.deployment(
+    # More than an engine lets wait (`max_pending`, beyond which it answers 429): where Serve's own router has to wait
+    # for a full replica it goes by back-off, a request per half a second, long after the replica is idle again.
+    max_ongoing_requests=10_000,
+    max_queued_requests=256,  # while there is no replica at all
+    health_check_period_s=2,
+    graceful_shutdown_wait_loop_s=0.2,
+    graceful_shutdown_timeout_s=60,
+    max_constructor_retry_count=3,
+    ray_actor_options={"num_cpus": 1},
+)
+class Generator:
+    """Generates what an `ImageRequest` asks for, in batches with other requests.
+
+    Args:
+        config: an `EngineConfig` as plain data. What is offered comes through `user_config`.
+        encoder: handle of `Encoder`, where stages are apart.
+        decoder: handle of `Decoder`, where stages are apart.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        encoder: DeploymentHandle | None = None,
+        decoder: DeploymentHandle | None = None,
+    ) -> None:
+        import torch
+
+        from fewstep.home import enter_home
+        from fewstep_serve.metrics import EngineMetrics
+
+        enter_home()  # relative paths mean the same as in the jobs
+        self._config = EngineConfig.model_validate(config)
+        torch.set_num_threads(self._config.threads)  # before any thread of the engine's starts
+        self._metrics = EngineMetrics()
+        self._stages = RemoteStages(encoder, decoder) if encoder and decoder else None
+        # These come with `reconfigure`, which Serve calls before any request.
+        self._offer: Offer
+        self._store: ModelStore
+        self._engine: Engine
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def reconfigure(self, offer: dict[str, Any]) -> None:
+        """Take models and batch limits (an `Offer` as plain data): at the start, and while serving."""
+        self._offer = Offer.model_validate(offer)
+        sources = {model.name: model for model in self._offer.models}
+        if not self._tasks:
+            self._store, self._engine = self._start(sources)
+            self._tasks = [
+                asyncio.create_task(self._follow_aliases()), asyncio.create_task(self._report_pending())
+            ]  # fmt: skip
+        else:
+            await self._store.offer(sources)
+            batching, batcher = self._offer.batching, self._engine.batcher
+            batcher.max_batch_size, self._engine.max_pending = batching.max_batch_size, batching.max_pending
+            batcher.max_wait_s = batching.max_wait_ms / 1000
+        # Loaded before the replica counts as ready, so that no request waits for it.
+        await self._store.get(self._store.default)
+
+    async def generate(self, request: ImageRequest) -> ImagesResponse | Refusal:
+        """All images of a checked request. Cancelling the call stops them at their next evaluation."""
+        return await self._generate(request)
+
+    async def generate_stream(
+        self, request: ImageRequest
+    ) -> AsyncIterator[PreviewImage | ImagesResponse | Refusal]:
+        """Previews as they form, and at the end what `generate` gives."""
+        previews: asyncio.Queue[Callable[[], PreviewImage] | None] = asyncio.Queue()
+        # A task, because previews are to be sent while the engine goes on.
+        generating = asyncio.create_task(self._generate(request, previews.put_nowait))
+        generating.add_done_callback(lambda task: previews.put_nowait(None))
+        try:
+            while (preview := await previews.get()) is not None:
+                yield await asyncio.to_thread(preview)  # a large image takes half a second to encode
+            yield await generating
+        finally:
+            generating.cancel()  # without effect where it has ended; the client has left otherwise
+
+    async def models(self) -> list[ModelEntry]:
+        """The models on offer, with the versions that requests get now."""
+        return [await self._entry(name) for name in self._store.sources]
+
+    async def _generate(self, request: ImageRequest, show: Show | None = None) -> ImagesResponse | Refusal:
+        """The images, or why there are none: a refusal is returned, as Ray would wrap an exception in its own."""
+        from fewstep.engine.batcher import Overloaded
+        from fewstep.errors import UserError
+
+        try:
+            model = await self._model(request.model or self._store.default)
+            caption = _caption(request, model)
+            generations = self._generations(request, model, caption, show)
+        except Refused as refused:
+            return refused.refusal
+        try:
+            images = await self._engine.generate(generations)
+        except UserError as error:  # the caption's: everything else has been checked
+            by_class = _takes_classes(model)
+            code = "invalid_value" if by_class else "prompt_too_long"
+            param = "prompt" if request.class_label is None else "class_label"
+            return Refusal(400, str(error), code, param)
+        except Overloaded as error:
+            return Refusal(429, f"{error.pending} images already wait here: try again later.", "overloaded")
+        return await asyncio.to_thread(self._response, request, generations, images)
+
+    async def _model(self, name: str) -> LoadedModel:
+        from fewstep.engine.models import UnknownModel
+        from fewstep.errors import UserError
+
+        try:
+            return await self._store.get(name)
+        except UnknownModel:
+            known = ", ".join(self._store.sources)
+            message = f"there is no model {name!r}: use one of {known}."
+            raise Refused(Refusal(404, message, "model_not_found", "model")) from None
+        except UserError as error:
+            message = f"the model {name!r} can't be loaded now: {error}"
+            raise Refused(Refusal(503, message, "model_unavailable", "model")) from None
+
+    def _generations(
+        self, request: ImageRequest, model: LoadedModel, caption: str, show: Show | None
+    ) -> list[Generation]:
+        """One per image. Sampler settings that the request leaves out are the model's own."""
+        from fewstep.engine.generation import Generation
+        from fewstep.errors import UserError
+
+        by_teacher, steps = request.sampler == "teacher", request.num_inference_steps
+        ask = partial(
+            Generation.of,
+            model,
+            caption,
+            size=request.pixels,
+            nfe=None if by_teacher else steps,
+            temperature=request.temperature,
+            h=request.h,
+            teacher_steps=steps if by_teacher else None,
+        )
+        try:
+            generations = [ask(seed) for seed in request.seeds]
+        except UserError as error:
+            # The HTTP schema and the limits are narrower than the sampler's own bounds, so it is the size.
+            raise Refused(Refusal(400, str(error), "invalid_value", "size")) from None
+        for index, generation in enumerate(generations):
+            generation.on_preview = _preview(index, generation.total, request.partial_images, show)
+        return generations
+
+    def _response(
+        self, request: ImageRequest, generations: list[Generation], images: list[GeneratedImage]
+    ) -> ImagesResponse:
+        """The answer with its image files; encoding takes long enough to want a thread of its own."""
+        file_format, quality = request.output_format, request.output_compression
+        assert file_format is not None, "the ingress has filled it in"
+        assert quality is not None, "the ingress has filled it in"
+        model = generations[0].model
+        data = []
+        for image in images:
+            self._metrics.image(model, image)
+            timings = {
+                f"{name.removesuffix('_s')}_ms": round(seconds * 1000, 3)
+                for name, seconds in asdict(image.timings).items()
+            }
+            file = encode_image(image.pixels, file_format, quality)
+            batch_size = round(image.batch_size, 2)
+            data.append(
+                ImageData(b64_json=file, seed=image.seed, batch_size=batch_size, timings=Timings(**timings))
+            )
+        height, width = images[0].pixels.shape[:2]
+        return ImagesResponse(
+            created=int(time.time()),
+            data=data,
+            output_format=file_format,
+            size=f"{width}x{height}",
+            model=model.name,
+            version=model.version,
+            num_inference_steps=generations[0].total,
+            sampler=request.sampler,
+        )
+
+    def _start(self, sources: dict[str, Any]) -> tuple[ModelStore, Engine]:
+        import torch
+
+        from fewstep.engine.engine import Engine
+        from fewstep.engine.models import ModelStore
+
+        config, batching = self._config, self._offer.batching
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        store = ModelStore(
+            sources,
+            tracking_uri=config.tracking_uri,
+            device=device,
+            memory_bytes=config.model_memory_mb and config.model_memory_mb * 2**20,
+            compile=config.compile,
+            whole=self._stages is None,
+        )
+        engine = Engine(
+            max_batch_size=batching.max_batch_size,
+            max_wait_s=batching.max_wait_ms / 1000,
+            max_pending=batching.max_pending,
+            stages=self._stages,
+            on_evaluation=self._metrics.evaluation,
+        )
+        return store, engine
+
+    async def _entry(self, name: str) -> ModelEntry:
+        from fewstep.errors import UserError
+
+        source = self._store.sources[name]
+        loaded = next((model for model in self._store.loaded if model.name == name), None)
+        version = None
+        with contextlib.suppress(UserError):  # a registry out of reach does not hide what is offered
+            version = await self._store.version(name)
+        return ModelEntry(
+            id=name,
+            created=self._store.created,
+            version=version,
+            source=source.source,
+            size="{1}x{0}".format(*loaded.size) if loaded else None,
+            num_inference_steps=loaded.pipeline.card.sampler.nfe if loaded else None,
+            max_teacher_steps=0,  # the ingress knows the limit
+        )
+
+    async def _follow_aliases(self) -> None:
+        while True:
+            await asyncio.sleep(self._offer.follow_alias_every_s)
+            try:
+                for model in await self._store.follow_aliases():
+                    log.info("model %s now answers as %s", model.name, model.version)
+            except Exception:
+                log.exception("following aliases failed; it goes on")
+
+    async def _report_pending(self) -> None:
+        while True:
+            self._metrics.pending(self._engine.pending)
+            await asyncio.sleep(GAUGE_EVERY_S)
+
+
+def _takes_classes(model: LoadedModel) -> bool:
+    from fewstep.encoders.labels import is_labels
+
+    return is_labels(model.pipeline.card.text_encoder)
+
+
+def _caption(request: ImageRequest, model: LoadedModel) -> str:
+    """What the model is asked for: the class by label, or else the prompt.
+
+    Raises:
+        Refused: the request names a class by label, and the model knows none.
+    """
+    if request.class_label is None:
+        assert request.prompt is not None, "a request has one of both"
+        return request.prompt
+    if not _takes_classes(model):
+        message = f"the model {model.name!r} generates from text: leave class_label out."
+        raise Refused(Refusal(400, message, "invalid_value", "class_label"))
+    return str(request.class_label)
+
+
+def _preview(
+    index: int, steps: int, wanted: int | None, show: Show | None
+) -> Callable[[StepPreview], None] | None:
+    """What the engine is to call with previews of image `index`; None where none is wanted.
+
+    Args:
+        index: of the image in its request.
+        steps: evaluations that it takes.
+        wanted: how many previews, the last ones before the end; None: one after each evaluation.
+        show: takes those, still to be encoded; None: nobody wants any.
+    """
+    first = 1 if wanted is None else steps - wanted + 1
+    if show is None or first > steps:
+        return None
+
+    def encoded(preview: StepPreview) -> PreviewImage:
+        return PreviewImage(index, preview.step, steps, encode_image(preview.pixels))
+
+    def pass_on(preview: StepPreview) -> None:
+        if preview.step >= first:
+            show(partial(encoded, preview))
+
+    return pass_on

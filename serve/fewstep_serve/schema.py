@@ -1,0 +1,271 @@
+"""Requests and responses of the HTTP API: OpenAI's images API, and what fewstep adds to it.
+
+The same objects travel between the ingress and the generators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
+
+OutputFormat = Literal["png", "webp", "jpeg"]
+MAX_SEED = 2**53 - 1
+"""The largest integer that every JSON reader keeps exact."""
+
+
+class ImageRequest(BaseModel):
+    """Body of `POST /v1/images/generations`."""
+
+    model_config = ConfigDict(
+        extra="forbid",  # a misspelt field would otherwise be ignored without a word
+        strict=True,  # "2" is no number: what is guessed here, another server would guess otherwise
+        frozen=True,
+        use_attribute_docstrings=True,
+        # What the validator below demands, so that a reader of the schema (or a fuzzer) knows.
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["class_label"], "properties": {"class_label": {"type": ["integer", "string"]}}},
+            ]
+        },
+    )
+
+    prompt: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """What the images are to show: a text, or for class-conditional models the name or number of a class. May be left
+    out where `class_label` says it."""
+    model: str | None = None
+    """One of `GET /v1/models`; the first of them by default."""
+    n: Annotated[int, Field(ge=1)] | None = 1
+    """How many images; image i is generated from `seed + i`."""
+    size: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$")] | None = (
+        "auto"
+    )
+    """WIDTHxHEIGHT in pixels, or "auto": as the model was trained."""
+    response_format: Literal["b64_json"] | None = "b64_json"
+    """Images travel in the response; there are no URLs."""
+    output_format: OutputFormat | None = "png"
+    """File format of the images; png and webp are lossless."""
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = 100
+    """Quality of jpeg, and of webp below 100; png is always lossless."""
+    stream: bool | None = False
+    """Answer with server-sent events: previews, then each finished image."""
+    partial_images: Annotated[int, Field(ge=0)] | None = None
+    """How many previews to stream, the last ones before the end; by default one per evaluation."""
+    # OpenAI's client may send these five.
+    user: str | None = None
+    """The caller's own mark of an end user; accepted for OpenAI's sake, without effect."""
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = None
+    """Accepted for OpenAI's sake, without effect: `num_inference_steps` decides."""
+    style: Literal["vivid", "natural"] | None = None
+    """Accepted for OpenAI's sake, without effect."""
+    background: Literal["auto", "opaque"] | None = None
+    """Accepted for OpenAI's sake; images have no transparency."""
+    moderation: Literal["auto", "low"] | None = None
+    """Accepted for OpenAI's sake, without effect."""
+
+    # From here on the fields are fewstep's own.
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    """Of the noise; drawn at random, and told in the response, if left out."""
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    """Network evaluations of the student, as it was trained by default; or steps of the teacher's sampler."""
+    temperature: Annotated[float, Field(ge=0.01, le=1, strict=False)] | Literal["auto"] | None = None
+    """Mixture temperature of the student's policy; as the model was trained by default."""
+    h: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """How much noise the student's sampler renews between evaluations, from the image's own seed; 0 is deterministic.
+    As the model was trained by default."""
+    class_label: (
+        Annotated[int, Field(ge=0)] | Annotated[str, StringConstraints(min_length=1, max_length=200)] | None
+    ) = None
+    """Number or name of a class, instead of the prompt, for class-conditional models."""
+    sampler: Literal["student", "teacher"] = "student"
+    """The few-step student, or its teacher's own guided sampler (where the deployment has it on)."""
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """(height, width); None: as the model was trained."""
+        if self.size is None or self.size == "auto":
+            return None
+        width, height = map(int, self.size.split("x"))
+        return height, width
+
+    @property
+    def seeds(self) -> range:
+        """One per image, of a request whose defaults the ingress has filled in."""
+        assert self.seed is not None
+        assert self.n is not None
+        return range(self.seed, self.seed + self.n)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompt_or_class(cls, body: Any) -> Any:
+        if isinstance(body, dict) and body.get("prompt") is None and body.get("class_label") is None:
+            # The error that a required field has: clients are told which one to add.
+            missing = InitErrorDetails(type="missing", loc=("prompt",), input=body)
+            raise ValidationError.from_exception_data(cls.__name__, [missing])
+        return body
+
+
+class Timings(BaseModel):
+    """Where the time of an image went, in milliseconds. The time of a batch counts in full for each of its images."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    queue_ms: float
+    """Waiting for evaluations to begin."""
+    encode_ms: float
+    """Until the prompt was encoded."""
+    network_ms: float
+    """In the network."""
+    policy_ms: float
+    """In rollouts, and in the rest of sampling outside the network."""
+    decode_ms: float
+    """Until the latent was decoded."""
+
+
+class ImageData(BaseModel):
+    """One image of a response."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    b64_json: str
+    """The image file, base64."""
+    seed: int
+    """What its noise was drawn from: the same request with this seed gives the same image."""
+    batch_size: float
+    """Images that were generated together with this one, itself included: the harmonic mean over its evaluations."""
+    timings: Timings
+    """Where its time went."""
+
+
+class ImagesResponse(BaseModel):
+    """Answer of `POST /v1/images/generations`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    created: int
+    """Unix time."""
+    data: list[ImageData]
+    """The images, in the order of their seeds."""
+    output_format: OutputFormat
+    """File format of the images."""
+    size: str
+    """WIDTHxHEIGHT in pixels."""
+    model: str
+    """Name of the model."""
+    version: str
+    """The exact version that generated them."""
+    num_inference_steps: int
+    """Evaluations that each of them took."""
+    sampler: Literal["student", "teacher"]
+    """Which sampler made them."""
+
+
+class ModelEntry(BaseModel):
+    """One model of `GET /v1/models`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    """What requests call it."""
+    object: Literal["model"] = "model"
+    """As OpenAI has it."""
+    created: int
+    """Unix time at which this replica began to offer models."""
+    owned_by: str = "fewstep"
+    """As OpenAI has it."""
+    version: str | None
+    """The exact version that requests get now; None while its source can't be reached."""
+    source: str
+    """Where it lies."""
+    size: str | None
+    """WIDTHxHEIGHT it was trained at; None until it is loaded."""
+    num_inference_steps: int | None
+    """Evaluations it was trained for; None until it is loaded."""
+    max_teacher_steps: int
+    """0: its teacher is not offered."""
+
+
+class ModelList(BaseModel):
+    """Answer of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    """As OpenAI has it."""
+    data: list[ModelEntry]
+    """What is offered; the first is the default."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    message: str
+    """One sentence with the remedy."""
+    type: str
+    """OpenAI's class of the error."""
+    param: str | None = None
+    """The field of the request that is to blame."""
+    code: str | None = None
+    """A word for programs."""
+
+
+class ErrorResponse(BaseModel):
+    """OpenAI's error shape."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    """Answer of `GET /healthz`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    status: Literal["ok", "starting"]
+    """Whether any replica can generate."""
+    replicas: int
+    """Replicas that can generate."""
+
+
+@dataclass(frozen=True)
+class PreviewImage:
+    """A preview of image `index`, on its way from a generator to the ingress."""
+
+    index: int
+    """Which image of the request, from 0."""
+    step: int
+    """Evaluations it has had, from 1."""
+    steps: int
+    """Evaluations it takes."""
+    b64_json: str
+    """A png file, base64."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request is not answered with images; becomes an error response."""
+
+    status: int
+    """Of HTTP."""
+    message: str
+    """One sentence with the remedy."""
+    code: str
+    """A word for programs."""
+    param: str | None = None
+    """The field of the request that is to blame."""
+    retry_after_s: int | None = None
+    """When to try again; the service's own default if None."""
+
+
+class Refused(Exception):
+    """Ends a request with an error response.
+
+    Attributes:
+        refusal: what the response says.
+    """
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal

@@ -1,0 +1,296 @@
+"""The command line: what it tells, what it refuses, and what it does not load."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from PIL import Image
+
+from fewstep import __version__
+from fewstep.cli import COMMANDS, main
+from fewstep.cli.extras import EXTRAS, missing_extra
+
+ROOT = Path(__file__).parents[2]
+FEWSTEP = Path(sys.executable).parent / "fewstep"
+BLOCKER = """
+import sys
+
+class Without:
+    # A finder that does not find some modules, so that they are as good as not installed.
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        found = name.partition(".")[0] not in {blocked}
+        return self.finder.find_spec(name, path, target) if found else None
+
+    def __getattr__(self, name):  # finders also find packages' versions
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+def fewstep(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The console script, as users start it."""
+    return subprocess.run([str(FEWSTEP), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def without(blocked: set[str], code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Python code in a process where some modules can't be imported."""
+    script = BLOCKER.format(blocked=sorted(blocked)) + code
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_page_with_examples(command: str) -> None:
+    done = fewstep(*command.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: fewstep {command} ")
+    assert done.stdout.count("\nexamples\n") == 1
+    examples = done.stdout.partition("\nexamples\n")[2]
+    assert f"fewstep {command}" in examples
+    assert "{program}" not in done.stdout
+
+
+def test_the_first_help_page_lists_every_command() -> None:
+    page = fewstep("--help").stdout
+    for name, command in COMMANDS.items():
+        assert f"  {name}  " in page
+        assert command.summary in page
+
+
+def test_a_group_has_a_help_page_of_its_own() -> None:
+    for arguments in (["benchmark", "--help"], ["benchmark", "-h"]):
+        page = fewstep(*arguments).stdout
+        assert "benchmark rollout" in page
+        assert "benchmark soak" in page
+        assert "prepare-data" not in page
+
+
+def test_the_first_help_page_is_fast_and_loads_nothing_heavy() -> None:
+    def seconds(code: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began
+
+    page = "from fewstep.cli import main; main(['--help'])"
+    # The fastest of several: what else this machine does must not count.
+    assert min(seconds(page) for _ in range(5)) - min(seconds("pass") for _ in range(5)) < 0.3
+    heavy = {"torch", "ray", "mlflow", "pydantic", "numpy", "yaml"}
+    done = without(heavy, page)
+    assert done.returncode == 0, done.stderr
+    assert "usage: fewstep COMMAND" in done.stdout
+
+
+def test_no_command_is_a_help_page_and_status_2() -> None:
+    for arguments in ([], ["benchmark"]):
+        done = fewstep(*arguments)
+        assert done.returncode == 2
+        assert "COMMAND [OPTIONS]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["genrate"], "there is no command 'genrate'; did you mean 'generate'?"),
+        (["prepare_data"], "there is no command 'prepare_data'; did you mean 'prepare-data'?"),
+        (
+            ["benchmark", "roll-out"],
+            "there is no command 'benchmark roll-out'; did you mean 'benchmark rollout'?",
+        ),
+        (["xyz"], "there is no command 'xyz'; `fewstep --help` lists them."),
+    ],
+)
+def test_an_unknown_command_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {message}\n"
+    assert printed.out == ""
+
+
+def test_a_user_error_is_one_line_and_status_2(tmp_path: Path) -> None:
+    done = fewstep("generate", "--prompt", "x", "--model", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "is no exported student" in line
+
+
+def test_the_version_is_told() -> None:
+    assert fewstep("--version").stdout == f"fewstep {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "blocked", "message"),
+    [
+        (["distill"], {"ray", "mlflow"}, "fewstep distill needs Ray and MLflow: pip install 'fewstep[train]'"),
+        (["distill"], {"mlflow"}, "fewstep distill needs MLflow: pip install 'fewstep[train]'"),
+        (
+            ["evaluate"], {"efficientnet_lite_pytorch"},
+            "fewstep evaluate needs efficientnet-lite-pytorch: pip install 'fewstep[train]'",
+        ),
+        (["serve"], {"ray", "fastapi"}, "fewstep serve needs Ray and FastAPI: pip install 'fewstep[serve]'"),
+        (["resend", "x"], {"mlflow"}, "fewstep resend needs MLflow: pip install 'fewstep[train]'"),
+        (["benchmark", "soak"], {"aiohttp"}, "fewstep benchmark soak needs aiohttp: pip install 'fewstep[serve]'"),
+        (
+            ["generate", "--prompt", "x", "--model", "models:/a@b"], {"mlflow", "ray"},
+            "fewstep generate needs MLflow: pip install 'fewstep[train]'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_missing_extra_is_one_sentence_with_the_remedy(
+    arguments: list[str], blocked: set[str], message: str
+) -> None:
+    done = without(blocked, f"from fewstep.cli import main\nsys.exit(main({arguments!r}))")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {message}\n"
+
+
+def test_another_missing_module_is_not_blamed_on_an_extra() -> None:
+    for error in (
+        ModuleNotFoundError("No module named 'argon'", name="argon"),
+        ModuleNotFoundError("a finder's own"),
+    ):
+        assert missing_extra("fewstep distill", "train", error) is None
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    """What is said to be missing must be what `pip install 'fewstep[…]'` brings."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    names = project["tool"]["deptry"]["package_module_name_map"]
+    for extra, modules in EXTRAS.items():
+        packages = {Requirement(line).name for line in project["project"]["optional-dependencies"][extra]}
+        assert {names.get(package, package) for package in packages} == set(modules)
+
+
+def test_generate_and_a_dry_run_load_neither_ray_nor_mlflow(tmp_path: Path) -> None:
+    # Those three the core's own dependencies bring: transformers' and pydantic's.
+    extras = {module for modules in EXTRAS.values() for module in modules} - {"tqdm", "yaml", "pydantic_core"}
+    picture = tmp_path / "red.png"
+    arguments = ["generate", "--prompt", "red heart, noto style", "--scale", "2", "--out", str(picture)]
+    done = without(extras, f"from fewstep.cli import main\nsys.exit(main({arguments!r}))", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(picture) as image:
+        assert len(image.getcolors(1 << 16)) > 10
+    plan = without(
+        {"ray", "mlflow"}, "from fewstep.cli import main\nsys.exit(main(['distill', '--dry-run']))"
+    )
+    assert plan.returncode == 0, plan.stderr
+    assert "memory" in plan.stdout
+
+
+def test_old_names_of_options_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the scripts before there was a console script."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("--steps", "--nfe"):
+        assert main(["generate", "--prompt", "owl, noto style", name, "2", "--out", f"{name[2:]}.png"]) == 0
+    assert Path("steps.png").read_bytes() == Path("nfe.png").read_bytes()
+    usage = fewstep("evaluate", "--help").stdout
+    assert "--criteria" in usage
+    assert "--promise" in usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nfe", "0"], "--nfe must be 1 or more"),
+        (["--count", "0"], "--count must be 1 or more"),
+        (["--teacher-steps", "-1"], "--teacher-steps must be 1 or more"),
+        (["--out", "x.gif"], "its name must end in .png, .jpg or .webp"),
+    ],
+)
+def test_generate_refuses_before_it_loads(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--prompt", "x", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say where the dataset goes with --out"),
+        (["--out", "x", "--bundle"], "say where the dataset goes with --out"),
+        (["--out", "x", "photos"], "--source emoji takes no PATH"),
+        (["--out", "x", "--source", "folder"], "--source folder takes one PATH"),
+        (["--out", "x", "--source", "prompts"], "--source prompts takes a PATH"),
+    ],
+)
+def test_prepare_data_refuses_what_does_not_go_together(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare-data", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "can't be read: No such file"),
+        ("a: [", "is not valid YAML"),
+        ("http_options: {port: 1}", "is no Ray Serve configuration: it has no list of applications"),
+    ],
+)
+def test_serve_refuses_a_configuration_that_is_none(
+    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert main(["serve", "--config", str(file)]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert str(file) in printed
+
+
+def test_serve_prints_the_bundled_configuration() -> None:
+    import yaml
+
+    done = without({"ray"}, "from fewstep.cli import main\nsys.exit(main(['serve', '--print-config']))")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout) == yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+
+
+def test_every_job_is_a_command_and_every_command_has_its_job() -> None:
+    called = {}
+    for script in (ROOT / "jobs").glob("*.py"):
+        [call] = [
+            node
+            for node in ast.walk(ast.parse(script.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run_job"
+        ]
+        called[script.stem] = ast.literal_eval(call.args[0])
+    assert set(called.values()) <= set(COMMANDS)
+    # These two came with the console script; `make serve` and `python -m fewstep.tracking.resend` were there before.
+    assert set(COMMANDS) - set(called.values()) == {"serve", "resend"}
+
+
+def test_a_job_runs_without_the_console_script(tmp_path: Path) -> None:
+    """All that a script needs is that `fewstep` can be imported."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "distill_flux.py"), "--help"], cwd=tmp_path, capture_output=True,
+        text=True, env=os.environ | {"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ray job submit jobs/distill_flux.py" in done.stdout
+    assert "default: emoji_flux_4nfe" in " ".join(done.stdout.split())
+    module = subprocess.run(
+        [sys.executable, "-m", "fewstep.cli", "--version"], capture_output=True, text=True
+    )
+    assert module.stdout == f"fewstep {__version__}\n"

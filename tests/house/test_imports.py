@@ -1,0 +1,131 @@
+"""Which part of the house may know which: imports point one way, and never in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = (ROOT / "platform", ROOT / "serve")
+
+FOUNDATION = {"fewstep", "assets", "config", "errors", "recipes"}
+"""What everybody may use."""
+
+KNOWS: dict[str, set[str]] = {
+    # The mathematics: readable beside the paper, and free of Ray, MLflow and diffusers.
+    "policies": set(),
+    "flow": {"policies"},
+    "distill": {"policies", "flow"},
+    # Networks, and what goes into them.
+    "models": {"policies", "flow"},
+    "encoders": {"models"},
+    # Where things lie.
+    "storage": set(),
+    "data": {"models", "encoders", "storage"},
+    "tracking": set(),
+    # The student that training makes and everything after it uses.
+    "student": {"policies", "flow", "models", "encoders", "storage", "tracking"},
+    "engine": {"flow", "models", "encoders", "student"},
+    "evaluate": {"flow", "models", "encoders", "data", "student"},
+    "train": {
+        "policies", "flow", "distill", "models", "encoders", "storage", "data", "tracking", "student", "evaluate",
+    },
+    # What orchestrates them, and what users call.
+    "workflow": {"models", "encoders", "data", "tracking", "student", "evaluate", "train"},
+    "benchmarks": {
+        "policies", "flow", "distill", "models", "encoders", "data", "tracking", "train", "cluster", "student", "home",
+    },
+    "home": set(),
+    "cluster": set(),
+    "fewstep_serve": {"config", "engine", "flow", "encoders", "models", "home", "student"},
+    "fewstep_loadtest": {"engine", "student", "tracking", "fewstep_serve", "cluster"},
+    # Names of before fewstep 0.2.
+    "export": {"student"},
+}  # fmt: skip
+"""Package or lone module → the packages that it may import, beside itself and the foundation. `cli` may import all."""
+
+PURE = ("policies", "flow", "distill")
+FOREIGN_TO_PURE = {"ray", "mlflow", "diffusers", "transformers", "peft", "pyarrow"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name → file, of everything that is installed."""
+    found = {}
+    for source in SOURCES:
+        for file in source.rglob("*.py"):
+            parts = file.relative_to(source).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Every module that a file names in an import, wherever it stands: inside functions and for type checkers too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide what is imported"
+            # `from package import module` names the module, `from module import name` does not.
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module
+
+
+def room(module: str) -> str:
+    """The package of `fewstep` that a module belongs to, or the top-level package of another."""
+    parts = module.split(".")
+    return parts[0] if parts[0] != "fewstep" or len(parts) == 1 else parts[1]
+
+
+def test_every_room_is_on_the_plan() -> None:
+    rooms = {room(module) for module in MODULES} - FOUNDATION - {"cli"}
+    assert rooms == set(KNOWS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_downwards(module: str) -> None:
+    mine = room(module)
+    if mine == "cli":
+        return
+    allowed = KNOWS.get(mine, set()) | FOUNDATION | {mine}
+    ours = {name for name in imported(MODULES[module]) if name.split(".")[0].startswith("fewstep")}
+    assert {room(name) for name in ours} <= allowed, {name for name in ours if room(name) not in allowed}
+
+
+@pytest.mark.parametrize("module", [name for name in sorted(MODULES) if room(name) in PURE])
+def test_the_mathematics_knows_no_platform(module: str) -> None:
+    roots = {name.split(".")[0] for name in imported(MODULES[module])}
+    assert not roots & FOREIGN_TO_PURE
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {
+        name: {other for other in imported(file) if other in MODULES and other != name}
+        for name, file in MODULES.items()
+    }
+    # A package's __init__ gathers names of its own modules, which is no circle: they never ask it for anything.
+    for name, file in MODULES.items():
+        if file.name == "__init__.py":
+            graph[name] = {other for other in graph[name] if not other.startswith(f"{name}.")}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_no_packages_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, file in MODULES.items():
+        others = {room(other) for other in imported(file) if other in MODULES}
+        graph.setdefault(room(name), set()).update(others - {room(name), "fewstep"})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))

@@ -1,0 +1,187 @@
+"""Image requests: what a body must say, what the ingress fills in, and what a generator then asks its engine for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+
+from fewstep.encoders.labels import LabelEncoder
+from fewstep.engine.generation import Generation
+from fewstep.flow import SamplerConfig
+from fewstep_serve.config import Limits, ServeConfig
+from fewstep_serve.errors import add_error_handlers
+from fewstep_serve.generator import Generator
+from fewstep_serve.http import build_api
+from fewstep_serve.schema import ImageRequest, Refusal, Refused
+from fewstep_serve.service import Service
+
+TRAINED = SamplerConfig(nfe=3, temperature=0.7, h=0.25)
+
+
+def request(**body: Any) -> ImageRequest:
+    return ImageRequest.model_validate(body)
+
+
+def check(**body: Any) -> ImageRequest:
+    """A body as the ingress passes it on."""
+    service = object.__new__(Service)
+    service.limits = Limits(max_images=4, max_pixels=1024, max_teacher_steps=64)
+    return service.check(request(**body))
+
+
+class FakeEngine:
+    """Checks captions as the real one does, and remembers what it was asked for."""
+
+    def __init__(self, encoder: str) -> None:
+        self.encoder, self.asked = encoder, []
+
+    async def generate(self, generations: list[Generation]) -> list[SimpleNamespace]:
+        self.asked = generations
+        if self.encoder.startswith("labels:"):
+            LabelEncoder(self.encoder).check([one.caption for one in generations])
+        return [SimpleNamespace(seed=one.seed, pixels=np.zeros((2, 2, 3), np.uint8)) for one in generations]
+
+
+def generations(encoder: str, **body: Any) -> list[Generation] | Refusal:
+    """What a model of this encoder is asked for by a request, or why it is not."""
+    generator = object.__new__(Generator.func_or_class)
+    pipeline = SimpleNamespace(
+        card=SimpleNamespace(text_encoder=encoder),
+        sampler_for=lambda shape, **settings: TRAINED.override(**settings),
+    )
+    model = SimpleNamespace(name="m", pipeline=pipeline, latent_shape=lambda size: (1, 2, 2))
+
+    async def get(name: str) -> SimpleNamespace:
+        return model
+
+    generator._store, generator._engine = SimpleNamespace(get=get, default="m"), FakeEngine(encoder)
+    generator._response = lambda request, generations, images: generator._engine.asked
+    return asyncio.run(generator._generate(check(**body)))
+
+
+def captions(encoder: str, **body: Any) -> list[str] | Refusal:
+    asked = generations(encoder, n=2, **body)
+    return asked if isinstance(asked, Refusal) else [one.caption for one in asked]
+
+
+def test_a_class_by_number_or_name_needs_no_prompt() -> None:
+    assert request(class_label=7).class_label == 7
+    assert request(class_label="ankle boot").class_label == "ankle boot"
+    assert request(class_label=7).prompt is None
+    with pytest.raises(ValidationError, match="prompt"):
+        request(seed=1)
+    for wrong in (-1, "", 1.5, ["bag"]):
+        with pytest.raises(ValidationError, match="class_label"):
+            request(prompt="x", class_label=wrong)
+
+
+@pytest.mark.parametrize("body", [{}, {"n": 0}, {"prompt": None}, {"prompt": None, "class_label": None}])
+def test_a_body_with_neither_prompt_nor_class_is_told_to_add_a_prompt(body) -> None:
+    api, counted = FastAPI(), []
+    service = SimpleNamespace(check_key=lambda request: None, answered=lambda *counts: counted.append(counts))
+    add_error_handlers(api, service)
+
+    @api.post("/")
+    async def accept(body: ImageRequest) -> None: ...
+
+    answer = TestClient(api).post("/", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"] == {
+        "message": "prompt: this field is needed; add it.", "type": "invalid_request_error", "param": "prompt",
+        "code": "missing_parameter",
+    }  # fmt: skip
+    assert counted[0][2:] == (400, None, "missing_parameter")
+
+
+def test_the_api_s_document_defines_all_that_it_refers_to() -> None:
+    api = build_api(ServeConfig.model_validate({"access": {"open_to_all": True}}), SimpleNamespace())
+    document = api.openapi()
+    refers_to = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert {"ImageRequest", "ImagesResponse", "ImageData", "Timings"} <= refers_to
+    assert refers_to <= set(document["components"]["schemas"])
+    assert document["paths"]["/v1/images/generations"]["post"]["summary"] == "Generate images"
+
+
+def test_the_schema_says_that_one_of_prompt_and_class_is_needed() -> None:
+    schema = ImageRequest.model_json_schema()
+    assert [one["required"] for one in schema["anyOf"]] == [["prompt"], ["class_label"]]
+    assert schema["properties"]["h"]["anyOf"][0] == {"minimum": 0, "type": "number"}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"prompt": "x", "class_label": 7}, "7"),
+        ({"class_label": "bag"}, "bag"),
+        ({"prompt": "sneaker"}, "sneaker"),
+        ({"prompt": "x", "class_label": "bag"}, "bag"),
+        ({"class_label": 7}, "7"),
+    ],
+)
+def test_a_class_conditional_model_generates_the_class(body, expected: str) -> None:
+    assert captions("labels:fashion-mnist", **body) == [expected] * 2
+
+
+def test_an_unknown_class_is_refused_where_it_was_said() -> None:
+    by_label = captions("labels:fashion-mnist", prompt="x", class_label=10)
+    assert (by_label.status, by_label.code, by_label.param) == (400, "invalid_value", "class_label")
+    assert "no class '10'" in by_label.message
+    by_prompt = captions("labels:fashion-mnist", prompt="sneakers")
+    assert (by_prompt.status, by_prompt.param) == (400, "prompt")
+    assert "the nearest is 'sneaker'" in by_prompt.message
+
+
+@pytest.mark.parametrize("prompt", [{"prompt": "owl"}, {}])
+def test_a_text_model_takes_no_class(prompt) -> None:
+    refusal = captions("minilm", class_label=3, **prompt)
+    assert (refusal.status, refusal.param) == (400, "class_label")
+    assert "leave class_label out" in refusal.message
+    assert captions("minilm", prompt="owl") == ["owl"] * 2
+
+
+def test_the_ingress_fills_in_what_is_left_out_but_for_the_model_s_own_settings() -> None:
+    nulls = {"n": None, "size": None, "output_format": None, "output_compression": None, "seed": None}
+    for body in (check(prompt="x"), check(prompt="x", **nulls)):
+        assert (body.n, body.size, body.pixels) == (1, "auto", None)
+        assert (body.output_format, body.output_compression) == ("png", 100)
+        assert 0 <= body.seed < 2**31
+        assert (body.num_inference_steps, body.temperature, body.h) == (None, None, None)
+    assert check(prompt="x", seed=5, size="24x8").pixels == (8, 24)
+    assert check(prompt="x", sampler="teacher").num_inference_steps == 64
+    for body, param in (
+        ({"n": 5}, "n"),
+        ({"size": "64x17"}, "size"),
+        ({"num_inference_steps": 17}, "num_inference_steps"),
+    ):
+        with pytest.raises(Refused) as refused:
+            check(prompt="x", **body)
+        assert refused.value.refusal.param == param
+
+
+def test_sampler_settings_are_the_request_s_or_as_trained() -> None:
+    [plain] = generations("minilm", prompt="x")
+    assert plain.sampler == TRAINED
+    [asked] = generations("minilm", prompt="x", num_inference_steps=2, temperature="auto", h=0)
+    assert (asked.sampler.nfe, asked.sampler.temperature, asked.sampler.h) == (2, "auto", 0)
+    [teacher] = generations("minilm", prompt="x", sampler="teacher", num_inference_steps=8)
+    assert (teacher.teacher_steps, teacher.total, teacher.sampler) == (8, 8, TRAINED)
+
+
+def test_image_i_is_generated_from_seed_plus_i() -> None:
+    assert [one.seed for one in generations("minilm", prompt="x", seed=40, n=3)] == [40, 41, 42]
+
+
+@pytest.mark.parametrize("h", [-0.5, float("nan"), float("inf"), "0.5"])
+def test_how_much_noise_is_renewed_is_a_number_from_0(h) -> None:
+    with pytest.raises(ValidationError, match="h\n"):
+        request(prompt="x", h=h)
+    assert request(prompt="x", h=1).h == 1.0

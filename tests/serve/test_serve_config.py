@@ -1,0 +1,78 @@
+"""Settings of the service: what is refused, where keys come from, what ships, and what imports them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from fewstep.errors import UserError
+from fewstep_serve.config import Access, Offer, ServeConfig
+from fewstep_serve.service import require_loopback
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_ingress_does_without_torch() -> None:
+    check = "import sys, fewstep_serve.app; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
+def test_the_service_does_without_the_load_tests() -> None:
+    check = "import sys, fewstep_serve.app; sys.exit(any('loadtest' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+    service = (ROOT / "serve/fewstep_serve").rglob("*.py")
+    assert not [file for file in service if "fewstep_loadtest" in file.read_text()]
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="max_image"):
+        ServeConfig.model_validate({"limits": {"max_image": 3}})
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    model = {"name": "a", "source": "emoji-student"}
+    with pytest.raises(ValidationError, match="the name 'a' is given twice"):
+        Offer.model_validate({"models": [model, model]})
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEWSTEP_API_KEYS", raising=False)
+    assert Access().api_keys() == ()
+    monkeypatch.setenv("FEWSTEP_API_KEYS", "one, two,")
+    assert Access().api_keys() == ("one", "two")
+    file = tmp_path / "keys"
+    file.write_text("# of the team\n three \n\n")
+    assert Access(api_keys_file=str(file)).api_keys() == ("three",)
+
+
+def test_a_keys_file_that_gives_no_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't be read"):
+        Access(api_keys_file=str(tmp_path / "nothing")).api_keys()
+    (tmp_path / "empty").write_text("# none yet\n")
+    with pytest.raises(UserError, match="holds no key"):
+        Access(api_keys_file=str(tmp_path / "empty")).api_keys()
+
+
+@pytest.mark.parametrize("where", ["serve/config.yaml", "infra/kuberay-service.yaml"])
+def test_the_configurations_that_ship_are_valid(where: str) -> None:
+    tree = yaml.safe_load((ROOT / where).read_text())
+    config = yaml.safe_load(tree["spec"]["serveConfigV2"]) if "spec" in tree else tree
+    [application] = ServeDeploySchema.model_validate(config).applications
+    ServeConfig.model_validate(application.args)
+    [generator] = application.deployments
+    assert generator.name == "Generator"
+    Offer.model_validate(generator.user_config)
+
+
+def test_without_keys_http_listens_on_loopback_alone() -> None:
+    for host in ("127.0.0.1", "::1", "localhost"):
+        require_loopback(host)
+    for host in ("0.0.0.0", "::", "10.0.0.7", "images.example.org"):
+        with pytest.raises(UserError, match=f"http_options.host is {host}.*access.api_keys_file"):
+            require_loopback(host)

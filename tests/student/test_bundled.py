@@ -1,0 +1,33 @@
+"""The students that ship: each draws in the number of evaluations that it says, what it is asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fewstep.encoders.labels import class_names
+from fewstep.evaluate.classifier import Classifier
+from fewstep.student import FewStepPipeline
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "evaluations"), [("emoji-student", "owl", 4), ("fashion-student", "bag", 1)]
+)
+def test_a_bundled_student_asks_its_network_as_often_as_its_card_says(
+    name: str, prompt: str, evaluations: int
+) -> None:
+    pipe = FewStepPipeline.from_pretrained(name)
+    calls: list[int] = []
+    pipe.network.transformer.register_forward_hook(lambda *_: calls.append(1))
+    first, second = pipe([prompt] * 2, seed=[1, 2], output_type="np").images
+    assert len(calls) == pipe.card.sampler.nfe == evaluations
+    assert not np.array_equal(first, second), "another seed is another image"
+
+
+def test_the_bundled_fashion_student_draws_the_class_that_it_is_asked_for() -> None:
+    encoder = "labels:fashion-mnist"
+    names, classifier = class_names(encoder), Classifier.bundled(encoder)
+    assert classifier is not None
+    drawn = FewStepPipeline.from_pretrained("fashion-student")(list(names) * 25, output_type="np").images
+    right = classifier.classify(np.stack(drawn)) == np.arange(250) % len(names)
+    assert right.mean() > 0.9

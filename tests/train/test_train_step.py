@@ -1,0 +1,54 @@
+"""The benchmark of one training step: its bare processes run, and its table says what it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.benchmarks.train_step import in_bare_process, rows_of, step_table
+from fewstep.data.stream import Batch
+from fewstep.models.conditioning import ClassConditioning, TextConditioning
+from fewstep.train.recipe import DistillRecipe, load_recipe
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bare_processes_time_a_step_and_its_parts(
+    tiny_teacher: Path, tiny_data: Path, tmp_path: Path, workers: int
+) -> None:
+    settings = [
+        f"teacher.path={tiny_teacher}", f"data.path={tiny_data}", "data.batch_size=4", f"train.workers={workers}",
+        "train.threads=1", "student.lora={rank: 2}", "student.policy={type: gmflow, components: 2}",
+    ]  # fmt: skip
+    recipe = load_recipe(DistillRecipe, None, settings)
+    seconds = in_bare_process(recipe, 2, tmp_path / "times.json")
+    assert set(seconds) == {"bare", "step", "network", "rollouts"}
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_some_rows_are_padded_to_their_own_longest_text() -> None:
+    states = [torch.full((length, 2), float(length)) for length in (3, 1, 2)]
+    texts = TextConditioning.collate(states, [torch.full((4,), float(i)) for i in range(3)])
+    batch = Batch(torch.arange(3.0).view(3, 1, 1, 1), texts, ["a", "b", "c"], ["0", "1", "2"], (1, 1, 1))
+    some = rows_of(batch, [2, 1])
+    assert (some.captions, some.keys) == (["c", "b"], ["2", "1"])
+    assert some.latent.flatten().tolist() == [2.0, 1.0]
+    assert some.conditioning.mask.tolist() == [[True, True], [True, False]]
+    assert some.conditioning.states[:, :, 0].tolist() == [[2.0, 2.0], [1.0, 0.0]]
+    assert some.conditioning.pooled[:, 0].tolist() == [2.0, 1.0]
+
+
+def test_some_rows_of_classes() -> None:
+    classes = ClassConditioning(torch.tensor([7, 8, 9]))
+    some = rows_of(Batch(None, classes, ["a", "b", "c"], ["0", "1", "2"], (1, 1, 1)), [2, 0])
+    assert some.conditioning.labels.tolist() == [9, 7]
+    assert some.latent is None
+
+
+def test_the_table_shows_shares_beside_their_limits() -> None:
+    seconds = {"bare": 2.0, "ray": 2.1, "waiting": 0.021, "step": 2.0, "network": 1.7, "rollouts": 0.25}
+    lines = {line.strip().split("  ")[0]: line.split() for line in step_table(seconds).splitlines()}
+    assert lines["inside Ray Train"][-5:] == ["1.050", "of", "bare", "≤", "1.03"]
+    assert lines["of that waiting for data"][-6:] == ["0.0210", "1.00%", "of", "Ray's", "<", "2", "%"][-6:]
+    assert lines["rollouts alone"][-5:] == ["0.2500", "12.5%", "<", "15", "%"]
