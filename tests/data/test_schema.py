@@ -73,7 +73,7 @@ def test_shards_from_before_there_were_such_vectors_are_read(make_dataset):
 
 
 def test_a_folder_without_a_dataset_is_refused_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(UserError, match=r"no dataset at .*nowhere: make one with jobs/prepare_data.py"):
+    with pytest.raises(UserError, match=r"no dataset at .*nowhere: make one with fewstep prepare-data"):
         DatasetInfo.open(tmp_path / "nowhere")
 
 

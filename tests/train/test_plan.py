@@ -68,7 +68,7 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.train.objectives import Distillation
 from fewstep.train.recipe import DistillRecipe, load_recipe
 from fewstep.train.optimizers import build_optimizers
-from fewstep.train.worker import seed_step
+from fewstep.train.learner import seed_step
 from fewstep.data.stream import Batch
 
 recipe = load_recipe(DistillRecipe, None, json.loads(sys.argv[1]))

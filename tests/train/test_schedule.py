@@ -7,9 +7,9 @@ import sys
 
 import torch
 
+from fewstep.train.learner import seed_step
 from fewstep.train.optimizers import lr_share
 from fewstep.train.recipe import OptimizerConfig
-from fewstep.train.worker import seed_step
 
 
 def test_the_rate_warms_up_holds_and_falls_to_zero() -> None:

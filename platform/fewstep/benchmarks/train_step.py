@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine
 from fewstep.data.stream import Batch, read_split
 from fewstep.models.conditioning import TextConditioning
+from fewstep.train.learner import Learner
+from fewstep.train.progress import LossMeter
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 BATCHES = 8
@@ -190,12 +193,7 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     import torch.distributed as dist
 
     from fewstep.data.schema import DatasetInfo
-    from fewstep.distill import PowerEMA
     from fewstep.encoders import load_encoder
-    from fewstep.train.objectives import Distillation
-    from fewstep.train.optimizers import build_optimizers
-    from fewstep.train.parallel import average_gradients, shard
-    from fewstep.train.worker import seed_step, to_device
 
     rank, workers = 0, recipe.train.workers
     if workers > 1:
@@ -204,86 +202,88 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     device = torch.device(f"cuda:{rank}" if recipe.train.gpu else "cpu")
     if recipe.train.gpu:
         torch.cuda.set_device(device)
-    # Whole copies of the model even where the recipe shards it: sharding is one of the things compared.
-    replicas = recipe.train.model_copy(update={"parallel": "ddp"})
     torch.set_num_threads(recipe.train.threads)
     torch.set_flush_denormal(True)  # as the worker does
 
-    # The same model, losses and optimizers as the worker's
-    info, size = DatasetInfo.open(recipe.data.path), recipe.data.batch_size // workers
+    # The worker's own model, losses and optimizers, but whole copies of the model even where the recipe shards it:
+    # sharding is one of the things compared. Its micro-batches are not split: a step has one batch here.
+    replicas = recipe.train.model_copy(update={"parallel": "ddp", "accumulate": 1})
+    recipe = recipe.model_copy(update={"train": replicas})
+    info = DatasetInfo.open(recipe.data.path)
     null = load_encoder(info.encoding.text_encoder, max_tokens=info.encoding.max_tokens).null()
-    objective = Distillation(recipe, null, device)
-    shard(objective, replicas, workers)
-    model, parameters = objective.model, objective.parameters()
-    blocks = objective.family.blocks(objective.transformer)
-    optimizers = build_optimizers(parameters.values(), blocks, recipe.optimizer)
-    ema, generator = PowerEMA(parameters, recipe.optimizer.ema_gamma), torch.Generator()
+    learner = Learner(recipe, null, device, rank, workers)
 
+    size = learner.batch_size
     rows = read_split(recipe.data.path, "train", BATCHES * size, shape=next(iter(info.buckets("train"))))
-    order = torch.randperm(len(rows), generator=generator.manual_seed(rank)).split(size)
-    batches = [rows_of(rows, index.tolist()) for index in order]
-    taken = 0
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(rank)).split(size)
+    batches = cycle([rows_of(rows, index.tolist()) for index in order])
+    parts = StepParts(learner, next(batches))
 
-    def update(backward: Callable[[Batch], None]) -> None:
-        nonlocal taken
-        taken += 1
-        seed_step(generator, recipe.train.seed, rank, taken)
-        backward(to_device(batches[taken % len(batches)], device))
-        average_gradients(parameters.values(), replicas, workers)
-        torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.update(taken)
-
-    def whole(batch: Batch) -> None:
-        for result in objective.losses(batch, generator, step=1):
-            result.loss.backward()
-
-    # One step's calls of the network, with their answers: the parts are the calls without the rest, and the rest
-    # with the answers in place of the calls.
-    forward = model.forward
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-
-    def remembering(*args: Any, **named: Any) -> Tensor:
-        packed = forward(*args, **named)
-        calls.append((args, named, packed.detach()))
-        return packed
-
-    seed_step(generator, recipe.train.seed, rank, 0)
-    first = to_device(batches[0], device)
-    with patch.object(model, "forward", remembering):
-        whole(first)
-
-    def network(batch: Batch) -> None:
-        for args, named, _ in calls:
-            with torch.set_grad_enabled(named["student"]):
-                packed = model(*args, **named)
-            if named["student"]:
-                packed.square().mean().backward()
-
-    def rollouts() -> None:
-        answers = (answer for _, _, answer in calls)
-
-        def answered(*_: Any, student: bool, **__: Any) -> Tensor:
-            return next(answers).detach().requires_grad_(student)
-
-        seed_step(generator, recipe.train.seed, rank, 0)  # the draws that led to those calls
-        with patch.object(model, "forward", answered):
-            whole(first)
+    def step() -> None:
+        learner.step(1, batches, parts.meter)
 
     def in_a_row(count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
-            update(whole)
+            step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return (time.perf_counter() - began) / count
 
     in_a_row(steps // 2)
     bare = in_a_row(steps - steps // 2)
-    runs = {"step": lambda: update(whole), "network": lambda: update(network), "rollouts": rollouts}
+    runs = {"step": step, "network": parts.network, "rollouts": parts.rollouts}
     return {"bare": bare} | interleaved(runs, max(3, steps // 4), device)
+
+
+class StepParts:
+    """The two parts of a distillation step: the network's calls, and all the rest.
+
+    The calls of one step are remembered with their answers: the first part makes the calls without the rest, the second
+    does the rest with the answers in place of the calls.
+
+    Args:
+        learner: takes the step.
+        batch: that it is taken on.
+    """
+
+    def __init__(self, learner: Learner, batch: Batch) -> None:
+        self._learner, self._batch = learner, learner.to_device(batch)
+        self.meter = LossMeter(learner.device)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+        forward = learner.objective.model.forward
+
+        def remembering(*args: Any, **named: Any) -> Tensor:
+            packed = forward(*args, **named)
+            self._calls.append((args, named, packed.detach()))
+            return packed
+
+        with patch.object(learner.objective.model, "forward", remembering):
+            self._losses()
+
+    def network(self) -> None:
+        """The calls, the backward through them, then optimizer and EMA."""
+        for args, named, _ in self._calls:
+            with torch.set_grad_enabled(named["student"]):
+                packed = self._learner.objective.model(*args, **named)
+            if named["student"]:
+                packed.square().mean().backward()
+        self._learner.update(1, self.meter)
+
+    def rollouts(self) -> None:
+        """The rest: what makes the calls and uses their answers, and the backward to the network's output."""
+        answers = (answer for _, _, answer in self._calls)
+
+        def answered(*_: Any, student: bool, **__: Any) -> Tensor:
+            return next(answers).detach().requires_grad_(student)
+
+        with patch.object(self._learner.objective.model, "forward", answered):
+            self._losses()
+
+    def _losses(self) -> None:
+        generator = self._learner.seed(0)  # the same random numbers each time, so that the calls are the same
+        for result in self._learner.objective.losses(self._batch, generator, step=1):
+            result.loss.backward()
 
 
 def rows_of(batch: Batch, index: list[int]) -> Batch:

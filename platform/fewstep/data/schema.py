@@ -182,13 +182,13 @@ class DatasetInfo:
             manifest["attribution"],
         )
         if not any(shard.rows for shard in info.shards):
-            raise UserError(f"the dataset {info.root} is empty: give jobs/prepare_data.py images or prompts.")
+            raise UserError(f"the dataset {info.root} is empty: give fewstep prepare-data images or prompts.")
         # One listing instead of a request per shard.
         present = storage.list()
         if missing := [shard.path for shard in info.shards if shard.path not in present]:
             raise UserError(
                 f"the dataset {info.root} lacks {len(missing)} of its {len(info.shards)} shards "
-                f"(first: {missing[0]}): run the same jobs/prepare_data.py command again to make those."
+                f"(first: {missing[0]}): run the same fewstep prepare-data command again to make those."
             )
         # One footer per bucket: a large dataset has too many shards to look into each.
         for split in info.splits:
@@ -226,7 +226,7 @@ def check_version(version: object, where: str) -> None:
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{where} has schema version {version}, this fewstep reads version {SCHEMA_VERSION}: "
-            "prepare the data again with this version's jobs/prepare_data.py."
+            "prepare the data again with this version's fewstep prepare-data."
         )
 
 
@@ -337,9 +337,9 @@ def _no_manifest(storage: Storage) -> str:
     """The message about a folder without a manifest: it is empty, or its preparation did not finish."""
     if not storage.list():
         return (
-            f"there is no dataset at {storage.root}: make one with jobs/prepare_data.py --out {storage.root}."
+            f"there is no dataset at {storage.root}: make one with fewstep prepare-data --out {storage.root}."
         )
     return (
         f"{storage.root} holds no {MANIFEST}, its preparation did not finish: run the same "
-        "jobs/prepare_data.py command again, it goes on where it stopped."
+        "fewstep prepare-data command again, it goes on where it stopped."
     )

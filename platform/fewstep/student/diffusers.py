@@ -1,6 +1,6 @@
 """Students as diffusers pipelines: a folder that diffusers loads, and to which it can add style LoRAs.
 
-    save_diffusers(FewStepPipeline.from_pretrained("emoji-student"), Path("emoji"))          # or jobs/export.py
+    save_diffusers(FewStepPipeline.from_pretrained("emoji-student"), Path("emoji"))          # or fewstep export
 
     pipe = diffusers.DiffusionPipeline.from_pretrained("emoji", trust_remote_code=True)
     pipe("red heart, noto style", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]

@@ -40,7 +40,6 @@ class Item:
     key: str
     value: Any
     """A number for metrics, text for params and tags."""
-    """A number for metrics, text for params and tags."""
     time_ms: int = 0
     """When a metric was logged, in milliseconds since 1970."""
     step: int = 0

@@ -147,7 +147,7 @@ class DataConfig(Config):
     """The training data."""
 
     path: str = EMOJI_DATA
-    """Folder or s3:// address of a prepared dataset (jobs/prepare_data.py); data/emoji16 and data/fashion28 are
+    """Folder or s3:// address of a prepared dataset (fewstep prepare-data); data/emoji16 and data/fashion28 are
     prepared if they don't exist."""
     batch_size: int = Field(48, ge=1)
     """Samples per optimizer step, over all workers and accumulation steps."""

@@ -124,7 +124,7 @@ def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> Non
         remedy = ", or set imitation.data_free=true" if isinstance(recipe, DistillRecipe) else ""
         raise UserError(
             f"data.path: {info.root} holds prompts alone, and this training needs images: prepare a dataset with "
-            f"images (jobs/prepare_data.py --source folder){remedy}."
+            f"images (fewstep prepare-data --source folder){remedy}."
         )
     info.check_world("train", recipe.train.workers)
 

@@ -1,8 +1,4 @@
-"""The training loop, which every Ray Train worker runs.
-
-Random numbers come from generators seeded by (seed, rank, micro-batch), so that a resumed run gives what the
-uninterrupted run would have given: bit for bit in float32 on a CPU.
-"""
+"""The training loop, which every Ray Train worker runs: sample grids, metrics and checkpoints around a learner."""
 
 from __future__ import annotations
 
@@ -11,14 +7,12 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.config import Shape
-from fewstep.data.stream import Batch, ShardStream
-from fewstep.distill import PowerEMA
+from fewstep.data.stream import ShardStream
 from fewstep.encoders import load_autoencoder
 from fewstep.evaluate.grid import sample_grid
 from fewstep.flow import gaussian_noise
@@ -27,9 +21,8 @@ from fewstep.models.family_code import FamilyCode
 from fewstep.models.sharded import whole
 from fewstep.tracking.run import TrackedRun, Tracker
 from fewstep.train import checkpoint as ckpt
-from fewstep.train.objectives import Objective, build_objective
-from fewstep.train.optimizers import build_optimizers, lr_share
-from fewstep.train.parallel import average_gradients, drop_gathered, is_sharded, shard
+from fewstep.train.learner import Learner
+from fewstep.train.parallel import drop_gathered
 from fewstep.train.progress import LossMeter, progress_line
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
@@ -67,6 +60,10 @@ class WorkerJob:
     """The user's file that registers the network's family, if there is one."""
 
 
+class TrainingStopped(Exception):
+    """Training can't go on; the message is for the user."""
+
+
 def train_worker(job: WorkerJob) -> str | None:
     """Train to the recipe's last step, from Ray Train's latest checkpoint if there is one.
 
@@ -74,121 +71,132 @@ def train_worker(job: WorkerJob) -> str | None:
         None, or the reason why training stopped early. It is returned rather than raised, because after an exception
         Ray Train would restart from the last checkpoint and come to the same numbers.
     """
+    try:
+        _train(job)
+    except TrainingStopped as reason:
+        return str(reason)
+    return None
+
+
+def _train(job: WorkerJob) -> None:
     import ray.train
-    import ray.train.torch
     import torch.distributed as dist
+
+    recipe, settings = job.recipe, job.recipe.train
+    device = _prepare_process(job)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    learner = Learner(recipe, job.null, device, rank, world_size)
+
+    origin = ckpt.TrainState(0, settings.seed, job.tracking.run_id, recipe.model_dump(mode="json"))
+    # A process group of its own: writing in the background must not wait for the training's collectives.
+    checkpoints = ckpt.Checkpoints(learner.tensors, origin, dist.new_group(backend="gloo"))
+    done = _resume(learner)
+
+    tracker = None
+    if rank == 0:  # only one worker reports to MLflow
+        tracker = Tracker.join(job.tracking)
+        if done:
+            tracker.set_tags({"resumed_from_step": done})
+
+    stream = ShardStream(
+        recipe.data.path,
+        "train",
+        batch_size=learner.batch_size,
+        seed=settings.seed,
+        rank=rank,
+        world_size=world_size,
+        start_batch=learner.batches,
+    )
+    _loop(job, learner, stream, checkpoints, tracker, done)
+
+    # The end: the trained model, with the EMA's weights, goes into the last checkpoint. `whole` gathers shards, so all
+    # ranks take part, although only rank 0 writes.
+    weights = {name: whole(tensor).cpu() for name, tensor in learner.ema.state_dict().items()}
+    export = (lambda folder: learner.objective.export(folder / EXPORT, weights)) if rank == 0 else None
+    checkpoints.finish(settings.steps, export)
+    if tracker is not None:
+        tracker.flush(timeout=30)
+
+
+def _prepare_process(job: WorkerJob) -> torch.device:
+    """Set what holds for the whole process: folder, threads, the user's family; returns the device to train on."""
+    import ray.train.torch
 
     _quiet_reports()
     # Ray Train starts workers in a folder of its own. On other machines the driver's may not exist.
     if Path(job.home).is_dir():
         os.chdir(job.home)
-    recipe, settings = job.recipe, job.recipe.train
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(job.recipe.train.threads)
     # Adam's second moments decay to denormal numbers, with which CPUs compute a hundred times slower.
     torch.set_flush_denormal(True)
-    device = ray.train.torch.get_device() if settings.gpu else torch.device("cpu")
-
-    # Model, optimizer, EMA
     if job.code is not None:
         job.code.use()  # registers the user's family in this process
-    sharded = is_sharded(settings, world_size)
-    objective = build_objective(recipe, job.null, device, sharded)
-    shard(objective, settings, world_size)
-    objective.read_weights(device)  # after sharding: each rank reads its own part of the files
-    parameters = objective.parameters()
-    blocks = objective.family.blocks(objective.transformer)
-    optimizers = build_optimizers(parameters.values(), blocks, recipe.optimizer)
-    ema = PowerEMA(parameters, recipe.optimizer.ema_gamma)
+    return ray.train.torch.get_device() if job.recipe.train.gpu else torch.device("cpu")
 
-    def tensors() -> dict[str, Any]:
-        slots = ckpt.optimizer_tensors(optimizers, parameters)
-        # The EMA is called "average" in checkpoints since the first version: under another name, those would not load.
-        return {"model": parameters, "average": ema.state_dict(), "optimizer": slots}
 
-    origin = ckpt.TrainState(0, settings.seed, job.tracking.run_id, recipe.model_dump(mode="json"))
-    # A process group of its own: writing in the background must not wait for the training's collectives.
-    checkpoints = ckpt.Checkpoints(tensors, origin, dist.new_group(backend="gloo"))
+def _resume(learner: Learner) -> int:
+    """Load Ray Train's latest checkpoint, if there is one; returns the optimizer steps that are done.
 
-    # Resume
-    done = 0
-    if (latest := ray.train.get_checkpoint()) is not None:
-        with latest.as_directory() as folder:
-            done = ckpt.read_state(Path(folder)).step
-            if done > settings.steps:
-                return f"its last checkpoint is of step {done}: set train.steps to that or more."
-            ckpt.load_tensors(tensors(), Path(folder))
-        if rank == 0:
-            print(f"resumed from the checkpoint of step {done}", flush=True)
-    # Micro-batches of this rank so far. With the same number of workers, the stream goes on exactly where it was;
-    # with another number, at about the same place.
-    batches = done * settings.accumulate
+    Raises:
+        TrainingStopped: the checkpoint is of a later step than the recipe's last.
+    """
+    import ray.train
 
-    tracker = None
-    if rank == 0:
-        tracker = Tracker.join(job.tracking)
-        if done:
-            tracker.set_tags({"resumed_from_step": done})
+    settings = learner.recipe.train
+    if (latest := ray.train.get_checkpoint()) is None:
+        return 0
+    with latest.as_directory() as folder:
+        done = ckpt.read_state(Path(folder)).step
+        if done > settings.steps:
+            raise TrainingStopped(f"its last checkpoint is of step {done}: set train.steps to that or more.")
+        ckpt.load_tensors(learner.tensors(), Path(folder))
+    if learner.rank == 0:
+        print(f"resumed from the checkpoint of step {done}", flush=True)
+    # With the same number of workers, the stream goes on exactly where it was; with another number, at about the same
+    # place.
+    learner.batches = done * settings.accumulate
+    return done
 
-    # Of this rank's micro-batches.
-    batch_size = recipe.data.batch_size // (world_size * settings.accumulate)
-    stream = ShardStream(
-        recipe.data.path,
-        "train",
-        batch_size=batch_size,
-        seed=settings.seed,
-        rank=rank,
-        world_size=world_size,
-        start_batch=batches,
-    )
-    source = iter(stream)
-    meter = LossMeter(device)
-    generator = torch.Generator()  # on the CPU, so that random numbers are the same on every device
+
+def _loop(
+    job: WorkerJob,
+    learner: Learner,
+    stream: ShardStream,
+    checkpoints: ckpt.Checkpoints,
+    tracker: Tracker | None,
+    done: int,
+) -> None:
+    """Take the optimizer steps after the `done` ones, with sample grids, metrics and checkpoints.
+
+    Raises:
+        TrainingStopped: a loss or gradient is not finite.
+    """
+    recipe, settings = job.recipe, job.recipe.train
+    source, meter = iter(stream), LossMeter(learner.device)
     started = time.perf_counter()
-
     for step in range(done + 1, settings.steps + 1):
         # Sample grids: by all ranks if the model is sharded, as each holds a part of it; otherwise by rank 0
-        if job.samples and (step - 1) % settings.sample_every == 0 and step > 1 and (sharded or rank == 0):
-            latents = sample(objective, ema, job.samples, settings.seed, device, batch_size)
+        samplers = learner.sharded or learner.rank == 0
+        if job.samples and samplers and (step - 1) % settings.sample_every == 0 and step > 1:
+            latents = sample(learner, job.samples)
             if tracker is not None:
                 pixels = load_autoencoder(job.samples.autoencoder).decode(latents).numpy()
                 tracker.log_image(sample_grid(pixels, columns=8), f"samples/step-{step - 1:06d}.png")
 
-        # The optimizer step
-        share = lr_share(recipe.optimizer, step, settings.steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = share * group["peak_lr"]
-        for _ in range(settings.accumulate):
-            # Seeded anew for each micro-batch, so that a resumed run draws what the uninterrupted one would have drawn.
-            seed_step(generator, settings.seed, rank, batches)
-            batch = to_device(next(source), device)
-            for result in objective.losses(batch, generator, step):
-                # Before the next loss is computed: data-free losses keep the graph of one segment at a time.
-                (result.loss / settings.accumulate).backward()
-                meter.add(result)  # on the device: reading values here would make the host wait for them
-            batches += 1
-        average_gradients(parameters.values(), settings, world_size)
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next forward
-        ema.update(step)
-        meter.norm(whole(norm))
+        lr = recipe.optimizer.lr * learner.set_lr(step)
+        learner.step(step, source, meter)
 
         # Progress and metrics: the only place where the host waits for the device
         save = step % settings.checkpoint_every == 0 or step == settings.steps
         if step % settings.log_every == 0 or save or step == 1:
-            metrics = meter.read(recipe.data.batch_size, stream.seconds_waited)
+            metrics = meter.read(recipe.data.batch_size, stream.seconds_waited) | {"train/learning_rate": lr}
             stream.seconds_waited = 0.0
-            metrics["train/learning_rate"] = share * recipe.optimizer.lr
             if metrics["train/non_finite"]:
                 checkpoints.settle()  # the last good checkpoint has to be complete before the run ends
-                return _non_finite(step, metrics)
-            if rank == 0:
-                print(progress_line(recipe.name, step, done, settings.steps, started, metrics), flush=True)
+                raise TrainingStopped(_non_finite(step, metrics))
             if tracker is not None:
+                print(progress_line(recipe.name, step, done, settings.steps, started, metrics), flush=True)
                 tracker.log_metrics(metrics, step)
 
         # Checkpoints: writing begins here, and has long ended when it is reported some steps later
@@ -197,61 +205,26 @@ def train_worker(job: WorkerJob) -> str | None:
         elif step % settings.log_every == 0:
             checkpoints.settle()
 
-    # The end: the trained model, with the EMA's weights, goes into the last checkpoint. `whole` gathers shards, so all
-    # ranks take part, although only rank 0 writes.
-    weights = {name: whole(tensor).cpu() for name, tensor in ema.state_dict().items()}
-    export = (lambda folder: objective.export(folder / EXPORT, weights)) if rank == 0 else None
-    checkpoints.finish(settings.steps, export)
-    if tracker is not None:
-        tracker.flush(timeout=30)
-    return None
-
-
-def seed_step(generator: torch.Generator, seed: int, rank: int, batch: int) -> None:
-    """Seed the random numbers of one micro-batch: the loss's generator, and torch's own (for dropout of adapters)."""
-    # For integers, Python's hash is the same in every process.
-    mixed = hash((seed, rank, batch)) & (2**63 - 1)
-    generator.manual_seed(mixed)
-    torch.manual_seed(mixed + 1)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors on a device, without waiting for the copies."""
-    if device.type == "cpu":
-        return batch
-    from dataclasses import replace
-
-    latent = None if batch.latent is None else batch.latent.to(device, non_blocking=True)
-    return replace(batch, latent=latent, conditioning=batch.conditioning.to(device))
-
 
 @torch.no_grad()
-def sample(
-    objective: Objective,
-    ema: PowerEMA,
-    plan: SamplePlan,
-    seed: int,
-    device: torch.device,
-    batch_size: int,
-) -> Tensor:
+def sample(learner: Learner, plan: SamplePlan) -> Tensor:
     """Latents (B, C, H, W) of the plan's conditions, with the EMA's weights, from noise that is the same in every call.
 
     Args:
-        objective: has the model, and samples it.
-        ema: of the model's parameters.
+        learner: has the model, and samples it.
         plan: conditions and shape.
-        seed: of the noise.
-        device: of the model.
-        batch_size: most samples at a time.
     """
-    conditioning = plan.conditioning
-    noise = gaussian_noise((len(conditioning), *plan.shape), torch.Generator().manual_seed(seed))
+    objective, device, conditioning = learner.objective, learner.device, plan.conditioning
+    generator = torch.Generator().manual_seed(learner.recipe.train.seed)
+    noise = gaussian_noise((len(conditioning), *plan.shape), generator)
     objective.model.eval()
     latents = []
-    with ema.swapped():
+    with learner.ema.swapped():
         drop_gathered(objective.model)  # FSDP may still hold the weights from before the swap
-        for first in range(0, len(noise), batch_size):
-            part = slice(first, first + batch_size)
+        for first in range(
+            0, len(noise), learner.batch_size
+        ):  # so that it takes no more memory than training
+            part = slice(first, first + learner.batch_size)
             latents.append(objective.sample(noise[part].to(device), conditioning[part].to(device)).cpu())
     drop_gathered(objective.model)
     objective.model.train()

@@ -1,0 +1,129 @@
+"""A model under training on one rank, and the optimizer step that updates it.
+
+Random numbers come from generators seeded by (seed, rank, micro-batch), so that a resumed run gives what the
+uninterrupted run would have given: bit for bit in float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fewstep.data.stream import Batch
+from fewstep.distill import PowerEMA
+from fewstep.models.conditioning import Conditioning
+from fewstep.models.sharded import whole
+from fewstep.train.checkpoint import optimizer_tensors
+from fewstep.train.objectives import build_objective
+from fewstep.train.optimizers import build_optimizers, lr_share
+from fewstep.train.parallel import average_gradients, is_sharded, shard
+from fewstep.train.progress import LossMeter
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe
+
+
+class Learner:
+    """The objective with its model, the optimizers, and the EMA of the weights.
+
+    Attributes:
+        recipe: what is trained, and how.
+        device: of the model.
+        rank, world_size: this process, and the number of processes that train together.
+        sharded: whether each rank holds a part of the model (FSDP) instead of all of it.
+        objective: the model and its losses.
+        parameters: the trained ones, by name.
+        optimizers: of those parameters.
+        ema: of those parameters.
+        batch_size: samples of this rank's micro-batches.
+        batches: micro-batches that this rank has taken so far, those before the run was resumed included.
+    """
+
+    def __init__(
+        self,
+        recipe: DistillRecipe | TeacherRecipe,
+        null: Conditioning,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.recipe, self.device = recipe, device
+        self.rank, self.world_size = rank, world_size
+        self.sharded = is_sharded(recipe.train, world_size)
+        self.objective = build_objective(recipe, null, device, self.sharded)
+        shard(self.objective, recipe.train, world_size)
+        self.objective.read_weights(device)  # after sharding: each rank reads its own part of the files
+        self.parameters = self.objective.parameters()
+        blocks = self.objective.family.blocks(self.objective.transformer)
+        self.optimizers = build_optimizers(self.parameters.values(), blocks, recipe.optimizer)
+        self.ema = PowerEMA(self.parameters, recipe.optimizer.ema_gamma)
+        self.batch_size = recipe.data.batch_size // (world_size * recipe.train.accumulate)
+        self.batches = 0
+        self._generator = torch.Generator()  # on the CPU, so that random numbers are the same on every device
+
+    def tensors(self) -> dict[str, Any]:
+        """What a checkpoint holds: parameters, EMA and the optimizers' state."""
+        slots = optimizer_tensors(self.optimizers, self.parameters)
+        # The EMA is called "average" in checkpoints since the first version: under another name, those would not load.
+        return {"model": self.parameters, "average": self.ema.state_dict(), "optimizer": slots}
+
+    def set_lr(self, step: int) -> float:
+        """Set the learning rates of an optimizer step (from 1) by the recipe's schedule.
+
+        Returns:
+            Their share of the peak rates.
+        """
+        share = lr_share(self.recipe.optimizer, step, self.recipe.train.steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak_lr"]
+        return share
+
+    def step(self, step: int, source: Iterator[Batch], meter: LossMeter) -> None:
+        """Take an optimizer step (from 1) with this rank's next micro-batches."""
+        for _ in range(self.recipe.train.accumulate):
+            self.backward(next(source), step, meter)
+        self.update(step, meter)
+
+    def backward(self, batch: Batch, step: int, meter: LossMeter) -> None:
+        """Add the gradients of one micro-batch."""
+        generator = self.seed(self.batches)
+        for result in self.objective.losses(self.to_device(batch), generator, step):
+            # Before the next loss is computed: data-free losses keep the graph of one segment at a time.
+            (result.loss / self.recipe.train.accumulate).backward()
+            meter.add(result)  # on the device: reading values here would make the host wait for them
+        self.batches += 1
+
+    def update(self, step: int, meter: LossMeter) -> None:
+        """Update the weights by the gradients of all ranks, clear the gradients, and update the EMA."""
+        parameters, config = self.parameters.values(), self.recipe.optimizer
+        average_gradients(parameters, self.recipe.train, self.world_size)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next forward
+        self.ema.update(step)
+        meter.norm(whole(norm))
+
+    def seed(self, batch: int) -> torch.Generator:
+        """The generator of a micro-batch's random numbers, seeded for it, as is torch's own."""
+        # Anew for each micro-batch, so that a resumed run draws what the uninterrupted one would have drawn.
+        seed_step(self._generator, self.recipe.train.seed, self.rank, batch)
+        return self._generator
+
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch with its tensors on the model's device, without waiting for the copies."""
+        if self.device.type == "cpu":
+            return batch
+        from dataclasses import replace
+
+        latent = None if batch.latent is None else batch.latent.to(self.device, non_blocking=True)
+        return replace(batch, latent=latent, conditioning=batch.conditioning.to(self.device))
+
+
+def seed_step(generator: torch.Generator, seed: int, rank: int, batch: int) -> None:
+    """Seed the random numbers of one micro-batch: the loss's generator, and torch's own (for dropout of adapters)."""
+    # For integers, Python's hash is the same in every process.
+    mixed = hash((seed, rank, batch)) & (2**63 - 1)
+    generator.manual_seed(mixed)
+    torch.manual_seed(mixed + 1)
