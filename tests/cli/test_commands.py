@@ -224,6 +224,32 @@ def test_generate_refuses_before_it_loads(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["generate", "--prompt", "x", "--device", "cuda:99"], "--device cuda:99 can't be used here"),
+        (["generate", "--prompt", "x", "--device", "nonsense"], "--device nonsense can't be used here"),
+        (["generate", "--prompt", "x", "--out", "file/x.png"], "--out: can't write to the folder file"),
+        (["export", "--out", "file"], "--out: can't write to the folder file"),
+        (["generate", "--prompt", "x", "--model", "pipeline"], "pipeline is a diffusers pipeline"),
+    ],
+)
+def test_what_would_fail_late_is_refused_at_once(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path))
+    Path("file").touch()
+    Path("pipeline").mkdir()
+    Path("pipeline/model_index.json").write_text("{}")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ([], "say where the dataset goes with --out"),
         (["--out", "x", "--bundle"], "say where the dataset goes with --out"),
         (["--out", "x", "photos"], "--source emoji takes no PATH"),

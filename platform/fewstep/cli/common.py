@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fewstep.errors import UserError
 
 if TYPE_CHECKING:
     from fewstep.train.recipe import Recipe
@@ -16,12 +20,45 @@ def add_student_options(parser: argparse.ArgumentParser) -> None:
     """Declare `--model` and `--tracking-uri`: which student a command takes."""
     parser.add_argument(
         "--model", default=BUNDLED_STUDENT,
-        help="a registered model (models:/name@alias), an exported folder, or a bundled one: emoji-student (default), "
-        "fashion-student",
+        help="a registered model (models:/name@alias), a folder or s3:// address that a distillation wrote, a hub id, "
+        "or a bundled one: emoji-student (default), fashion-student",
     )  # fmt: skip
     parser.add_argument(
         "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"
     )
+
+
+def check_device(device: str) -> None:
+    """Check that torch can compute on a device, before anything is loaded.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--device {device} can't be used here: {reason}") from error
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make the folder that a command is going to write to, before it has worked for minutes.
+
+    Args:
+        folder: which one.
+        option: that named it, for the message.
+
+    Raises:
+        UserError: it can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option}: can't write to the folder {folder} ({error.strerror}).") from error
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, kind: type[Recipe], default: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fewstep.cli.common import add_student_options
+from fewstep.cli.common import add_student_options, make_folder
 from fewstep.errors import UserError
 
 DESCRIPTION = "Write a distilled student as a folder that diffusers loads as a pipeline."
@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(
             "--dtype is of a merged transformer: add --merged, or give torch_dtype where it is loaded."
         )
+    make_folder(options.out, "--out")
 
     import torch
 

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from fewstep.cli.common import add_student_options
+from fewstep.cli.common import add_student_options, check_device, make_folder
 
 DESCRIPTION = "Write images from prompts with a distilled student."
 EXAMPLES = """\
@@ -20,13 +20,17 @@ The bundled student knows captions of the form "LABEL, STYLE style" with the sty
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--prompt", required=True, help="what the images show")
+    parser.add_argument(
+        "--prompt", required=True, help="what the images show: a caption, or a class's name or number"
+    )
     add_student_options(parser)
     parser.add_argument(
         "--nfe", "--steps", type=int, metavar="N", help="network evaluations; default: as trained"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; image i of --count uses seed + i")
-    parser.add_argument("--count", type=int, default=1, help="how many images")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the noise; image i of --count uses seed + i; default: 0"
+    )
+    parser.add_argument("--count", type=int, default=1, help="how many images; default: 1")
     parser.add_argument(
         "--temperature",
         type=_temperature,
@@ -44,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="generate with the teacher's guided Euler sampler instead",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: cpu")
     parser.add_argument(
         "--scale", type=int, default=16, help="enlarge every pixel this often; default: %(default)s"
     )
@@ -63,14 +67,19 @@ def run(options: argparse.Namespace) -> None:
             options.error(f"--{name.replace('_', '-')} must be 1 or more")
     if options.out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
         options.error(f"--out {options.out}: its name must end in .png, .jpg or .webp")
+    make_folder(options.out.parent, "--out")
 
     import numpy as np
     import torch
 
     from fewstep.evaluate.grid import sample_grid
     from fewstep.flow import gaussian_noise
+    from fewstep.flow.sampler_config import MAX_NFE
     from fewstep.student import FewStepPipeline
 
+    if options.nfe and options.nfe > MAX_NFE:
+        options.error(f"--nfe must be 1 to {MAX_NFE}")
+    check_device(options.device)
     pipe = FewStepPipeline.from_pretrained(
         options.model, device=options.device, tracking_uri=options.tracking_uri
     )
@@ -91,10 +100,11 @@ def run(options: argparse.Namespace) -> None:
             ).images
         )
     seconds = time.perf_counter() - started
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     columns = min(options.count, 8)
     sample_grid(images, columns, tile=images.shape[2] * options.scale).save(options.out)
-    print(f"{options.out.absolute()}  ({options.count} images in {seconds:.2f} s)")
+    print(
+        f"{options.out.absolute()}  ({options.count} {'image' if options.count == 1 else 'images'} in {seconds:.2f} s)"
+    )
 
 
 def _temperature(text: str) -> float | str:

@@ -56,6 +56,11 @@ def read_student_card(folder: Path) -> StudentCard:
         UserError: there is no card, it is broken, or it is from a newer fewstep.
     """
     file = folder / CARD
+    if (folder / "model_index.json").exists():
+        raise UserError(
+            f"{folder} is a diffusers pipeline, which diffusers.DiffusionPipeline loads; give the student that it was "
+            "exported from."
+        )
     if not file.exists():
         raise UserError(
             f"{folder} is no exported student: it has no {CARD}; give the folder that a distillation job wrote, "
