@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fewstep.data.columns import condition_columns
+from fewstep.data.columns import condition_columns, conditioning_of
 from fewstep.data.prepare import EncodeText, PreparationConfig
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, encode_table
 from fewstep.data.sources import Size
@@ -73,6 +73,20 @@ def test_labels_in_shards_of_before_version_0_2_are_read(tmp_path: Path) -> None
     shard = Shard(path, "train", shape, count)
     DatasetInfo(Storage.at(tmp_path), encoding, "test", True, (shard,)).save()
     assert read_split(tmp_path, "train").conditioning.labels.tolist() == list(range(count))
+
+
+def test_rows_of_old_and_new_shards_may_share_a_batch() -> None:
+    """As in a dataset that an old version began to prepare and this one finished."""
+    new = condition_columns(load_encoder("labels:4").encode(["1", "3"]))
+    rows = pa.table(new)
+    old = {
+        "tokens": pa.array([[np.float16(2)], [np.float16(0)]], rows["tokens"].type),
+        "token_count": pa.array([1, 1], rows["token_count"].type),
+        "label": pa.nulls(2, rows["label"].type),
+    }
+    older = pa.table(new | old)
+    mixed = pa.concat_tables([rows.slice(0, 1), older, rows.slice(1)]).combine_chunks()
+    assert conditioning_of(mixed, Encoding("labels:4", 1, "grey")).labels.tolist() == [1, 2, 0, 3]
 
 
 def test_what_is_no_class_is_refused_with_the_nearest() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from fewstep.errors import UserError
 from fewstep.flow import (
     NextStep,
     SamplerConfig,
@@ -218,3 +221,12 @@ def test_euler_steps_are_uniform_in_raw_time() -> None:
     euler(lambda x, sigma: (seen.append(sigma), torch.zeros_like(x))[1], noise(), 4, SHIFT)
     expected = SHIFT.warp(torch.tensor([1.0, 0.75, 0.5, 0.25]))[:, None].expand(4, 2)
     torch.testing.assert_close(torch.stack(seen), expected)
+
+
+def test_overrides_are_numbers_of_any_library() -> None:
+    assert SamplerConfig().override(temperature=np.float32(0.5)).temperature == 0.5
+    for wrong in (0, 1.5, float("nan"), "hot", [0.5]):
+        with pytest.raises(UserError, match="temperature"):
+            SamplerConfig().override(temperature=wrong)
+    with pytest.raises(ValidationError, match="shift"):
+        SamplerConfig(shift=float("inf"))

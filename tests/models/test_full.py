@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.models.conditioning import ClassConditioning
+from fewstep.models.conditioning import ClassConditioning, Conditioning, TextConditioning
 from fewstep.models.heads import DXConfig, GMFlowConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
@@ -27,7 +27,10 @@ CONFIGS = {
     },
 }  # fmt: skip
 X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
-CONDITIONING = ClassConditioning(torch.tensor([1, 4]))
+CONDITIONING: dict[str, Conditioning] = {
+    "dit": ClassConditioning(torch.tensor([1, 4])),
+    "qwen_image": TextConditioning(torch.tensor([[[1.0]], [[4.0]]]), torch.ones(2, 1, dtype=torch.bool)),
+}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -49,18 +52,18 @@ def student(family: str, policy: GMFlowConfig | DXConfig) -> PolicyNetwork:
 
 
 def velocity(network: PolicyNetwork) -> Tensor:
-    return network.policy(X, T, CONDITIONING).velocity(X, T)
+    return network.policy(X, T, CONDITIONING[network.family.name]).velocity(X, T)
 
 
 def test_it_begins_as_its_teacher_and_leaves_it_as_it_was(family: str) -> None:
     network = student(family, DXConfig(points=2))
-    before = network.velocity(X, T, CONDITIONING)
+    before = network.velocity(X, T, CONDITIONING[network.family.name])
     with torch.no_grad():
         torch.testing.assert_close(velocity(network), before, atol=1e-5, rtol=0)
         for parameter in network.trainable().values():
             parameter.mul_(1.5)
         assert (velocity(network) - before).abs().max() > 1e-2
-    assert torch.equal(network.velocity(X, T, CONDITIONING), before)
+    assert torch.equal(network.velocity(X, T, CONDITIONING[network.family.name]), before)
 
 
 def test_every_weight_that_reaches_the_output_is_trained(family: str) -> None:
@@ -84,7 +87,10 @@ def test_a_saved_student_comes_back_whole(family: str, tmp_path: Path) -> None:
         save_adapter(network, tmp_path)
         again = load_adapter(base(family), get_family(family), tmp_path)
         assert torch.equal(velocity(again), velocity(network))
-        assert torch.equal(again.velocity(X, T, CONDITIONING), network.velocity(X, T, CONDITIONING))
+        assert torch.equal(
+            again.velocity(X, T, CONDITIONING[network.family.name]),
+            network.velocity(X, T, CONDITIONING[network.family.name]),
+        )
 
 
 def test_a_student_that_lacks_some_weights_is_refused(family: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.models import ModuleFamily, get_family
+from fewstep.models import ModuleFamily, get_family, register
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family_code import MODULES, FamilyCode, code_of, find_code, use_module
@@ -19,6 +19,7 @@ from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.prediction import DiffusionPrediction
 from fewstep.models.teacher import load_teacher
+from fewstep.models.unet import UNet
 from fewstep.student.adapter import load_adapter, save_adapter
 
 EXAMPLE = Path(__file__).parents[2] / "jobs" / "examples" / "own_teacher.py"
@@ -177,3 +178,27 @@ def test_code_that_came_with_a_student_runs_only_with_consent(
     monkeypatch.setenv(MODULES, str(folder / "family.py"))
     find_code("foreign_flow", code.sha256, folder)
     assert code_of("foreign_flow").sha256 == code.sha256
+
+
+def test_a_family_that_could_only_fail_later_is_not_registered() -> None:
+    class OfBefore(UNet):
+        name = "of-before"
+
+        def denoise(self, transformer, x, t, conditioning):
+            return x
+
+    with pytest.raises(UserError, match=r"guidance_scale=None since fewstep 0\.2"):
+        register(OfBefore())
+    for no_family in (UNet, object()):
+        with pytest.raises(UserError, match="an instance of a class derived from Family"):
+            register(no_family)
+
+
+def test_texts_with_and_without_pooled_vectors_are_no_batch() -> None:
+    states, mask = torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    bare, pooled = TextConditioning(states, mask), TextConditioning(states, mask, torch.ones(1, 4))
+    for one, other in ((bare, pooled), (pooled, bare)):
+        with pytest.raises(ValueError, match="pooled"):
+            TextConditioning.join([one, other])
+        with pytest.raises(ValueError, match="pooled"):
+            one.where(torch.tensor([True]), other)

@@ -49,7 +49,7 @@ def train(network: Network, optimizers: list[torch.optim.Optimizer], steps: rang
 @pytest.mark.parametrize("kind", ["adam", "muon"])
 def test_every_trained_parameter_has_one_optimizer_and_the_blocks_matrices_are_muons(kind: str) -> None:
     network = Network()
-    optimizers = optimizers_of(network, type=kind, rate=2e-3, muon_rate=0.01, weight_decay=0.1)
+    optimizers = optimizers_of(network, type=kind, lr=2e-3, muon_lr=0.01, weight_decay=0.1)
     names = {id(p): name for name, p in network.named_parameters()}
     owned = [
         (type(optimizer), names[id(p)], group["peak_lr"], group["weight_decay"])
@@ -57,10 +57,10 @@ def test_every_trained_parameter_has_one_optimizer_and_the_blocks_matrices_are_m
         for group in optimizer.param_groups
         for p in group["params"]
     ]
-    muon = {(name, rate, decay) for owner, name, rate, decay in owned if owner is torch.optim.Muon}
+    muon = {(name, lr, decay) for owner, name, lr, decay in owned if owner is torch.optim.Muon}
     inner = {("blocks.0.0.weight", 0.01, 0.1), ("blocks.0.2.weight", 0.01, 0.1)}
     assert muon == (inner if kind == "muon" else set())
-    adam = {(name, rate, decay) for owner, name, rate, decay in owned if owner is torch.optim.AdamW}
+    adam = {(name, lr, decay) for owner, name, lr, decay in owned if owner is torch.optim.AdamW}
     assert adam >= {("head.weight", 2e-3, 0.1), ("head.bias", 2e-3, 0.0), ("blocks.0.2.bias", 2e-3, 0.0)}
     assert sorted(name for _, name, *_ in owned) == sorted(network.trainable())
 

@@ -144,3 +144,9 @@ def test_every_field_is_documented() -> None:
     for kind in (DistillRecipe, TeacherRecipe):
         undocumented = [key for key, _, text in document(kind) if not text and key != "name"]
         assert not undocumented
+
+
+def test_an_old_key_beside_an_empty_or_broken_section() -> None:
+    assert load_recipe(DistillRecipe, {"imitation": {"nfe": 2}, "sampler": None}, []).sampler.nfe == 2
+    with pytest.raises(UserError, match="sampler"):
+        load_recipe(DistillRecipe, {"imitation": {"nfe": 2}, "sampler": 5}, [])

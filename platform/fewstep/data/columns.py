@@ -43,7 +43,7 @@ def conditioning_of(rows: pa.Table, encoding: Encoding) -> Conditioning:
         encoding: of the dataset.
     """
     if is_labels(encoding.text_encoder):
-        return ClassConditioning(torch.from_numpy(_labels(rows)).long())
+        return ClassConditioning(torch.tensor(_labels(rows), dtype=torch.int64))
     # A copy, because arrow's memory is read-only, which torch tensors can't be.
     flat = torch.from_numpy(_flat(rows["tokens"]).copy())
     states = flat.view(-1, encoding.token_dim).split(rows["token_count"].to_pylist())
@@ -60,10 +60,13 @@ def floats(lists: pa.ChunkedArray) -> Tensor | None:
 
 def _labels(rows: pa.Table) -> np.ndarray:
     """Class indices of the rows, (N,)."""
-    if rows["label"].null_count:
-        # Shards from before fewstep 0.2 hold the class's index as the only token state of its caption.
-        return _flat(rows["tokens"]).astype(np.int64)
-    return rows["label"].combine_chunks().to_numpy(zero_copy_only=False)
+    labels = rows["label"].combine_chunks()
+    if not labels.null_count:
+        return labels.to_numpy(zero_copy_only=False)
+    # Shards from before fewstep 0.2 hold the class's index as the only token state of its caption. Row by row: a folder
+    # that the old version began and this one finished has shards of both kinds.
+    states = zip(labels.to_pylist(), rows["tokens"].to_pylist(), strict=True)
+    return np.array([int(tokens[0]) if label is None else label for label, tokens in states])
 
 
 def _flat(lists: pa.ChunkedArray) -> np.ndarray:

@@ -7,7 +7,8 @@ settings that they leave out stay as trained.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from numbers import Real
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -31,7 +32,7 @@ class SamplerConfig(Config):
     more_nfes: tuple[PositiveInt, ...] = ()
     """Further numbers of evaluations that the same student learns, so that one model serves 2 to 8. One of all of them
     is drawn at random per sample; with imitation.data_free they take turns over the optimizer steps."""
-    shift: PositiveFloat | Literal["dynamic"] = 3.2
+    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"] = 3.2
     """Time shift m of the student's segments, which need not be the teacher's: 3.2 suits images of one megapixel, 1 is
     no shift. "dynamic" grows with the number of image tokens, from 1.65 at 256 to 3.16 at 4,096."""
     final_step_scale: float = Field(0.5, gt=0)
@@ -101,7 +102,7 @@ class SamplerConfig(Config):
         if nfe is not None and not 1 <= nfe <= MAX_NFE:
             raise UserError(f"num_inference_steps must be 1 to {MAX_NFE}, got {nfe}.")
         named = temperature is None or temperature == "auto"
-        if not named and not (isinstance(temperature, int | float) and 0 < temperature <= 1):
+        if not named and not (isinstance(temperature, Real) and 0 < temperature <= 1):
             raise UserError(f"temperature must be above 0 and at most 1, or 'auto'; got {temperature}.")
         if h is not None and not h >= 0:
             raise UserError(f"h must be 0 or more, got {h}.")

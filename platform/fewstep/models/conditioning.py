@@ -132,6 +132,8 @@ class TextConditioning(Conditioning):
         def choose(one: Tensor, another: Tensor) -> Tensor:
             return torch.where(keep.view(-1, *[1] * (one.ndim - 1)), one, another)
 
+        if (ours.pooled is None) != (theirs.pooled is None):
+            raise ValueError("conditions with and without pooled vectors can't be in one batch")
         pooled = None
         if ours.pooled is not None and theirs.pooled is not None:
             pooled = choose(ours.pooled, theirs.pooled)
@@ -142,6 +144,8 @@ class TextConditioning(Conditioning):
         padded = [part._padded(length) for part in parts]
         states, mask = torch.cat([part.states for part in padded]), torch.cat([part.mask for part in padded])
         pooled = [part.pooled for part in padded if part.pooled is not None]
+        if pooled and len(pooled) < len(padded):
+            raise ValueError("conditions with and without pooled vectors can't be in one batch")
         return TextConditioning(states, mask, torch.cat(pooled) if pooled else None)
 
     def _padded(self, length: int) -> TextConditioning:

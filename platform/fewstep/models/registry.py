@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 
 from fewstep.errors import UserError
 from fewstep.models.dit import DiT
@@ -16,7 +17,18 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family available under its `name`, to recipes and exported students; replaces one of the same name."""
+    """Make a family available under its `name`, to recipes and exported students; replaces one of the same name.
+
+    Raises:
+        UserError: it is no instance of a class derived from `Family`, or its `denoise` takes no guidance scale.
+    """
+    if not isinstance(family, Family):
+        raise UserError(f"register takes an instance of a class derived from Family, got {family!r}.")
+    # Files from before fewstep 0.2 may have one without it; here, because the call would only fail in training.
+    if "guidance_scale" not in inspect.signature(family.denoise).parameters:
+        raise UserError(
+            f"family {family.name!r}: its denoise must take a last argument guidance_scale=None since fewstep 0.2."
+        )
     _FAMILIES[family.name] = family
 
 

@@ -365,9 +365,12 @@ def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         section, key = old.split(".")
         if isinstance(new.get(section), dict) and key in new[section]:
             target, name = now.split(".")
-            value = new[section].pop(key)
-            new.setdefault(target, {})[name] = value
-            renamed[old] = now
+            # What is no section, such as `sampler:` without a value, stays for validation to refuse.
+            if new.get(target) is None:
+                new[target] = {}
+            if isinstance(new[target], dict):
+                new[target][name] = new[section].pop(key)
+                renamed[old] = now
     return new, renamed
 
 
