@@ -193,6 +193,23 @@ def test_generate_and_a_dry_run_load_neither_ray_nor_mlflow(tmp_path: Path) -> N
     assert "memory" in plan.stdout
 
 
+def test_help_pages_need_no_extra(tmp_path: Path) -> None:
+    """`fewstep --help` of a core installation says that every command explains itself."""
+    code = f"""
+from fewstep.cli import main
+for command in {list(COMMANDS)!r}:
+    try:
+        status = main([*command.split(), "--help"])
+    except SystemExit as end:  # as argparse does after a help page
+        status = end.code
+    assert status == 0, command
+"""
+    extras = {module for modules in EXTRAS.values() for module in modules} - {"tqdm", "yaml", "pydantic_core"}
+    done = without(extras, code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: fewstep ") == len(COMMANDS)
+
+
 def test_old_names_of_options_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the scripts before there was a console script."""
     monkeypatch.chdir(tmp_path)

@@ -10,21 +10,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine
-from fewstep.data.stream import Batch, read_split
 from fewstep.models.conditioning import TextConditioning
-from fewstep.train.learner import Learner
 from fewstep.train.progress import LossMeter
 from fewstep.train.recipe import DistillRecipe, load_recipe
+
+if TYPE_CHECKING:
+    from fewstep.data.stream import Batch
+    from fewstep.train.learner import Learner
 
 BATCHES = 8
 """Batches that the bare process takes in turns; it holds them in memory."""
@@ -193,7 +196,9 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     import torch.distributed as dist
 
     from fewstep.data.schema import DatasetInfo
+    from fewstep.data.stream import read_split
     from fewstep.encoders import load_encoder
+    from fewstep.train.learner import Learner
 
     rank, workers = 0, recipe.train.workers
     if workers > 1:
@@ -296,7 +301,7 @@ def rows_of(batch: Batch, index: list[int]) -> Batch:
         )
     latent = None if batch.latent is None else batch.latent[index]
     captions, keys = [batch.captions[i] for i in index], [batch.keys[i] for i in index]
-    return Batch(latent, conditioning, captions, keys, batch.shape)
+    return replace(batch, latent=latent, conditioning=conditioning, captions=captions, keys=keys)
 
 
 def _bare_process(recipe: str, steps: str, result: str) -> None:

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fewstep.config import Config
-from fewstep.data.datasets.bundled import EMOJI_DATA
+from fewstep.data.datasets import EMOJI_DATA
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fewstep.data.datasets import EMOJI_DATA, FASHION_DATA
 from fewstep.data.schema import MANIFEST, DatasetInfo
 from fewstep.storage import Storage
-
-EMOJI_DATA = "data/emoji16"
-"""Folder in which the bundled emoji set is prepared."""
-
-FASHION_DATA = "data/fashion28"
-"""Folder in which Fashion-MNIST is prepared."""
 
 
 def open_data(path: str) -> DatasetInfo:
@@ -22,7 +17,7 @@ def open_data(path: str) -> DatasetInfo:
     Raises:
         UserError: see `DatasetInfo.open`.
     """
-    # Imported here, because recipes need only the two paths above, and not the code that prepares data.
+    # Imported here, because what only opens a dataset does without the code that prepares one.
     from fewstep.data.datasets import emoji, fashion_mnist
     from fewstep.data.prepare import PreparationConfig, prepare
     from fewstep.data.sources import Source
