@@ -100,7 +100,7 @@ class TextEncoder(ConditionEncoder):
         Raises:
             UserError: some are; the message names the first of them, its length and the limit.
         """
-        self._check_lengths(captions, self._tokenize(captions))
+        self._checked_ids(captions)
 
     def too_long(self, caption: str, count: int) -> str:
         """The error message about a caption of `count` tokens."""
@@ -155,8 +155,7 @@ class TextEncoder(ConditionEncoder):
         Raises:
             UserError: a caption is longer than `max_tokens`.
         """
-        ids = self._tokenize(captions)
-        self._check_lengths(captions, ids)
+        ids = self._checked_ids(captions)
         # Captions of one length need no padding, which would change the last digits of a matrix product.
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, tokens in enumerate(ids):
@@ -180,16 +179,17 @@ class TextEncoder(ConditionEncoder):
         Raises:
             UserError: a caption is longer than `max_tokens`.
         """
-        ids = self._tokenize(captions)
-        self._check_lengths(captions, ids)
+        ids = self._checked_ids(captions)
         groups = [ids[start : start + GROUP] for start in range(0, len(ids), GROUP)]
         return [state for group in groups for state in self._states(group)]
 
-    def _check_lengths(self, captions: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
-        """`check`, for captions whose token ids are known."""
+    def _checked_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption, none of which is too long: tokenizing and `check` in one."""
+        ids = self._tokenize(captions)
         for caption, tokens in zip(captions, ids, strict=True):
             if len(tokens) > self.max_tokens:
                 raise UserError(self.too_long(caption, len(tokens)))
+        return ids
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption, with start and end marks, not cut to any length."""

@@ -85,9 +85,9 @@ def fetch_folder(address: str, into: Path | None, field: str, bundled: dict[str,
     Raises:
         UserError: there is no such model.
     """
-    # Bundled names first: a folder of the same name in the current one would otherwise be taken unnoticed.
     if not address:  # the current folder would be meant otherwise
         raise UserError(f"{field}: there is no model without a name.")
+    # Bundled names first: a folder of the same name in the current one would otherwise be taken unnoticed.
     if address in bundled:
         return bundled_folder(address, bundled)
     if "://" in address:

@@ -7,6 +7,7 @@ uninterrupted run would have given: bit for bit in float32 on a CPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,8 +116,6 @@ class Learner:
         """A batch with its tensors on the model's device, without waiting for the copies."""
         if self.device.type == "cpu":
             return batch
-        from dataclasses import replace
-
         latent = None if batch.latent is None else batch.latent.to(self.device, non_blocking=True)
         return replace(batch, latent=latent, conditioning=batch.conditioning.to(self.device))
 
