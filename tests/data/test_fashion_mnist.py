@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from fewstep.data.datasets.fashion_mnist import PREPARATION, fashion_mnist
+from fewstep.data.images import fit, measure, open_image
 from fewstep.data.prepare import EncodeImages, EncodeText, plan
 from fewstep.data.schema import Encoding, read_shard
-from fewstep.data.sources import Source, fit, measure, open_image
+from fewstep.data.sources import Source
 from fewstep.data.stream import Batch
 from fewstep.encoders.autoencoders import load_autoencoder
 from fewstep.encoders.labels import FASHION_MNIST
@@ -54,7 +56,7 @@ def encoded(source: Source, root: Path) -> dict[str, Batch]:
     encoding = Encoding(PREPARATION.text_encoder, 0, PREPARATION.autoencoder)
     text, images = EncodeText(PREPARATION), EncodeImages(PREPARATION, encoding, None, Storage.at(root), True)
     batches = {}
-    for shard in plan(source, PREPARATION)[0]:
+    for shard in plan(source, replace(PREPARATION, least_shards=1))[0]:
         images(text(shard.as_item()))
         batches[shard.split] = Batch.of(read_shard(Storage.at(root), shard.path), encoding)
     return batches

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.data.images import Size
 from fewstep.data.prepare import EncodeImages, EncodeText, PreparationConfig, claim, plan, prepare
 from fewstep.data.schema import DatasetInfo, Encoding
-from fewstep.data.sources import Size, Source, image_folder, prompts
+from fewstep.data.sources import Source, image_folder, prompts
 from fewstep.data.stream import read_split
 from fewstep.errors import UserError
 from fewstep.storage import Storage
 
 JOB = Path(__file__).parents[2] / "jobs" / "prepare_data.py"
-SMALL = PreparationConfig(sizes=(Size(8, 8),), shard_rows=4)
+SMALL = PreparationConfig(sizes=(Size(8, 8),), shard_rows=4, least_shards=1)
 
 
 @pytest.fixture
@@ -76,8 +78,12 @@ def test_a_folder_becomes_a_dataset_and_what_is_broken_is_counted_listed_and_ski
     assert info.rejected == {"broken image": 2, "missing file": 1, "no caption": 1, "unreadable row": 1}
     listed = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert {row["where"] for row in listed} == {
-        "03.png", "07.png", "metadata.jsonl:13", "metadata.jsonl:14", "metadata.jsonl:15",
+        "metadata.jsonl:4", "metadata.jsonl:8", "metadata.jsonl:13", "metadata.jsonl:14", "metadata.jsonl:15",
     }  # fmt: skip
+    assert {row["detail"].partition(":")[0] for row in listed if row["reason"] == "broken image"} == {
+        "03.png",
+        "07.png",
+    }
     assert any("rejected 5 rows (" in line and "2 broken image" in line for line in lines)
 
     train, held_out = read_split(out, "train"), read_split(out, "held_out")
@@ -125,18 +131,35 @@ def test_other_settings_or_rows_in_the_same_folder_are_refused(photos, tmp_path)
         prepare(image_folder(str(photos), held_out=0.5), out, SMALL)
 
 
+def test_small_sets_have_shards_for_several_workers_and_older_folders_keep_theirs(photos, tmp_path):
+    source = image_folder(str(photos), held_out=0.25)
+    settings = PreparationConfig(sizes=(Size(8, 8),))
+    shards = Counter(shard.split for shard in plan(source, settings)[0])
+    assert shards == {"train": min(8, source.rows["split"].to_pylist().count("train")), "held_out": 1}
+    record = claim(Storage.at(tmp_path / "out"), source, settings)
+    assert record == settings
+    # A folder that a version before 0.3 began has neither of these keys, and one shard per split.
+    plan_file = tmp_path / "out" / "plan.json"
+    old = {
+        k: v for k, v in json.loads(plan_file.read_text()).items() if k not in ("max_pixels", "least_shards")
+    }
+    plan_file.write_text(json.dumps(old))
+    kept = claim(Storage.at(tmp_path / "out"), source, settings)
+    assert len([shard for shard in plan(source, kept)[0] if shard.split == "train"]) == 1
+
+
 def test_images_go_to_the_bucket_of_the_nearest_shape(photos, ray_cluster):
     rng = np.random.default_rng(1)
     for number in range(4):
         Image.fromarray(rng.integers(0, 256, (20, 12, 3), dtype=np.uint8)).save(photos / f"{number:02d}.png")
-    settings = PreparationConfig(sizes=(Size(8, 8), Size(12, 8), Size(8, 12)), shard_rows=4)
+    settings = PreparationConfig(sizes=(Size(8, 8), Size(12, 8), Size(8, 12)), shard_rows=4, least_shards=1)
     plans, rejected = plan(image_folder(str(photos), held_out=0.0), settings)
     assert [(p.path, p.size, len(p.rows)) for p in plans] == [
         ("train/3x8x12/part-00000.parquet", Size(12, 8), 4),
         ("train/3x8x12/part-00001.parquet", Size(12, 8), 3),
         ("train/3x12x8/part-00000.parquet", Size(8, 12), 4),
     ]
-    assert [(r.where, r.reason) for r in rejected[-1:]] == [("07.png", "broken image")]
+    assert [(r.where, r.reason) for r in rejected[-1:]] == [("metadata.jsonl:8", "broken image")]
 
 
 def test_prompts_alone_become_a_dataset_without_latents(tmp_path, ray_cluster):

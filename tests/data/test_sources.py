@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections import Counter
 
@@ -13,7 +12,7 @@ from PIL import Image
 
 from fewstep.data import sources
 from fewstep.data.datasets import emoji
-from fewstep.data.sources import Size
+from fewstep.data.images import Size
 from fewstep.errors import UserError
 
 CONTENT_SHA256 = "67a2b1c695afee3db82fac319b24e5c2ec70d491db4f386e6059ba156afffa2f"
@@ -94,23 +93,6 @@ def test_sizes_are_parsed_as_width_by_height_and_chosen_by_aspect_ratio():
         emoji.emoji_set([Size(640, 384)])
 
 
-def test_images_are_turned_upright_flattened_on_white_and_cut_in_the_middle():
-    def encoded(image: Image.Image, **options: object) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", **options)
-        return buffer.getvalue()
-
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert np.asarray(sources.open_image(encoded(clear))).min() == 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = encoded(Image.new("RGB", (6, 2)), exif=exif)
-    assert sources.open_image(turned).size == sources.measure(turned) == (2, 6)
-    stripes = np.zeros((4, 12, 3), np.uint8)
-    stripes[:, 4:8] = 200
-    assert (sources.fit(Image.fromarray(stripes), Size(4, 4)) == 200).all()
-
-
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "captions.parquet"])
 def test_captions_are_read_from_any_of_the_tables(tmp_path, name):
     for file in ("a.png", "b.png"):
@@ -148,5 +130,7 @@ def test_sources_without_a_usable_row_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing.txt doesn't exist"):
         sources.prompts([str(tmp_path / "nothing.txt")], held_out=0.0)
     (tmp_path / "metadata.csv").write_text("file,caption\nx.png,a cat\n")
-    with pytest.raises(UserError, match=r"has no usable row \(1 rejected; the first: missing file"):
+    with pytest.raises(
+        UserError, match=r"has no usable row \(1 rejected; the first: metadata.csv:2, missing file"
+    ):
         sources.image_folder(str(tmp_path), held_out=0.0)

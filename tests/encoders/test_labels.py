@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fewstep.data.columns import condition_columns, conditioning_of
+from fewstep.data.images import Size
 from fewstep.data.prepare import EncodeText, PreparationConfig
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, encode_table
-from fewstep.data.sources import Size
 from fewstep.data.stream import read_split
 from fewstep.encoders import encoder_widths, load_encoder
 from fewstep.encoders.labels import FASHION_MNIST, MOST_CLASSES
@@ -107,12 +107,13 @@ def test_a_row_of_no_class_is_skipped_and_listed() -> None:
     from fewstep.data.sources import INDEX
 
     rows = pa.table(
-        [["a", "b", "c"], ["dog", "cow", ""], ["train"] * 3, [None] * 3, [None] * 3], schema=INDEX
+        [["a", "b", "c"], ["dog", "cow", ""], ["train"] * 3, [None] * 3, [None] * 3, ["t:1", "t:2", "t:3"]],
+        schema=INDEX,
     )
     config = PreparationConfig(sizes=(Size(4, 4),), text_encoder="labels:cat,dog")
     item = EncodeText(config)(ShardPlan("p", "train", Size(4, 4), (3, 4, 4), rows).as_item())
     assert _unpack(item["rows"])["key"].to_pylist() == ["a", "c"]
-    assert '"where": "b", "reason": "unknown class"' in item["rejected"]
+    assert '"where": "t:2", "reason": "unknown class"' in item["rejected"]
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from fewstep.data.images import Size
 from fewstep.data.prepare import EncodeText, PreparationConfig, ShardPlan
-from fewstep.data.sources import Size
 from fewstep.encoders import ConditionEncoder, encoder_widths, load_encoder
 from fewstep.encoders.pipelines import FLUX_TOKENS
 from fewstep.errors import UserError

@@ -120,13 +120,34 @@ def test_a_resumed_run_brings_its_own_recipe(tmp_path: Path, monkeypatch: pytest
         ("tracking.alias=v2", r"tracking: alias 'v2'"),
         ("sampler.temperature=0", r"sampler.temperature"),
         ("teacher.guidance_interval=[0.7, 0]", r"guidance_interval must be \[least, largest\]"),
-        ("student.start=@champion", r"--set student.start=@champion: the value is not YAML; put text in quotes"),
+        ("train.steps=@champion", r"--set train.steps=@champion: the value is not YAML; put text in quotes"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_sentence(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(override)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [
+    "2024", "on", "no", "007", "1e-4", "1_000", "null and void", "photos/set #2", "a: b", "@champion", "[x]", 
+    "{y}", "~/photos", "s3://bucket/my runs", "2026-11-28", "0x1f", "1:30", "'quoted", "* all", "% done", "", " ",
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["data.path", "tracking.experiment", "teacher.path", "train.storage"])
+def test_text_stays_text(key: str, text: str) -> None:
+    section, name = key.split(".")
+    assert getattr(getattr(load(f"{key}={text}"), section), name) == text
+
+
+def test_text_may_be_quoted_or_absent_and_stays_text_in_a_section() -> None:
+    assert load("student.start='@champion'").student.start == "@champion"
+    assert load('data.path="007"').data.path == "007"
+    assert load("student.start=null").student.start is None
+    assert load("student.start=2024").student.start == "2024"
+    assert load("tracking={experiment: 007, model: on}").tracking.experiment == "007"
+    assert load("student.lora={targets: [on, 12]}").student.lora.targets == ("on", "12")
+    assert load("sampler.shift=dynamic").sampler.shift == "dynamic"
+    assert load("sampler.shift=2").sampler.shift == 2.0
 
 
 def test_a_file_without_keys_is_no_recipe(tmp_path: Path) -> None:

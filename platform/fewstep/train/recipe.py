@@ -27,6 +27,7 @@ from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.heads import GMFlowConfig, PolicyConfig
+from fewstep.train.overrides import override
 
 RECIPES = Path(str(files("fewstep.recipes")))
 """Folder of the named recipes."""
@@ -329,7 +330,7 @@ def load_recipe(
     Args:
         kind: class of the recipe.
         source: a YAML file, the name of one in `folder`, or a recipe as a tree; None for the defaults.
-        overrides: texts `section.key=value`, values in YAML.
+        overrides: texts `section.key=value`, values in YAML; where the field is a text, the text itself.
         folder: folder of the named recipes.
 
     Raises:
@@ -340,8 +341,8 @@ def load_recipe(
     tree = _read(source, folder, (source,), renamed) if isinstance(source, str) else dict(source or {})
     tree, old = upgraded(tree)
     renamed |= old
-    for override in overrides:
-        _set(tree, override)
+    for change in overrides:
+        override(tree, kind, change)
         # Each by itself, so that an old name given last wins over what the recipe says under the new one.
         tree, old = upgraded(tree)
         renamed |= old
@@ -432,38 +433,6 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
     return base | changes | both_sections
-
-
-def _set(tree: dict[str, Any], override: str) -> None:
-    """Set a field of the tree, in place, to the value of an override `section.key=value`.
-
-    Raises:
-        UserError: the override is written otherwise.
-    """
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set takes section.key=value, for example optimizer.lr=1e-4; got {override!r}.")
-    *sections, last = key.split(".")
-    for section in sections:
-        # A section that the recipe lacks is made; validation refuses it if there is none of that name.
-        child = tree.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise UserError(f"--set {override}: {section!r} is a value, not a section.")
-        tree = child
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not YAML; put text in quotes.") from None
-    # YAML 1.1 reads 1e-4, a common way to write learning rates, as a text.
-    tree[last] = _number(parsed) if isinstance(parsed, str) else parsed
-
-
-def _number(text: str) -> str | float:
-    """The number that a text stands for, or the text itself."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> str:

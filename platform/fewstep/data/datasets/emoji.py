@@ -23,8 +23,9 @@ import numpy as np
 import pyarrow as pa
 
 from fewstep.assets import asset
+from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig
-from fewstep.data.sources import INDEX, Size, Source
+from fewstep.data.sources import INDEX, Source
 from fewstep.errors import UserError
 
 BUNDLE, LICENCES = asset("emoji16.parquet"), asset("EMOJI_LICENCES.md")
@@ -187,6 +188,7 @@ def emoji_set(sizes: Sequence[Size] = (Size(BUNDLE_SIZE, BUNDLE_SIZE),), cache: 
         table["split"],
         pa.nulls(len(table), pa.string()),
         table["image"],
+        table["key"],
     ]
     return Source("emoji", pa.table(columns, schema=INDEX), attribution=attributions())
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig
-from fewstep.data.sources import INDEX, Size, Source
+from fewstep.data.sources import INDEX, Source
 from fewstep.encoders.autoencoders import GREY
 from fewstep.encoders.labels import FASHION_MNIST
 from fewstep.errors import UserError
@@ -45,7 +46,7 @@ def fashion_mnist(folder: str = DEBIAN_FOLDER) -> Source:
     return Source("fashion-mnist", pa.table(columns, schema=INDEX), attribution=ATTRIBUTION)
 
 
-def _rows(storage: Storage, part: str, split: str) -> Iterator[tuple[str, str, str, None, bytes]]:
+def _rows(storage: Storage, part: str, split: str) -> Iterator[tuple[str, str, str, None, bytes, str]]:
     """Rows, as values of INDEX's columns, of the files with prefix `part`."""
     images = _read_idx(storage, f"{part}-images-idx3-ubyte")
     labels = _read_idx(storage, f"{part}-labels-idx1-ubyte")
@@ -57,7 +58,8 @@ def _rows(storage: Storage, part: str, split: str) -> Iterator[tuple[str, str, s
     # Netpbm's format for grey images: a header, then the pixels as they are. Pillow reads it, and it takes no encoding.
     header = f"P5 {images.shape[2]} {images.shape[1]} 255\n".encode()
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        yield f"{part}-{index:05d}", FASHION_MNIST[label], split, None, header + image.tobytes()
+        key = f"{part}-{index:05d}"
+        yield key, FASHION_MNIST[label], split, None, header + image.tobytes(), key
 
 
 def _read_idx(storage: Storage, name: str) -> np.ndarray:

@@ -1,0 +1,174 @@
+"""Decoding of image files to RGB pixels as a person sees them, and fitting them to the sizes of a dataset."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+from PIL import ExifTags, ImageOps
+from PIL.Image import Image, Resampling, Transpose
+
+from fewstep.errors import UserError
+
+MAX_PIXELS = 178_956_970
+"""Default of the most pixels of an image; Pillow's own limit, 512 MiB of RGB."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of an image bucket in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Read a size written as `512` (a square) or `640x384` (width x height).
+
+        Raises:
+            UserError: it is written otherwise.
+        """
+        match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text.strip().lower())
+        if not match:
+            raise UserError(
+                f"the size {text!r} is not a number of pixels: write 512, or 640x384 (width x height)."
+            )
+        return cls(int(match[1]), int(match[2] or match[1]))
+
+    @staticmethod
+    def nearest(sizes: Sequence[Size], width: int, height: int) -> Size:
+        """The size with the aspect ratio nearest to width / height, on a logarithmic scale; the first of equals."""
+        return min(sizes, key=lambda size: abs(np.log(size.width * height / (size.height * width))))
+
+
+def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image:
+    """Decode an image's bytes to RGB, turned upright, with transparent parts on white.
+
+    Grey pixels of more than 8 bits are scaled so that white is white. An image of several pages or moments gives its
+    first.
+
+    Raises:
+        ValueError: the bytes are no image that Pillow reads, a broken one, one of more than `max_pixels` pixels, or of
+            pixels that don't say what is white.
+    """
+    with _opened(content, max_pixels) as image:
+        turn = _TURNS.get(_orientation(image))
+        image.load()
+        # Pillow turns TIFF files by itself while it loads them.
+        upright = image if turn is None or image.format == "TIFF" else image.transpose(turn)
+        shown = _eight_bits(upright)
+        if shown.has_transparency_data:
+            shown = shown.convert("RGBA")
+            shown = PIL.Image.alpha_composite(PIL.Image.new("RGBA", shown.size, (255, 255, 255, 255)), shown)
+        return shown.convert("RGB")
+
+
+def measure(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the image that `open_image` gives, from the file's header.
+
+    Raises:
+        ValueError: the bytes are no image that Pillow reads, or one of more than `max_pixels` pixels.
+    """
+    with _opened(content, max_pixels) as image:
+        quarter_turned = _orientation(image) in _QUARTER_TURNS
+        if image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.Orientation) in _QUARTER_TURNS:  # type: ignore[attr-defined]
+            quarter_turned = False  # Pillow has swapped the sides already
+        return (image.height, image.width) if quarter_turned else image.size
+
+
+def fit(image: Image, size: Size) -> np.ndarray:
+    """Scale an image to cover `size` and cut out its centre, (height, width, 3) uint8."""
+    return np.asarray(ImageOps.fit(image, (size.width, size.height), Resampling.LANCZOS), dtype=np.uint8)
+
+
+def lift_limit() -> None:
+    """Let Pillow open images of any size in this process, since `open_image` and `measure` have their own limit."""
+    PIL.Image.MAX_IMAGE_PIXELS = None
+
+
+# What EXIF's orientations ask for
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = (5, 6, 7, 8)
+
+
+def _orientation(image: Image) -> int:
+    """EXIF's orientation of an image; 1, upright, where the tag is missing, of another type, or unreadable."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except (
+        Exception
+    ):  # of many kinds; cameras and editors write broken EXIF, and the picture is fine without it
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _eight_bits(image: Image) -> Image:
+    """An image whose channels have 8 bits: grey pixels of 16 and 32 bits are scaled, others stay as they are.
+
+    Raises:
+        ValueError: pixels of 32 bits are outside of every usual range, so that white is unknown.
+    """
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    pixels = np.asarray(image)
+    # Files of 16 bits say how white is written. For 32 bits, the usual range that holds all pixels is taken.
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    white = 65535.0 if sixteen else _white(pixels)
+    grey = PIL.Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        alpha = PIL.Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8))
+        grey = PIL.Image.merge("LA", (grey, alpha))
+    return grey
+
+
+def _white(pixels: np.ndarray) -> float:
+    """The value of white: the end of the first usual range that holds all pixels, 0 to 1 (of floats), 255 or 65535.
+
+    Raises:
+        ValueError: none does.
+    """
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    ends = (1.0, 255.0, 65535.0) if pixels.dtype.kind == "f" else (255.0, 65535.0)
+    white = next((end for end in ends if lowest >= 0 and highest <= end), None)  # never true of NaN
+    if white is None:
+        raise ValueError(
+            f"32-bit pixels from {lowest:g} to {highest:g}, which don't say what is white: save it with 8 or 16 bits"
+        )
+    return white
+
+
+@contextmanager
+def _opened(content: bytes, max_pixels: int) -> Iterator[Image]:
+    """A context with an image whose header is read, in which whatever Pillow raises becomes a ValueError of one line.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width}x{image.height} pixels, and --max-pixels is {max_pixels}")
+            yield image
+    except PIL.UnidentifiedImageError as error:
+        # Pillow's own text has a memory address in it, and shards store the text: the same input must make the same
+        # bytes.
+        raise ValueError("not an image that Pillow reads") from error
+    except Exception as error:  # Pillow's plug-ins raise errors of many kinds
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
