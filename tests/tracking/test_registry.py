@@ -180,8 +180,8 @@ def test_among_hundreds_of_models_and_versions_messages_name_what_is_missing_and
     asked = {
         "zebra-student@best": r"'zebra-student' has no alias 'best': use one of the versions 3, 4, 5, 6, 7 and 2 more, "
         r"or of the aliases a \(version 7\), b .*, e \(version 7\) and 1 more$",
-        "zebra-student/99": "'zebra-student' has no version 99: use one of the versions 3, 4, 5, 6, 7 and 2 more, or",
-        "zebra-studnet/1": r"no registered model 'zebra-studnet': use one that exists \(.*zebra-student.* and \d+ more\)",
+        "zebra-student/99": "'zebra-student' has no version 99: use one of the versions 3, 4, 5, 6, 7 and 2 more",
+        "zebra-studnet/1": r"no registered model 'zebra-studnet': use one that exists .*zebra-student.* and \d+ more\)",
     }
     for address, message in asked.items():
         for find in (resolve, look_up):
