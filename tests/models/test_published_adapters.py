@@ -23,7 +23,7 @@ from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
-from fewstep.student.adapter import CONFIG, WEIGHTS, check_adapter, load_adapter, save_adapter
+from fewstep.student.adapter import CONFIG, WEIGHTS, check_adapter, load_adapter, read_adapter, save_adapter
 from fewstep.student.diffusers import merge
 
 ADAPTERS = Path(__file__).parents[1] / "conformance" / "adapters"
@@ -186,7 +186,7 @@ def test_layers_of_many_ranks_and_alphas_add_up_to_what_was_recorded(
     [
         (
             {"transformer_blocks.0.attn.to_q.alpha": torch.tensor(1.0)},
-            r"to_q.alpha \(its layer has no lora_A",
+            r"to_q.alpha \(not in the base\)",
         ),
         (
             {"transformer_blocks.0.img_mlp.net.2.alpha": torch.tensor(float("nan"))},
@@ -321,3 +321,9 @@ def test_our_configuration_counts_outputs_as_published_ones_do(
             len(state["proj_out_logweights.weight"])
             == config["num_gaussians"] * config["logweights_channels"]
         )
+
+
+def test_a_network_s_own_alpha_is_a_weight_like_any_other(tmp_path: Path) -> None:
+    save_file({"alpha": torch.ones(4), "inner.alpha": torch.full((4,), 3.0)}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text("{}")
+    assert read_adapter(tmp_path)[2].keys() == {"alpha", "inner.alpha"}

@@ -191,13 +191,13 @@ def test_diffusers_own_callback_objects_say_what_they_want(pipe: Any) -> None:
         ({"true_cfg_scale": 1.0, "negative_prompt": ""}, None),
         (
             {"guidance_scale": 7.5},
-            r"guidance_scale 7.5 has no effect: guidance of scale [\d.]+ is distilled into",
+            r"without effect: guidance_scale 7.5, because guidance of scale [\d.]+ is",
         ),
         (
             {"true_cfg_scale": 9.0, "negative_prompt": "blurry"},
-            "true_cfg_scale 9 and negative_prompt has no effect",
+            "effect: true_cfg_scale 9, negative_prompt, because",
         ),
-        ({"negative_prompt": ["blurry"]}, "negative_prompt has no effect"),
+        ({"negative_prompt": ["blurry"]}, "without effect: negative_prompt, because"),
     ],
 )
 def test_guidance_that_is_distilled_in_changes_nothing_and_a_warning_says_so(

@@ -246,7 +246,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
         config = json.loads((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             policy = json.loads((file.metadata() or {}).get("policy_config", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
+            # Others call the two matrices of a LoRA down and up.
+            state = {
+                name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): file.get_tensor(
+                    name
+                )
+                for name in file.keys()  # noqa: SIM118 — not a dict
+            }
         if not (isinstance(config, dict) and isinstance(policy, dict)):
             raise ValueError("the configuration is no table of names and values")
     except (OSError, ValueError, SafetensorError) as error:
@@ -255,26 +261,29 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
 
 
 def _scaled(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """An adapter's weights with every `….alpha` multiplied into its layer's second LoRA matrix.
+    """An adapter's weights with the `….alpha` of each LoRA multiplied into its second matrix.
 
     Raises:
-        UserError: an alpha is no number, or of a layer without LoRA.
+        UserError: an alpha is no number.
     """
-    scaled = {name: tensor for name, tensor in state.items() if not name.endswith(ALPHA)}
-    misfits = []
-    for name in state.keys() - scaled.keys():
-        layer, alpha = name.removesuffix(ALPHA), state[name]
-        if layer + LORA_A not in scaled or layer + LORA_B not in scaled:
-            misfits.append(f"{name} (its layer has no {LORA_A[1:]} and {LORA_B[1:]})")
-        elif alpha.numel() != 1 or not alpha.isfinite().all():
-            misfits.append(f"{name} (no finite number)")
-        else:
-            # In float32: the product may not be a number of the file's type.
-            scaled[layer + LORA_B] = scaled[layer + LORA_B].float() * (
-                alpha.item() / len(scaled[layer + LORA_A])
-            )
-    _refuse(sorted(misfits), folder)
-    return scaled
+    # A network may have parameters of its own of that name: those of a LoRA stand beside its matrices.
+    layers = [name.removesuffix(LORA_A) for name in state if name.endswith(LORA_A)]
+    scaled = [layer for layer in layers if layer + ALPHA in state and layer + LORA_B in state]
+    alphas = {layer + ALPHA: state[layer + ALPHA] for layer in scaled}
+    _refuse(
+        [
+            f"{name} (no finite number)"
+            for name, alpha in alphas.items()
+            if alpha.numel() != 1 or not alpha.isfinite().all()
+        ],
+        folder,
+    )
+    state = dict(state)
+    for layer in scaled:
+        factor = state.pop(layer + ALPHA).item() / len(state[layer + LORA_A])
+        # In float32: the product may not be a number of the file's type.
+        state[layer + LORA_B] = state[layer + LORA_B].float() * factor
+    return state
 
 
 def _published(name: str) -> str:

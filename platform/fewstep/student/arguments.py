@@ -230,9 +230,9 @@ def network_guidance(
         without_effect.append("negative_prompt")
     if without_effect:
         log.warning(
-            "%s has no effect: guidance of scale %g is distilled into this student.",
-            " and ".join(without_effect),
-            how.guidance_scale,
+            "without effect: %s, because guidance of scale %g is distilled into this student.",
+            ", ".join(without_effect),
+            how.embedded_guidance_scale if takes_guidance else how.guidance_scale,
         )
     return {"guidance_scale": float(guidance_scale)} if takes_guidance and guidance_scale is not None else {}
 

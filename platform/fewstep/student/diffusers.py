@@ -11,6 +11,9 @@
                                       teacher's name; or, as an option, the whole transformer with adapters merged
     head/                             the policy head, and the student's card
 
+Calls take the arguments of diffusers' pipelines, with the same meaning, as far as a few-step student can follow them;
+for example, its guidance is distilled into it.
+
 The loaded transformer is of diffusers' own class, so everything works with it that diffusers and peft can do (style
 LoRAs, `torch.compile`). The head stays in float32. Its input is the input of the transformer's last norm; the outputs
 of that norm and of the projection after it are not used.
