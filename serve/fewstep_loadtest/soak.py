@@ -131,9 +131,8 @@ class Reference:
         """The image as (H, W, 3) uint8; `settings` are the pipeline's, as `num_inference_steps`."""
         key = (version, prompt, seed, *sorted(settings.items()))
         if key not in self._known:
-            [self._known[key]] = self._pipelines[version](
-                prompt, seed=seed, output_type="np", **settings
-            ).images
+            [image] = self._pipelines[version](prompt, seed=seed, **settings).images
+            self._known[key] = np.asarray(image)
         return self._known[key]
 
 

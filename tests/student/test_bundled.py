@@ -28,6 +28,8 @@ def test_the_bundled_fashion_student_draws_the_class_that_it_is_asked_for() -> N
     encoder = "labels:fashion-mnist"
     names, classifier = class_names(encoder), Classifier.bundled(encoder)
     assert classifier is not None
-    drawn = FewStepPipeline.from_pretrained("fashion-student")(list(names) * 25, output_type="np").images
-    right = classifier.classify(np.stack(drawn)) == np.arange(250) % len(names)
+    drawn = FewStepPipeline.from_pretrained("fashion-student")(list(names) * 25).images
+    right = classifier.classify(np.stack([np.asarray(image) for image in drawn])) == np.arange(250) % len(
+        names
+    )
     assert right.mean() > 0.9

@@ -160,7 +160,7 @@ def test_sizes_are_in_pixels_whatever_the_autoencoder_makes_of_them(folder: Path
         ({"temperature": float("nan")}, "temperature must be above 0"),
         ({"h": -1.0}, "h must be 0 or more"),
         ({"h": float("nan")}, "h must be 0 or more"),
-        ({"output_type": "pt"}, "output_type must be one of pil, np, latent; got 'pt'"),
+        ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent; got 'jpg'"),
     ],
 )
 def test_impossible_requests_are_refused(pipe: FewStepPipeline, arguments: dict, message: str) -> None:

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from fewstep.errors import UserError
+from fewstep.student.resolve import resolve_student
 from fewstep.tracking.address import connect
-from fewstep.tracking.registry import ModelVersionInfo, register, resolve
+from fewstep.tracking.registry import ModelVersionInfo, look_up, register, resolve
 from fewstep.tracking.run import Tracker
 
 REGISTER_SECONDS = 15  # 0.3 s on an idle machine; a subprocess for requirements would take longer than this
@@ -156,8 +157,8 @@ def test_the_alias_moves_to_the_new_version_and_others_stay(database, export, to
 def test_an_unknown_name_alias_or_version_lists_what_exists(database, export, toy_script, tmp_path):
     run_id = finished_run(database, tmp_path / "spool")
     register(export, "listed", database, run_id, script=toy_script)
-    with pytest.raises(UserError, match=r"no registered model 'absent': use one that exists .*listed"):
-        resolve("models:/absent@champion", database)
+    with pytest.raises(UserError, match=r"no registered model 'listad': use one that exists .*listed"):
+        resolve("models:/listad@champion", database)
     known = r"versions 1, or of the aliases champion \(version 1\)"
     with pytest.raises(UserError, match=f"has no alias 'best': use one of the {known}"):
         resolve("models:/listed@best", database)
@@ -165,6 +166,30 @@ def test_an_unknown_name_alias_or_version_lists_what_exists(database, export, to
         resolve("models:/listed/7", database)
     with pytest.raises(UserError, match="is of no known form"):
         resolve("models:/listed", database)
+
+
+def test_among_hundreds_of_models_and_versions_messages_name_what_is_missing_and_list_few(uri):
+    client = connect(uri)
+    # The last of them in the order of MLflow's pages, which hold 100 names by default.
+    for name in [*(f"many-{index:03d}" for index in range(120)), "zebra-student"]:
+        client.create_registered_model(name)
+    for _ in range(7):
+        version = client.create_model_version("zebra-student", source="s3://models/zebra")
+    for alias in ("a", "b", "c", "d", "e", "f"):
+        client.set_registered_model_alias("zebra-student", alias, version.version)
+    asked = {
+        "zebra-student@best": r"'zebra-student' has no alias 'best': use one of the versions 3, 4, 5, 6, 7 and 2 more, "
+        r"or of the aliases a \(version 7\), b .*, e \(version 7\) and 1 more$",
+        "zebra-student/99": "'zebra-student' has no version 99: use one of the versions 3, 4, 5, 6, 7 and 2 more",
+        "zebra-studnet/1": r"no registered model 'zebra-studnet': use one that exists .*zebra-student.* and \d+ more\)",
+    }
+    for address, message in asked.items():
+        for find in (resolve, look_up):
+            with pytest.raises(UserError, match=message) as caught:
+                find(f"models:/{address}", uri)
+            assert len(str(caught.value)) < 400 + len(uri)
+    with pytest.raises(UserError, match="'zebra-student' has no version 99"):
+        resolve_student("models:/zebra-student/99", tracking_uri=uri)
 
 
 def test_a_runs_files_and_a_plain_folder_resolve_too(database, export, tmp_path):

@@ -1,7 +1,11 @@
-"""Files that are bundled with fewstep: the captioned emoji set, small teachers, and students distilled from them."""
+"""Files that are bundled with fewstep: the captioned emoji set, small teachers, and students distilled from them.
+
+Beside these, what names of models in general mean.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -34,3 +38,18 @@ def bundled_folder(name: str, folders: Mapping[str, str]) -> Path:
 def is_hub_id(path: str) -> bool:
     """Whether a text has the form of a hub id, owner/name, and not that of a path."""
     return not path.startswith((".", "/", "~")) and path.count("/") == 1
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with a home folder in place of a leading `~` or `~user`.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise UserError(
+            f"{str(path)!r}: there is no home folder {user!r}; give the folder's whole path."
+        ) from error

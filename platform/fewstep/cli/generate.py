@@ -89,16 +89,14 @@ def run(options: argparse.Namespace) -> None:
         noise = gaussian_noise((options.count, *pipe.card.latent_shape), generators)
         images = pipe.decode(pipe.sample_teacher(noise, pipe.encode(prompts), options.teacher_steps))
     else:
-        images = np.stack(
-            pipe(
-                prompts,
-                num_inference_steps=options.nfe,
-                seed=options.seed,
-                temperature=options.temperature,
-                h=options.h,
-                output_type="np",
-            ).images
-        )
+        drawn = pipe(
+            prompts,
+            num_inference_steps=options.nfe,
+            seed=options.seed,
+            temperature=options.temperature,
+            h=options.h,
+        ).images
+        images = np.stack([np.asarray(image) for image in drawn])
     seconds = time.perf_counter() - started
     columns = min(options.count, 8)
     sample_grid(images, columns, tile=images.shape[2] * options.scale).save(options.out)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewstep.assets import expanded
 from fewstep.config import Shape
 from fewstep.errors import UserError
 
@@ -219,7 +219,7 @@ def load_autoencoder(name: str = PIXEL, *, device: torch.device | str = "cpu") -
     import diffusers
 
     location, _, subfolder = name.partition(":")
-    folder = Path(location).expanduser()
+    folder = expanded(location)
     # A folder is never looked up on the hub, so that a missing file in it is named as such.
     where = {
         "pretrained_model_name_or_path": str(folder) if folder.is_dir() else location,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fewstep.assets import expanded
 from fewstep.config import MAX_TOKENS
 from fewstep.encoders.base import MINILM, ConditionEncoder, as_stored, of_pipeline
 from fewstep.errors import UserError
@@ -226,7 +227,7 @@ def loading(name: str) -> Iterator[dict[str, Any]]:
         UserError: in place of an error that transformers raises in the context.
     """
     place = name.partition(":")[2] if of_pipeline(name) else name
-    folder = _minilm_folder() if name == MINILM else Path(place).expanduser()
+    folder = _minilm_folder() if name == MINILM else expanded(place)
     # A folder is never looked up on the hub, so that a missing file in it is named as such.
     local = folder.is_dir()
     try:

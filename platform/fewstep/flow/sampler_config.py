@@ -7,7 +7,7 @@ settings that they leave out stay as trained.
 from __future__ import annotations
 
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Annotated, Literal
 
 import torch
@@ -99,12 +99,14 @@ class SamplerConfig(Config):
         """
         # "not (… <= …)" also refuses NaN, which fails every comparison.
         # The message uses the name by which pipelines and the HTTP API take nfe.
+        if nfe is not None and (not isinstance(nfe, Integral) or isinstance(nfe, bool)):
+            raise UserError(f"num_inference_steps must be a whole number from 1 to {MAX_NFE}, got {nfe!r}.")
         if nfe is not None and not 1 <= nfe <= MAX_NFE:
             raise UserError(f"num_inference_steps must be 1 to {MAX_NFE}, got {nfe}.")
         named = temperature is None or temperature == "auto"
         if not named and not (isinstance(temperature, Real) and 0 < temperature <= 1):
             raise UserError(f"temperature must be above 0 and at most 1, or 'auto'; got {temperature}.")
-        if h is not None and not h >= 0:
+        if h is not None and not (isinstance(h, Real) and h >= 0):
             raise UserError(f"h must be 0 or more, got {h}.")
         # model_copy does not validate again, which is why values were checked above.
         given = {"nfe": nfe, "temperature": temperature, "h": h}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -22,8 +25,16 @@ class LoRAConfig(Config):
     """Linear layers to adapt, by the ends of their module names; "paper" stands for the paper's list for the family."""
 
 
-def add_adapters(transformer: Transformer, family: Family, settings: LoRAConfig) -> None:
+def add_adapters(
+    transformer: Transformer, family: Family, settings: LoRAConfig, ranks: Mapping[str, int] | None = None
+) -> None:
     """Add adapters to a transformer's layers, in place; `PolicyNetwork` initialises their values afterwards.
+
+    Args:
+        transformer: whose layers are adapted.
+        family: of the transformer.
+        settings: of the adapters.
+        ranks: full names of layers → their adapters' ranks, where they differ from `settings.rank`.
 
     Raises:
         UserError: as `lora_target_modules`.
@@ -33,9 +44,12 @@ def add_adapters(transformer: Transformer, family: Family, settings: LoRAConfig)
     from fewstep.models.lora import FoldedLoRALinear
 
     targets = lora_target_modules(transformer, family, settings.targets)
+    # peft reads its names as regular expressions that fit the end of a layer's name: these fit the whole.
+    pattern = {f"^{re.escape(name)}": rank for name, rank in (ranks or {}).items() if rank != settings.rank}
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.dropout, target_modules=targets
-    )
+        r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.dropout, target_modules=targets,
+        rank_pattern=pattern, alpha_pattern=pattern,
+    )  # fmt: skip
     # A private function: peft has no public one by which linear layers get another adapter class.
     config._register_custom_module({nn.Linear: FoldedLoRALinear})
     # peft draws initial values, which are replaced later, from torch's global generator: fork_rng keeps that as it was.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from fewstep.assets import expanded
 from fewstep.errors import UserError
 from fewstep.models.registry import registered
 
@@ -42,7 +43,7 @@ class FamilyCode:
         Raises:
             UserError: there is no such file.
         """
-        file = Path(path).expanduser().absolute()
+        file = expanded(path).absolute()
         if not file.is_file():
             raise UserError(f"the family's module: there is no file {file}; name the one that registers it.")
         return cls(str(file), file.read_bytes())

@@ -77,10 +77,15 @@ class PolicyHead(nn.Module, ABC):
     Attributes:
         norm_out: the student's own copy of the teacher's last norm.
         channels: latent channels C.
+        outputs: values per token of the teacher's projection, C·p².
+        bare: whether the teacher's projection, such as FLUX.2's, has no bias.
     """
 
     norm_out: nn.Module
     channels: int
+
+    outputs: int
+    bare: bool
 
     @property
     @abstractmethod
@@ -118,7 +123,8 @@ class GMFlowHead(PolicyHead):
     ) -> None:
         super().__init__()
         self.channels, self.components = channels, settings.components
-        self.area = proj_out.out_features // channels  # p², latent cells of a token
+        self.outputs, self.bare = proj_out.out_features, proj_out.bias is None
+        self.area = self.outputs // channels  # p², latent cells of a token
         width = proj_out.in_features
         self.norm_out = copy.deepcopy(norm_out)
         self.proj_out_means = nn.Linear(width, self.components * proj_out.out_features)
@@ -202,6 +208,7 @@ class DXHead(PolicyHead):
     def __init__(self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: DXConfig) -> None:
         super().__init__()
         self.channels, self.settings = channels, settings
+        self.outputs, self.bare = proj_out.out_features, proj_out.bias is None
         self.norm_out = copy.deepcopy(norm_out)
         self.proj_out = nn.Linear(proj_out.in_features, settings.points * proj_out.out_features)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class PolicyNetwork(nn.Module):
         lora: adapters, or None for none.
         seed: of the initialisation of head and adapters.
         full: train all weights, and keep a copy of them as the teacher; otherwise only adapters and head.
+        ranks: ranks of single layers' adapters, by the layers' full names, where they differ from `lora.rank`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class PolicyNetwork(nn.Module):
         lora: LoRAConfig | None,
         seed: int = 0,
         full: bool = False,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.family, self.policy_config, self.lora_config, self.seed = family, policy, lora, seed
@@ -83,7 +85,7 @@ class PolicyNetwork(nn.Module):
         norm_out, proj_out = transformer.norm_out, transformer.proj_out
         head = build_head(norm_out, proj_out, self.channels, policy).requires_grad_(True)
         if lora is not None:
-            add_adapters(transformer, family, lora)
+            add_adapters(transformer, family, lora, ranks)
         # With `full` the teacher is the copy, and the student's own norm and projection would only be unused weights.
         transformer.norm_out = _SwitchedNorm(nn.Identity() if full else norm_out, head)
         transformer.proj_out = _SwitchedProjection(nn.Identity() if full else proj_out)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.assets import bundled_folder, is_hub_id
+from fewstep.assets import bundled_folder, expanded, is_hub_id
 from fewstep.errors import UserError
 from fewstep.models.family import Family, Transformer
 from fewstep.models.registry import get_family
@@ -78,7 +78,7 @@ def locate(path: str, field: str = "teacher.path") -> str:
     """
     if path in BUNDLED_TEACHERS:
         return str(bundled_folder(path, BUNDLED_TEACHERS))
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if folder.is_dir():
         return str(folder)
     if not is_hub_id(path):

@@ -3,9 +3,16 @@
     config.json                               class name, configuration of the base, sizes of the head
     diffusion_pytorch_model.safetensors       weights of head and LoRA; metadata `policy_config` is JSON
 
-LoRA weights are named after the base's modules, `….lora_A.weight` and `….lora_B.weight` (alpha = rank), those of the
-head after its own (`norm_out`, `proj_out_means`, …). For a student whose weights are all trained, the file has all of
-them, under the base's names.
+LoRA weights are named after the base's modules, `….lora_A.weight` and `….lora_B.weight`, those of the head after its
+own (`norm_out`, `proj_out_means`, …). For a student whose weights are all trained, the file has all of them, under the
+base's names.
+
+Adapters of others are read, too, where each layer has a rank of its own, or a file says by `….alpha` that its adapters
+are scaled by alpha/rank. We write adapters whose factor is 1, without `….alpha`.
+
+A DX head is one output projection with a velocity for each of its N points or coefficients. Its configuration is that
+of a base with so many outputs, and says `n_grid` = N of a grid, `p_order` = N of a polynomial. Some published ones say
+neither, and have the base's own class name; then the rows of the projection and `policy_config` tell.
 """
 
 from __future__ import annotations
@@ -13,8 +20,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +32,7 @@ from fewstep.errors import UserError
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork
+from fewstep.models.packing import PackedTransformer
 from fewstep.models.sharded import fill
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,6 +42,15 @@ HEAD = "transformer.norm_out.head."
 
 LORA_A = ".lora_A.weight"
 """End of the name of a LoRA's first matrix, after the name of its layer."""
+
+LORA_B = ".lora_B.weight"
+"""End of the name of its second matrix."""
+
+ALPHA = ".alpha"
+"""End of the name of the number that, over the rank, is the factor of a layer's LoRA."""
+
+PROJECTION, BIAS = "proj_out.weight", "proj_out.bias"
+"""Names of the weights of a DX head."""
 
 OUTPUT = ("norm_out.", "proj_out.")
 """Prefixes of the names of the base's own last layers, and of the head's that take their place."""
@@ -58,32 +77,48 @@ def save_adapter(network: PolicyNetwork, folder: Path, weights: dict[str, Tensor
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = network.policy_config
-    # The base's configuration goes along, without notes such as the path that it was loaded from.
-    base = {k: v for k, v in network.transformer.config.items() if not k.startswith("_")}
     base_class = type(network.transformer).__name__
     # Keys and class names are those of the published format.
     if isinstance(settings, GMFlowConfig):
+        points = 1
         head = {
             "_class_name": f"GM{base_class}",
             "num_gaussians": settings.components,
             "logstd_inner_dim": settings.logstd_width,
             "gm_num_logstd_layers": 2,
-            "logweights_channels": network.head.area,
+            "logweights_channels": network.head.outputs // network.channels,
             "constant_logstd": None,
         }
         policy: dict[str, Any] = {"type": "GMFlow"}
     else:
-        head = {"_class_name": f"DX{base_class}", "n_grid": settings.points, "p_order": 1}
+        points = settings.points
+        grid = settings.mode == "grid"
+        head = {
+            "_class_name": f"DX{base_class}",
+            "n_grid": points if grid else 1,
+            "p_order": 1 if grid else points,
+        }
         policy = {
             "type": "DX",
             "segment_size": settings.segment_size,
             "shift": settings.shift,
             "mode": settings.mode,
         }
+    base = _base_config(network, points)
     (folder / CONFIG).write_text(json.dumps(head | base, indent=2) + "\n")
     save_file(
         adapter_state(network, weights), folder / WEIGHTS, metadata={"policy_config": json.dumps(policy)}
     )
+
+
+def _base_config(network: PolicyNetwork, points: int) -> dict[str, Any]:
+    """The base's configuration as an adapter's says it: with the outputs of `points` velocities."""
+    # Without notes such as the path that it was loaded from.
+    base = {k: v for k, v in network.transformer.config.items() if not k.startswith("_")}
+    if isinstance(network.family, PackedTransformer):
+        # Of these networks the published format counts outputs per token, as if each token were a patch of one cell.
+        base |= {"patch_size": 1, "out_channels": points * network.head.outputs}
+    return base
 
 
 def load_adapter(transformer: Transformer, family: Family, folder: Path) -> PolicyNetwork:
@@ -99,10 +134,15 @@ def load_adapter(transformer: Transformer, family: Family, folder: Path) -> Poli
     """
     config, policy, state = read_adapter(folder)
     _check_layers(transformer, config, state, folder)
-    settings = _policy_config(config, policy, folder)
+    settings = _policy_config(config, policy, state, transformer.proj_out.out_features, folder)
     # The file itself does not say so, but only a full student has weights of the base's inner layers.
     full = any(name in state for name, _ in transformer.named_parameters() if not name.startswith(OUTPUT))
-    network = PolicyNetwork(transformer, family, settings, _lora_config(state), full=full)
+    ranks = {
+        name.removesuffix(LORA_A): len(tensor) for name, tensor in state.items() if name.endswith(LORA_A)
+    }
+    # The file does not say which layers were adapted: the names of its weights do.
+    lora = LoRAConfig(rank=mode(ranks.values()), dropout=0.0, targets=tuple(ranks)) if ranks else None
+    network = PolicyNetwork(transformer, family, settings, lora, full=full, ranks=ranks)
     _fill(network, _fitting(network, state, folder))
     return network
 
@@ -124,7 +164,8 @@ def check_adapter(network: PolicyNetwork, folder: Path) -> dict[str, Tensor]:
     """
     config, policy, state = read_adapter(folder)
     state = _fitting(network, state, folder)
-    if (given := _policy_config(config, policy, folder)) != network.policy_config:
+    given = _policy_config(config, policy, state, network.head.outputs, folder)
+    if given != network.policy_config:
         raise UserError(
             f"{folder} is not an adapter for this head: it has {given!r}, and the student is to have "
             f"{network.policy_config!r}: set student.policy to the adapter's."
@@ -139,6 +180,9 @@ def _fitting(network: PolicyNetwork, state: dict[str, Tensor], folder: Path) -> 
         UserError: they are not.
     """
     own = {_published(name): parameter for name, parameter in network.trainable().items()}
+    if BIAS in own and BIAS not in state and network.head.bare:
+        # The public format has the bias of the base's projection, and this base (FLUX.2) has none: ours is 0 then.
+        state = state | {BIAS: torch.zeros(own[BIAS].shape)}
     # All that does not fit is collected, so that one message tells whether it is a rank, a layer or another model.
     misfits = [f"{name} (not in the base)" for name in state if name not in own]
     misfits += [f"{name} (missing)" for name in own if name not in state]
@@ -193,6 +237,8 @@ def _fill(network: PolicyNetwork, state: dict[str, Tensor]) -> None:
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Read an adapter's folder: its configuration, policy settings and weights.
 
+    The factor alpha/rank of a LoRA is multiplied into its second matrix, and `….alpha` left out.
+
     Raises:
         UserError: files are missing or broken.
     """
@@ -200,10 +246,44 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
         config = json.loads((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             policy = json.loads((file.metadata() or {}).get("policy_config", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+            # Others call the two matrices of a LoRA down and up.
+            state = {
+                name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): file.get_tensor(
+                    name
+                )
+                for name in file.keys()  # noqa: SIM118 — not a dict
+            }
+        if not (isinstance(config, dict) and isinstance(policy, dict)):
+            raise ValueError("the configuration is no table of names and values")
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable adapter ({CONFIG} and {WEIGHTS}): {error}.") from None
-    return config, policy, state
+    return config, policy, _scaled(state, folder)
+
+
+def _scaled(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """An adapter's weights with the `….alpha` of each LoRA multiplied into its second matrix.
+
+    Raises:
+        UserError: an alpha is no number.
+    """
+    # A network may have parameters of its own of that name: those of a LoRA stand beside its matrices.
+    layers = [name.removesuffix(LORA_A) for name in state if name.endswith(LORA_A)]
+    scaled = [layer for layer in layers if layer + ALPHA in state and layer + LORA_B in state]
+    alphas = {layer + ALPHA: state[layer + ALPHA] for layer in scaled}
+    _refuse(
+        [
+            f"{name} (no finite number)"
+            for name, alpha in alphas.items()
+            if alpha.numel() != 1 or not alpha.isfinite().all()
+        ],
+        folder,
+    )
+    state = dict(state)
+    for layer in scaled:
+        factor = state.pop(layer + ALPHA).item() / len(state[layer + LORA_A])
+        # In float32: the product may not be a number of the file's type.
+        state[layer + LORA_B] = state[layer + LORA_B].float() * factor
+    return state
 
 
 def _published(name: str) -> str:
@@ -212,32 +292,60 @@ def _published(name: str) -> str:
     return name.removeprefix(HEAD).removeprefix("transformer.").replace(".default.weight", ".weight")
 
 
-def _policy_config(config: dict[str, Any], policy: dict[str, Any], folder: Path) -> PolicyConfig:
-    """The head's settings, from an adapter's configuration and policy settings.
+def _policy_config(
+    config: dict[str, Any], policy: dict[str, Any], state: dict[str, Tensor], outputs: int, folder: Path
+) -> PolicyConfig:
+    """The head's settings, from an adapter's configuration, policy settings and weights.
+
+    Args:
+        config: of the adapter.
+        policy: settings of the policy, from the weights' metadata.
+        state: the adapter's weights.
+        outputs: of the base's projection, C·p².
+        folder: for messages.
 
     Raises:
-        UserError: the configuration is not that of a student.
+        UserError: the configuration is not that of a student, or of one with a head that is not known here.
     """
     try:
-        if config["_class_name"].startswith("GM"):
+        if str(config.get("_class_name")).startswith("GM"):
             return GMFlowConfig(components=config["num_gaussians"], logstd_width=config["logstd_inner_dim"])
-        return DXConfig(
-            points=config["n_grid"],
-            mode=policy.get("mode", "grid"),
-            segment_size=policy.get("segment_size", 1.0),
-            shift=policy.get("shift", 1.0),
-        )
+        return _dx_config(config, policy, state, outputs)
     except KeyError as error:
         raise UserError(
             f"{folder} holds no student: its {CONFIG} says nothing of a policy head ({error.args[0]} is missing)."
         ) from None
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} holds no student that fewstep can build: its settings of the policy head can't be used "
+            f"({reason}); export it again, with a GMFlow head or a DX head of mode grid or polynomial."
+        ) from None
 
 
-def _lora_config(state: dict[str, Tensor]) -> LoRAConfig | None:
-    """Settings of the LoRA adapters in a file's weights; None if there are none."""
-    # The file does not say which layers were adapted: the names of its weights do.
-    adapters = {name: tensor for name, tensor in state.items() if name.endswith(LORA_A)}
-    if not adapters:
-        return None
-    rank = next(iter(adapters.values())).shape[0]
-    return LoRAConfig(rank=rank, dropout=0.0, targets=tuple(n.removesuffix(LORA_A) for n in adapters))
+def _dx_config(
+    config: dict[str, Any], policy: dict[str, Any], state: dict[str, Tensor], outputs: int
+) -> DXConfig:
+    """As `_policy_config`, of a DX head.
+
+    Raises:
+        KeyError: nothing says that it is one.
+        ValueError: a setting is unknown or out of range.
+    """
+    is_dx = str(config.get("_class_name")).startswith("DX") or policy.get("type") == "DX"
+    if not is_dx and "n_grid" not in config:
+        raise KeyError("n_grid")
+    grid, order = config.get("n_grid", 1), config.get("p_order", 1)
+    if grid > 1 and order > 1:
+        raise ValueError(
+            f"n_grid {grid} and p_order {order} together, which is neither a grid nor a polynomial"
+        )
+    points = grid * order
+    if not {"n_grid", "p_order"} & config.keys():
+        if PROJECTION not in state:
+            raise KeyError(PROJECTION)
+        # Rows for no whole number of velocities are another base's, and refused by their shape.
+        points = max(1, len(state[PROJECTION]) // outputs)
+    # What the file leaves out has the default of the public policy.
+    given = {key: policy[key] for key in ("mode", "segment_size", "shift") if policy.get(key) is not None}
+    return DXConfig(**({"points": points, "mode": "polynomial" if order > 1 else "grid"} | given))

@@ -11,6 +11,9 @@
                                       teacher's name; or, as an option, the whole transformer with adapters merged
     head/                             the policy head, and the student's card
 
+Calls take the arguments of diffusers' pipelines, with the same meaning, as far as a few-step student can follow them;
+for example, its guidance is distilled into it.
+
 The loaded transformer is of diffusers' own class, so everything works with it that diffusers and peft can do (style
 LoRAs, `torch.compile`). The head stays in float32. Its input is the input of the transformer's last norm; the outputs
 of that norm and of the projection after it are not used.
@@ -19,7 +22,7 @@ of that norm and of the projection after it are not used.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,8 +41,9 @@ from fewstep.models.registry import get_family
 from fewstep.models.teacher import check_reference, load_teacher, told_guidance
 from fewstep.policies import Policy
 from fewstep.student.adapter import HEAD, OUTPUT, adapter_state
+from fewstep.student.arguments import CALLBACK_TENSORS, OutputType, StepEnd, asked_tensors
 from fewstep.student.card import StudentCard, read_student_card, write_student_card
-from fewstep.student.pipeline import FewStepPipeline, OutputType
+from fewstep.student.pipeline import FewStepPipeline
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 ADAPTERS = "adapters.safetensors"
@@ -166,17 +170,36 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer"
     # The head is small; and offloading acts on calls of a module's forward, which the head's is not called by.
     _exclude_from_cpu_offload = ("head",)
+    _callback_tensor_inputs = CALLBACK_TENSORS
 
     def __init__(self, transformer: Transformer, head: StudentHead) -> None:
         super().__init__()
         # diffusers' own base class has the method through a mixin that carries no types.
         cast(Any, self).register_modules(transformer=transformer, head=head)
         self._student = FewStepPipeline(_Grafted(self), head.card)
+        # Of the last call, by the names that callbacks know.
+        self._interrupt = False
+        self._guidance_scale: float | None = None
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The guidance scale of the last call, as it was given."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network evaluations of the last call."""
+        return self._student.num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether no more evaluations follow; callbacks set `_interrupt`."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -184,46 +207,88 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
         temperature: float | Literal["auto"] | None = None,
         h: float | None = None,
         output_type: OutputType = "pil",
-        callback_on_step_end: Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end: StepEnd | None = None,
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[list[Any]]:
-        """Generate one image per prompt.
+        *,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_prompt: int | None = 1,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        max_sequence_length: int | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images of one or several prompts.
 
         Args:
             prompt: one or several captions.
             height, width: in pixels; as trained by default.
             num_inference_steps: network evaluations (nfe); as trained by default.
-            generator: source of the noise, one or one per prompt; by default one with a random seed.
+            generator: source of the noise, one or one per image; torch's own by default, as in diffusers' pipelines.
             temperature: mixture temperature; as trained by default.
             h: noise renewed between segments; as trained by default.
-            output_type: what `images` holds: PIL images, (H, W, 3) uint8 arrays, or (C, H, W) latents.
+            output_type: what `images` holds: PIL images ("pil"), floats from 0 to 1 as an array (B, H, W, 3) ("np") or
+                a tensor (B, 3, H, W) ("pt"), or latents (B, C, h, w) ("latent").
             callback_on_step_end: called after each evaluation with this pipeline, the evaluation's index, the share of
-                evaluations that are left, and {"latents": the state}; its result is ignored.
+                evaluations that are left, and the tensors asked for by name; what it returns of them is gone on with.
+                Where it sets the pipeline's `_interrupt`, no more evaluations follow.
             return_dict: return an `ImagePipelineOutput`, or else a tuple with the images.
+            callback_on_step_end_tensor_inputs: names of these tensors: "latents" and "prompt_embeds".
+            num_images_per_prompt: images of each prompt, which follow each other in the result.
+            latents: the noise itself, (images, C, h, w), in place of that of `generator`.
+            prompt_embeds: encoded captions, (B, L, D), in place of `prompt`.
+            prompt_embeds_mask: (B, L), nonzero where a token is; by default everywhere.
+            pooled_prompt_embeds: the whole captions' vectors, (B, P), of networks that take them.
+            guidance_scale: input of guidance-distilled networks such as FLUX.1 dev; on other students, whose guidance
+                is distilled into them, it has no effect, and a warning says so.
+            true_cfg_scale, negative_prompt: of classifier-free guidance, for which the same holds.
+            max_sequence_length: tokens that a caption may have, beside the student's own limit.
 
         Raises:
-            UserError: a size, number of evaluations or prompt that the model can't take.
+            UserError: a size, number, prompt or tensor that the model can't take.
         """
         self._student.device = self.head.device  # the pipeline may have been moved since the last call
         nfe = self.head.card.sampler.override(num_inference_steps).nfe
+        names = asked_tensors(callback_on_step_end_tensor_inputs, callback_on_step_end)
+        self._interrupt, self._guidance_scale = False, guidance_scale
         with cast(Any, self).progress_bar(total=nfe) as bar:
 
-            def on_step(index: int, state: Tensor, _: Tensor) -> None:
+            def on_step_end(
+                _: Any, index: int, left: float, tensors: dict[str, Tensor]
+            ) -> Mapping[str, Tensor] | None:
                 bar.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, index, 1 - (index + 1) / nfe, {"latents": state})
+                if callback_on_step_end is None:
+                    return None
+                # Users' callbacks know this pipeline, and not the one that it calls.
+                changed = callback_on_step_end(self, index, left, tensors)
+                self._student._interrupt = self._interrupt
+                return changed
 
             images = self._student(
                 prompt,
                 num_inference_steps=num_inference_steps,
-                generator=generator or torch.Generator().manual_seed(torch.seed() % 2**63),
+                generator=torch.default_generator if generator is None else generator,
                 temperature=temperature,
                 h=h,
                 height=height,
                 width=width,
                 output_type=output_type,
-                on_step=on_step,
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=names,
+                num_images_per_prompt=num_images_per_prompt,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                prompt_embeds_mask=prompt_embeds_mask,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                guidance_scale=guidance_scale,
+                true_cfg_scale=true_cfg_scale,
+                negative_prompt=negative_prompt,
+                max_sequence_length=max_sequence_length,
             ).images
+        cast(Any, self).maybe_free_model_hooks()  # as diffusers asks of every pipeline that can be offloaded
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -375,7 +440,13 @@ class _Grafted(nn.Module):
         """The merged transformer, with the style LoRAs that are loaded."""
         return self._pipeline.transformer
 
-    def policy(self, x_src: Tensor, t_src: Tensor, conditioning: TextConditioning) -> Policy:
+    def policy(
+        self,
+        x_src: Tensor,
+        t_src: Tensor,
+        conditioning: TextConditioning,
+        guidance_scale: float | None = None,
+    ) -> Policy:
         """The student's policy for the segments that start at x_src (B, C, H, W), t_src (B,)."""
         transformer, head, dtype = self.transformer, self._pipeline.head.head, self.transformer.dtype
         # The whole forward runs, and the input of its last norm is caught on the way: a compiled or offloaded
@@ -384,7 +455,11 @@ class _Grafted(nn.Module):
         hook = transformer.norm_out.register_forward_pre_hook(lambda _, given: caught.append(given))
         try:
             self.family.denoise(
-                transformer, x_src.to(dtype), t_src.to(dtype), conditioning.to(x_src.device, dtype)
+                transformer,
+                x_src.to(dtype),
+                t_src.to(dtype),
+                conditioning.to(x_src.device, dtype),
+                guidance_scale,
             )
         finally:
             hook.remove()

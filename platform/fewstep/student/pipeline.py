@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fewstep.config import Shape
 from fewstep.encoders import Autoencoder, ConditionEncoder, load_autoencoder, load_encoder
+from fewstep.encoders.text import TextEncoder
 from fewstep.errors import UserError
 from fewstep.flow import (
     Generators,
@@ -32,24 +34,37 @@ from fewstep.flow import (
     generate,
     generate_step,
 )
-from fewstep.models.conditioning import Conditioning
+from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.teacher import check_reference, load_teacher
 from fewstep.student.adapter import load_adapter, save_adapter
+from fewstep.student.arguments import (
+    OutputType,
+    StepEnd,
+    asked_tensors,
+    changed_by,
+    check_latents,
+    check_output_type,
+    embedded,
+    generators_for,
+    images_as,
+    network_guidance,
+    prompt_list,
+    whole_number,
+)
 from fewstep.student.card import StudentCard, read_student_card, write_student_card
 from fewstep.student.resolve import resolve_student
-
-OutputType = Literal["pil", "np", "latent"]
 
 
 @dataclass
 class FewStepOutput:
     """Result of a pipeline call."""
 
-    images: list[Any]
-    """PIL images, (H, W, 3) uint8 arrays, or (C, H, W) latents, depending on `output_type`."""
+    images: Any
+    """Depending on `output_type`: a list of PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) of floats from 0
+    to 1, or a tensor of latents (B, C, H, W)."""
 
 
 def save_student(
@@ -83,6 +98,7 @@ class FewStepPipeline:
 
     def __init__(self, network: Any, card: StudentCard, device: torch.device | str = "cpu") -> None:
         self.card, self.device = card, torch.device(device)
+        self._interrupt, self.num_timesteps = False, 0  # of the last call, by the names that callbacks know
         self.network = network.to(self.device).eval().requires_grad_(False)
         if isinstance(network, PolicyNetwork):
             network.keep_folded()  # the weights don't change any more
@@ -139,9 +155,10 @@ class FewStepPipeline:
         # `load_adapter` modifies the transformer: it is the student's from here on.
         return cls(load_adapter(transformer, family, folder), card, device)
 
+    @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         num_inference_steps: int | None = None,
         seed: int | Sequence[int] = 0,
@@ -150,48 +167,116 @@ class FewStepPipeline:
         h: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_images_per_prompt: int | None = 1,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        max_sequence_length: int | None = None,
         output_type: OutputType = "pil",
         on_step: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> FewStepOutput:
-        """Generate one image per prompt.
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+    ) -> Any:
+        """Generate images of one or several prompts.
 
         Args:
             prompt: one or several captions.
             num_inference_steps: network evaluations (nfe); as trained by default.
-            seed: of the noise, one number (prompt i gets seed + i) or one per prompt. An image depends only on its own
+            seed: of the noise, one number (image i gets seed + i) or one per image. An image depends only on its own
                 prompt and seed, not on the others of its batch.
-            generator: source of the noise, one or one per prompt, in place of `seed`.
+            generator: source of the noise, one or one per image, in place of `seed`.
             temperature: mixture temperature, in (0, 1] or "auto"; as trained by default.
             h: how much noise is renewed between segments, from 0 (none, deterministic); as trained by default.
             height, width: in pixels; as trained by default.
-            output_type: what `images` holds: PIL images ("pil"), (H, W, 3) uint8 arrays ("np") or latents ("latent").
+            num_images_per_prompt: images of each prompt, which follow each other in the result.
+            latents: the noise itself, (images, C, h, w), in place of that of `seed` or `generator`.
+            prompt_embeds: encoded captions, (B, L, D), in place of `prompt`.
+            prompt_embeds_mask: (B, L), nonzero where a token is; by default everywhere.
+            pooled_prompt_embeds: the whole captions' vectors, (B, P), of networks that take them.
+            guidance_scale: input of guidance-distilled networks such as FLUX.1 dev; on other students, whose guidance
+                is distilled into them, it has no effect, and a warning says so.
+            true_cfg_scale, negative_prompt: of classifier-free guidance, for which the same holds.
+            max_sequence_length: tokens that a caption may have, beside the student's own limit.
+            output_type: what `images` holds: PIL images ("pil"), floats from 0 to 1 as an array (B, H, W, 3) ("np") or
+                a tensor (B, 3, H, W) ("pt"), or latents (B, C, h, w) ("latent").
             on_step: called after each evaluation with its index, the state, and the predicted clean latents.
+            callback_on_step_end: called after each evaluation with this pipeline, the evaluation's index, the share of
+                evaluations that are left, and the tensors asked for by name; what it returns of them is gone on with.
+                Where it sets the pipeline's `_interrupt`, no more evaluations follow.
+            callback_on_step_end_tensor_inputs: names of these tensors: "latents", the state (B, C, h, w), and
+                "prompt_embeds", the captions' states (B, L, D).
+            return_dict: whether the result is a `FewStepOutput`, or else a tuple with the images.
+
+        Returns:
+            The images, in a `FewStepOutput` or a tuple.
 
         Raises:
-            UserError: a size, number of evaluations or prompt that the model can't take.
+            UserError: a size, number, prompt or tensor that the model can't take.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if output_type not in get_args(OutputType):
-            raise UserError(
-                f"output_type must be one of {', '.join(get_args(OutputType))}; got {output_type!r}."
-            )
+        check_output_type(output_type)
+        prompts = prompt_list(prompt, prompt_embeds)
+        # diffusers' pipelines take None for 1.
+        per_prompt = (
+            1
+            if num_images_per_prompt is None
+            else whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        )
         shape = self.latent_shape(height, width)
         sampler = self.sampler_for(shape, num_inference_steps, temperature, h)
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise UserError(
-                f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt."
-            )
+        family, transformer = self.network.family, self.network.transformer
+        guidance = network_guidance(
+            guidance_scale, true_cfg_scale, negative_prompt, self.card, family.takes_guidance(transformer)
+        )
+        tensors = asked_tensors(callback_on_step_end_tensor_inputs, callback_on_step_end)
+        given = (
+            None
+            if prompt_embeds is None
+            else embedded(prompt_embeds, prompt_embeds_mask, pooled_prompt_embeds, family, transformer)
+        )
+        count = per_prompt * (len(prompts) if given is None else len(given))
         # The same generators then draw the noise that the sampler renews: an image is independent of its batch also
         # where h is not 0.
-        generator = generator or [torch.Generator().manual_seed(s) for s in seeds]
-        noise = gaussian_noise((len(prompts), *shape), generator)
-        # (B, C, h, w)
-        latents = self.sample(noise, self.encode(prompts), sampler, generator=generator, on_step=on_step)
-        if output_type == "latent":
-            return FewStepOutput(list(latents))
-        pixels = self.decode(latents)
-        return FewStepOutput(list(pixels) if output_type == "np" else _to_pil(pixels))
+        generators = generators_for(count, seed, generator)
+        if latents is not None:
+            check_latents(latents, count, shape)
+        if max_sequence_length is not None:
+            self._check_length(prompts, whole_number("max_sequence_length", max_sequence_length, 1))
+
+        conditioning = self.encode(prompts) if given is None else given.to(self.device)
+        conditioning = conditioning.map(lambda tensor: tensor.repeat_interleave(per_prompt, dim=0))
+        noise = gaussian_noise((count, *shape), generators) if latents is None else latents.float()
+        x = noise.to(self.device)  # (B, C, h, w)
+        self._interrupt, self.num_timesteps = False, sampler.nfe
+        for index in range(sampler.nfe):
+            x, clean = generate_step(
+                partial(self.network.policy, conditioning=conditioning, **guidance),
+                x,
+                sampler.next_step(index, count),
+                sampler.time_shift,
+                substeps=sampler.substeps,
+                generator=generators,
+            )
+            if on_step is not None:  # without previews, x̂_0 is not computed
+                on_step(index, x, clean())
+            if callback_on_step_end is not None:
+                now = {"latents": x}
+                if isinstance(conditioning, TextConditioning):
+                    now["prompt_embeds"] = conditioning.states
+                now = {name: now[name] for name in tensors if name in now}
+                left = 1 - (index + 1) / sampler.nfe
+                now = changed_by(callback_on_step_end, self, index, left, now)
+                x = now.get("latents", x)
+                if "prompt_embeds" in now:
+                    conditioning = replace(cast(Any, conditioning), states=now["prompt_embeds"])
+            if self._interrupt:
+                break
+        images = x if output_type == "latent" else images_as(self.decode(x), output_type, self.device)
+        return FewStepOutput(images) if return_dict else (images,)
 
     def sampler_for(
         self,
@@ -210,6 +295,21 @@ class FewStepPipeline:
         tokens = (shape[1] // patch) * (shape[2] // patch)
         return self.card.sampler.override(nfe, temperature, h).at_size(tokens)
 
+    def _check_length(self, prompts: Sequence[str], limit: int) -> None:
+        """Refuse captions of more than `limit` tokens: none is cut here.
+
+        Raises:
+            UserError: one has more.
+        """
+        encoder = self.text_encoder
+        if isinstance(encoder, TextEncoder):
+            for prompt, tokens in zip(prompts, encoder.token_counts(prompts), strict=True):
+                if tokens > limit:
+                    raise UserError(
+                        f"the caption {prompt!r:.60} has {tokens} tokens, more than max_sequence_length={limit}, and "
+                        "captions are not cut here: shorten it, or allow more."
+                    )
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditions of the prompts, as one batch on the pipeline's device."""
         return self.text_encoder.conditioning(list(prompts)).to(self.device)
@@ -227,7 +327,6 @@ class FewStepPipeline:
         sampler: SamplerConfig,
         *,
         generator: Generators = None,
-        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Sample the student: noise → latents, (B, C, H, W) both, in `sampler.nfe` network evaluations.
 
@@ -236,10 +335,9 @@ class FewStepPipeline:
             conditioning: of B samples, on the pipeline's device.
             sampler: as `sampler_for` gives it.
             generator: source of the noise that is renewed if `sampler.h` is not 0.
-            on_step: as for a call of the pipeline.
         """
         policy_at = partial(self.network.policy, conditioning=conditioning)
-        return generate(policy_at, noise.to(self.device), sampler, generator=generator, on_step=on_step)
+        return generate(policy_at, noise.to(self.device), sampler, generator=generator)
 
     @torch.inference_mode()
     def sample_step(
@@ -305,6 +403,9 @@ class FewStepPipeline:
         Raises:
             UserError: a side is not a multiple of what autoencoder and network need.
         """
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and (isinstance(side, bool) or not isinstance(side, Integral)):
+                raise UserError(f"{name} must be a whole number of pixels, got {side!r}.")
         # Not by way of the size in pixels, so that the autoencoder is not loaded only for this.
         if height is None and width is None:
             return self.card.latent_shape
@@ -323,10 +424,3 @@ class FewStepPipeline:
                 f"{multiple}."
             )
         return shape
-
-
-def _to_pil(pixels: np.ndarray) -> list[Any]:
-    """Images (B, H, W, 3) uint8 as a list of PIL images."""
-    from PIL import Image
-
-    return [Image.fromarray(image) for image in pixels]

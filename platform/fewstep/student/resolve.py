@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fewstep.assets import bundled_folder, is_hub_id
+from fewstep.assets import bundled_folder, expanded, is_hub_id
 from fewstep.errors import UserError
 
 BUNDLED_STUDENTS = {"emoji-student": "emoji_student", "fashion-student": "fashion_student"}
@@ -69,7 +69,7 @@ def current_version(source: str, tracking_uri: str | None = None) -> str | None:
 
         return str(look_up(source, registry_uri(tracking_uri)).uri)
     # A hash of local files is cheap; object storage and hub ids would have to be fetched.
-    local = source in BUNDLED_STUDENTS or Path(source).expanduser().is_dir()
+    local = source in BUNDLED_STUDENTS or expanded(source).is_dir()
     return resolve_student(source).version if local else None
 
 
@@ -92,7 +92,7 @@ def fetch_folder(address: str, into: Path | None, field: str, bundled: dict[str,
         return bundled_folder(address, bundled)
     if "://" in address:
         return _fetch(address, into or Path(tempfile.mkdtemp(prefix="fewstep-student-")))
-    folder = Path(address).expanduser()
+    folder = expanded(address)
     if folder.is_dir():
         return folder
     if is_hub_id(address):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import tempfile
 import warnings
@@ -28,6 +29,12 @@ REGISTRY_SECONDS = 60
 
 LOOK_UP_SECONDS = 5
 """HTTP timeout of requests that only look up a version."""
+
+LISTED = 5
+"""Most names, versions or aliases that an error message lists."""
+
+PAGE = 1000
+"""Registered models that are asked for at a time, the most that MLflow gives."""
 
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))")
 _RUN_FILES = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<path>.+)")
@@ -282,21 +289,48 @@ def _find_version(
 
 
 def _what_exists(client: MlflowClient, uri: str, name: str, missing: str) -> str:
-    models = {model.name: model for model in client.search_registered_models()}
-    if name not in models:
-        known = ", ".join(sorted(models)) or "none"
+    """The message about what is missing: of a registered model, or the model itself."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        # Asked for by its name: a search gives one page of many.
+        model = client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise UserError(
+                f"registered model {name!r} can't be looked up at {uri} ({readable(error)}): "
+                "correct the address or the name"
+            ) from error
+        names = _names(client)
+        near = difflib.get_close_matches(name, names, n=LISTED, cutoff=0)
         return (
-            f"MLflow at {uri} has no registered model {name!r}: use one that exists ({known}) or register it"
+            f"MLflow at {uri} has no registered model {name!r}: "
+            f"use one that exists ({_few(sorted(near), len(names))}) or register it"
         )
     quoted = name.replace("'", "\\'")
-    versions = sorted(int(one.version) for one in client.search_model_versions(f"name = '{quoted}'"))
-    aliases = ", ".join(
-        f"{alias} (version {number})" for alias, number in sorted(models[name].aliases.items())
-    )
+    numbers = sorted(int(one.version) for one in client.search_model_versions(f"name = '{quoted}'"))
+    aliases = [f"{alias} (version {number})" for alias, number in sorted(model.aliases.items())]
     return (
         f"registered model {name!r} has no {missing}: use one of the versions "
-        f"{', '.join(map(str, versions)) or 'none'}, or of the aliases {aliases or 'none'}"
+        f"{_few([str(number) for number in numbers[-LISTED:]], len(numbers))}, "
+        f"or of the aliases {_few(aliases[:LISTED], len(aliases))}"
     )
+
+
+def _names(client: MlflowClient) -> list[str]:
+    """The names of all registered models."""
+    names, token = [], None
+    while True:
+        page = client.search_registered_models(max_results=PAGE, page_token=token)
+        names += [model.name for model in page]
+        if not (token := page.token):
+            return names
+
+
+def _few(listed: Sequence[str], total: int) -> str:
+    """Names for a message, and how many there are beside them."""
+    more = f" and {total - len(listed)} more" if total > len(listed) else ""
+    return f"{', '.join(listed)}{more}" if listed else "none"
 
 
 def _files_of(client: MlflowClient, version: ModelVersion) -> str:
