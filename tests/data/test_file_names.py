@@ -85,15 +85,15 @@ def test_a_table_outside_of_the_folder_names_files_below_it(tmp_path: Path) -> N
     assert source.rows["file"].to_pylist() == ["a.png"]
 
 
-def test_a_small_set_has_rows_of_both_splits_and_grows_stably(tmp_path: Path) -> None:
-    names = {f"{number}.png": f"picture {number}" for number in range(20)}
-    pictures(tmp_path, "metadata.jsonl", names)
-    source = image_folder(str(tmp_path), held_out=0.001)
-    assert source.rows["split"].to_pylist().count("held_out") == 1
-    [note] = source.notes
-    assert "--held-out 0.001 of 20" in note
-    assert set(image_folder(str(tmp_path), held_out=0.0).rows["split"].to_pylist()) == {"train"}
-    assert set(image_folder(str(tmp_path), held_out=1.0).rows["split"].to_pylist()) == {"held_out"}
+@pytest.mark.parametrize(
+    ("count", "share", "held_out"),
+    [(1, 0.02, 0), (2, 0.02, 1), (5, 0.02, 2), (20, 0.001, 4), (20, 0.999, 16), (20, 0.0, 0), (20, 1.0, 20)],
+)
+def test_a_small_set_has_rows_of_both_splits(tmp_path: Path, count: int, share: float, held_out: int) -> None:
+    pictures(tmp_path, "metadata.jsonl", {f"{number}.png": f"picture {number}" for number in range(count)})
+    source = image_folder(str(tmp_path), held_out=share)
+    assert source.rows["split"].to_pylist().count("held_out") == held_out
+    assert len(source.notes) == (0 < share < 1 and count > 1), "told in one line"
 
 
 def test_the_columns_that_were_found_and_looked_for_are_named(tmp_path: Path) -> None:

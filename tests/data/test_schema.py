@@ -172,3 +172,16 @@ def test_the_leftovers_of_a_killed_writer_are_no_part_of_a_dataset(tmp_path):
     assert storage.list() == {"a/part": 5}
     storage.sweep()
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["part"]
+
+
+def test_an_evaluation_of_too_few_held_out_rows_is_refused_before_the_training(make_dataset):
+    from fewstep.train.recipe import EvaluationConfig
+    from fewstep.train.validation import _check_evaluation
+
+    few = make_dataset({(3, 4, 4): [2], (3, 4, 8): [2]}, "held_out", "few")
+    with pytest.raises(UserError, match=r"holds out 2 rows, and an evaluation needs 3 .* --held-out"):
+        _check_evaluation(EvaluationConfig(), few)
+    _check_evaluation(EvaluationConfig(enabled=False), few)
+    _check_evaluation(
+        EvaluationConfig(), make_dataset({(3, 4, 4): [1], (3, 4, 8): [3]}, "held_out", "enough")
+    )

@@ -103,7 +103,7 @@ def test_all_ranks_draw_the_same_bucket_for_the_same_batch(make_dataset):
 def test_more_ranks_than_shards_is_refused_with_a_remedy(make_dataset):
     root = make_dataset({WIDE: [8, 8, 8]}).root
     with pytest.raises(
-        UserError, match=r"has 3 shards .* for 4 workers: use at most 3, or .* --shard-rows 3\."
+        UserError, match=r"has 3 shards .* for 4 workers: set train.workers=3, or .* --shard-rows 3\."
     ):
         ShardStream(root, "train", batch_size=2, seed=0, rank=0, world_size=4)
 

@@ -149,10 +149,14 @@ class DatasetInfo:
         for shape, shards in self.buckets(split).items():
             if len(shards) < world_size:
                 rows = sum(shard.rows for shard in shards)
+                remedy = f"set train.workers={len(shards)}"
+                if rows >= world_size:
+                    remedy += (
+                        f", or prepare the data again with --shard-rows {max(1, rows // (2 * world_size))}"
+                    )
                 raise UserError(
                     f"{self.root} has {len(shards)} shards of shape {'x'.join(map(str, shape))} in its split "
-                    f"{split!r} for {world_size} workers: use at most {len(shards)}, or prepare the data "
-                    f"again with --shard-rows {max(1, rows // (2 * world_size))}."
+                    f"{split!r} for {world_size} workers: {remedy}."
                 )
 
     @classmethod

@@ -50,6 +50,9 @@ TABLE_NAMES = tuple(
     for suffix in TABLE_SUFFIXES
     for zipped in ("", ".gz")
 )
+LEAST_ROWS = 4
+"""Rows of each split of a small set, if it has twice as many: an evaluation needs 3, and one may be broken."""
+
 # Names of folders that say which split their pictures are of
 SPLIT_FOLDERS = {"train": "train"} | dict.fromkeys(
     ("validation", "valid", "val", "test", "dev", "eval", "held_out"), "held_out"
@@ -128,19 +131,22 @@ class _Collected:
     def _split(self, names: Iterable[str], held_out: float) -> dict[str, str]:
         """The split of each name: by a hash of the name, so that it is the same whatever other rows there are.
 
-        Where chance would leave a split without any row, the name that is nearest to it goes there: a training needs
-        rows to learn from, and its evaluation held-out ones.
+        Of a small set, chance may hold out too little for an evaluation, or leave nothing to learn from. Then the names
+        that come next go there, up to half of all.
         """
         places = {name: fraction(0, f"split/{name}") for name in names}
-        splits = {name: "held_out" if place < held_out else "train" for name, place in places.items()}
-        if len(places) > 1 and 0 < held_out < 1 and len(set(splits.values())) == 1:
-            [only] = set(splits.values())
-            nearest = (min if only == "train" else max)(places, key=places.__getitem__)
-            splits[nearest] = "held_out" if only == "train" else "train"
+        order = sorted(places, key=places.__getitem__)
+        wanted = sum(place < held_out for place in places.values())
+        count = wanted
+        if 0 < held_out < 1:
+            least = min(LEAST_ROWS, len(order) // 2)
+            count = min(max(wanted, least), len(order) - least)
+        if count != wanted:
             self.notes.append(
-                f"--held-out {held_out:g} of {len(places)} would leave a split empty: "
-                f"{nearest} goes into {splits[nearest]}"
+                f"--held-out {held_out:g} of {len(order)} would hold out {wanted}: {count} are held out instead"
             )
+        chosen = set(order[:count])
+        splits = {name: "held_out" if name in chosen else "train" for name in order}
         return splits
 
 

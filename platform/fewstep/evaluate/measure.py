@@ -17,7 +17,7 @@ from fewstep.evaluate.metrics import (
     paired_distance,
     pixel_rmse,
 )
-from fewstep.evaluate.report import STUDENT, TEACHER, MethodResult, Report
+from fewstep.evaluate.report import LEAST_CAPTIONS, STUDENT, TEACHER, MethodResult, Report
 
 
 def build_report(
@@ -107,9 +107,9 @@ def _check(
             f"the image sets to compare have different shapes {shapes}: generate every method's images for the same "
             "captions, and bring the real images to the same size."
         )
-    if (captions := len(everything["independent"])) < 3:
+    if (captions := len(everything["independent"])) < LEAST_CAPTIONS:
         raise UserError(
-            f"an evaluation needs at least 3 captions for its confidence intervals, got {captions}: "
+            f"an evaluation needs at least {LEAST_CAPTIONS} captions for its confidence intervals, got {captions}: "
             "raise the number of captions."
         )
     if missing := [name for name in methods if name not in passes]:

@@ -17,6 +17,9 @@ TEACHER = "teacher_64"
 STUDENT = "student_4"
 """Name of the student's result: its policy sampler at 4 network evaluations."""
 
+LEAST_CAPTIONS = 3
+"""Captions that an evaluation needs: its confidence intervals leave one out at a time."""
+
 
 @dataclass(frozen=True)
 class MethodResult:

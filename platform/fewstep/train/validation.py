@@ -9,6 +9,7 @@ from fewstep.data.schema import DatasetInfo
 from fewstep.encoders.labels import class_names, is_labels
 from fewstep.errors import UserError
 from fewstep.evaluate.classifier import Classifier
+from fewstep.evaluate.report import LEAST_CAPTIONS
 from fewstep.models.adapters import lora_target_modules
 from fewstep.models.dual_stream import counterparts
 from fewstep.models.family import Family, Transformer
@@ -178,12 +179,18 @@ def _check_fit(info: DatasetInfo, transformer: Transformer, family: Family, teac
 
 
 def _check_evaluation(settings: EvaluationConfig, info: DatasetInfo) -> None:
-    """Refuse an evaluation without held-out rows, or of classes for which there is no classifier.
+    """Refuse an evaluation of too few held-out rows, or of classes for which there is no classifier.
 
     Raises:
         UserError: it is one.
     """
-    info.buckets("held_out")  # raises a UserError if the split has no rows
+    buckets = info.buckets("held_out")  # raises a UserError if the split has no rows
+    most = max(sum(shard.rows for shard in shards) for shards in buckets.values())
+    if settings.enabled and most < LEAST_CAPTIONS:
+        raise UserError(
+            f"evaluation: {info.root} holds out {most} rows, and an evaluation needs {LEAST_CAPTIONS} of one size: "
+            "prepare the data again with more --held-out, or set evaluation.enabled=false."
+        )
     by_class = settings.enabled and settings.criteria == "classes"
     if by_class and Classifier.bundled(info.encoding.text_encoder) is None:
         raise UserError(

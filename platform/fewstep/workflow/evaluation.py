@@ -20,7 +20,7 @@ from fewstep.evaluate.generation import Method, generate_images
 from fewstep.evaluate.grid import GridRow, comparison_grid
 from fewstep.evaluate.measure import build_report
 from fewstep.evaluate.plots import quality_plot
-from fewstep.evaluate.report import Report, counted
+from fewstep.evaluate.report import LEAST_CAPTIONS, Report, counted
 from fewstep.evaluate.table import criteria_table, report_table
 from fewstep.models.conditioning import ClassConditioning
 from fewstep.student import StudentCard, read_student_card
@@ -56,7 +56,11 @@ def evaluate(
     """
     card = read_student_card(student)
     shapes = DatasetInfo.open(data).buckets(split)
-    shape = card.latent_shape if card.latent_shape in shapes else next(iter(shapes))
+    rows = {shape: sum(shard.rows for shard in shards) for shape, shards in shapes.items()}
+    # The student's own shape, unless the split has too few rows of it.
+    shape = card.latent_shape
+    if shape is None or rows.get(shape, 0) < LEAST_CAPTIONS:
+        shape = max(rows, key=rows.__getitem__)
     batch = read_split(data, split, config.captions, shape=shape)
     reference = f"teacher_{config.reference_steps}"
     baseline = {f"euler_{steps}": steps for steps in config.baseline_steps}
