@@ -138,7 +138,7 @@ def test_small_sets_have_shards_for_several_workers_and_older_folders_keep_their
     assert shards == {"train": min(8, source.rows["split"].to_pylist().count("train")), "held_out": 1}
     record = claim(Storage.at(tmp_path / "out"), source, settings)
     assert record == settings
-    # A folder that a version before 0.3 began has neither of these keys, and one shard per split.
+    # A folder that a version before 0.2 began has neither of these keys, and one shard per split.
     plan_file = tmp_path / "out" / "plan.json"
     old = {
         k: v for k, v in json.loads(plan_file.read_text()).items() if k not in ("max_pixels", "least_shards")

@@ -156,7 +156,7 @@ def claim(storage: Storage, source: Source, config: PreparationConfig) -> Prepar
     if content is None:
         storage.write(PLAN, json.dumps(ours, indent=1).encode())
         return config
-    # Versions before 0.3 knew neither of the two.
+    # Versions before 0.2 knew neither of the two.
     theirs = {"max_pixels": MAX_PIXELS, "least_shards": 1} | json.loads(content)
     differing = [name for name in ours if theirs.get(name) != ours[name] and name != "least_shards"]
     if differing:

@@ -27,7 +27,7 @@ from fewstep.data.tables import (
 from fewstep.errors import UserError
 from fewstep.storage import Storage
 
-# The functions for images are found here too, by those who know them from before fewstep 0.3.
+# The functions for images are found here too, by those who know them from before fewstep 0.2.
 __all__ = ["INDEX", "Size", "Source", "fit", "image_folder", "measure", "open_image", "prompts"]
 
 INDEX = pa.schema(
