@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "platform", ROOT / "serve")
 
-FOUNDATION = {"fewstep", "assets", "config", "errors", "recipes"}
+FOUNDATION = {"fewstep", "assets", "config", "errors", "files", "recipes"}
 """What everybody may use."""
 
 KNOWS: dict[str, set[str]] = {

@@ -42,8 +42,7 @@ def table_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | Rejection]]:
     Raises:
         UserError: the file doesn't exist, or is not readable as a whole.
     """
-    folder, _, name = str(path).rpartition("/")
-    storage = Storage.at(folder or ".")
+    storage, name = Storage.of_file(path)
     content = storage.read(name)
     if content is None:
         raise UserError(f"the file {path} doesn't exist: check the path.")
