@@ -22,7 +22,9 @@ WEIGHTS_PATTERN = "*.safetensors"
 """Names of files of weights."""
 
 
-def save_weights(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_weights(
+    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that others may read as the umask says; a link is written through to its target.
 
     Args:

@@ -1,9 +1,9 @@
 """Storage of datasets and checkpoints: a local folder, `s3://bucket/prefix`, or another address that pyarrow.fs takes.
 
-Addresses are read in one way everywhere. An s3:// address is the key as it is written, as the aws command and boto3 read
-it: blanks, `+`, `%20`, `?` and `#` are characters of the key, and nothing is decoded. A file: address is a URI, in which
-`%20` is a blank; it names the same storage as the folder's own path. Slashes at the end mean nothing. Ray Train is given
-our file system and path, so that it does not read addresses itself.
+Addresses are read in one way everywhere. An s3:// address is the key as it is written, as the aws command and boto3
+read it: blanks, `+`, `%20`, `?` and `#` are characters of the key, and nothing is decoded. A file: address is a URI, in
+which `%20` is a blank; it names the same storage as the folder's own path. Slashes at the end mean nothing. Ray Train
+is given our file system and path, so that it does not read addresses itself.
 
 For S3, endpoint and credentials come from the usual environment variables: `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`
 (http:// or https://), `AWS_REGION` or `AWS_DEFAULT_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
@@ -11,9 +11,9 @@ For S3, endpoint and credentials come from the usual environment variables: `AWS
 that an unreachable endpoint is reported within seconds.
 
 Objects are written whole or not at all, also when power is cut: locally to a hidden file that is renamed when its
-content is on the disk, on S3 by one upload, which becomes visible when it is complete. A writer that is killed leaves a
-hidden local file, which `Storage.sweep` deletes, or, of an object of more than about 10 MB, the uploaded parts on S3: no
-listing shows those, only a lifecycle rule of the bucket deletes them (docs/tutorials/own_cluster.md).
+content is on the disk, on S3 by one upload, which becomes visible when it is complete. A writer that is killed leaves
+a hidden local file, which `Storage.sweep` deletes, or, of an object of more than about 10 MB, the uploaded parts on S3:
+no listing shows those, only a lifecycle rule of the bucket deletes them (docs/tutorials/own_cluster.md).
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class Storage:
             partial = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
             with self.filesystem.open_output_stream(partial) as stream:
                 stream.write(content)
-            _to_disk(partial)  # before it gets its name: after a power cut, the name would stand for an empty file
+            # Before it gets its name, which would stand for an empty file after a power cut otherwise.
+            _to_disk(partial)
             self.filesystem.move(partial, f"{folder}/{name}")
             _to_disk(folder)
 
@@ -161,7 +162,7 @@ class Storage:
     def sweep(self) -> None:
         """Delete unfinished local files of writers that were killed.
 
-        Of S3's unfinished uploads pyarrow can neither list nor abort any: those are left to the bucket's lifecycle rule.
+        S3's unfinished uploads pyarrow can neither list nor abort: they are left to the bucket's lifecycle rule.
         """
         if isinstance(self.filesystem, fs.LocalFileSystem):
             for leftover in Path(self.base).rglob(f".*{PARTIAL_SUFFIX}"):
@@ -214,7 +215,7 @@ def _s3() -> fs.S3FileSystem:
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        # Objects of one part (10 MB) are sent in one request, of which nothing is left behind when the writer is killed.
+        # Objects of one part (10 MB) go in one request, of which nothing is left when the writer is killed.
         allow_delayed_open=True,
     )
 
@@ -233,8 +234,8 @@ def _local_path(address: str) -> str:
         path = slash + rest if host in ("", "localhost") else ""
     if not path.startswith("/"):
         raise UserError(
-            f"the address {address} can't be opened: write an absolute path of this machine, as in file:///data/set, or "
-            "the path alone."
+            f"the address {address} can't be opened: write an absolute path of this machine, as in file:///data/set, "
+            "or the path alone."
         )
     return unquote(path)
 

@@ -33,6 +33,7 @@ KNOWS: dict[str, set[str]] = {
     "evaluate": {"flow", "models", "encoders", "data", "student"},
     "train": {
         "policies", "flow", "distill", "models", "encoders", "storage", "data", "tracking", "student", "evaluate",
+        "cluster",
     },
     # What orchestrates them, and what users call.
     "workflow": {"models", "encoders", "data", "tracking", "student", "evaluate", "train"},
