@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ADDRESS = "RAY_ADDRESS"
+"""Name of the environment variable with the address of the cluster that is meant."""
 
 
 def connect_ray(*, show_logs: bool = True, keep_node: bool = False) -> str | None:
@@ -37,6 +42,31 @@ def connect_ray(*, show_logs: bool = True, keep_node: bool = False) -> str | Non
         else:
             context = ray.init(num_cpus=cpus, _node_ip_address="127.0.0.1", log_to_driver=show_logs)
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
+
+
+@contextmanager
+def told_own_cluster() -> Iterator[None]:
+    """A context in which Ray Train tells the processes of a run which cluster they are of: the one this process joined.
+
+    A helper of Ray Train asks every second whether the run's controller lives, and it asks the cluster that was started
+    last on its machine. If that is another one, it would take the run for dead, and remove its workers' resources.
+    """
+    import ray
+
+    # Not public, but the only list of variables that Ray Train gives to its controller, and so to the helper. A cluster
+    # that was joined before can't be given a runtime environment any more, which would do the same.
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADDRESS]
+        else:
+            os.environ[ADDRESS] = before
 
 
 def _start_node(cpus: int) -> None:

@@ -1,26 +1,34 @@
 """Storage of datasets and checkpoints: a local folder, `s3://bucket/prefix`, or another address that pyarrow.fs takes.
 
+Addresses are read in one way everywhere. An s3:// address is the key as it is written, as the aws command and boto3
+read it: blanks, `+`, `%20`, `?` and `#` are characters of the key, and nothing is decoded. A file: address is a URI, in
+which `%20` is a blank; it names the same storage as the folder's own path. Slashes at the end mean nothing. Ray Train
+is given our file system and path, so that it does not read addresses itself.
+
 For S3, endpoint and credentials come from the usual environment variables: `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`
 (http:// or https://), `AWS_REGION` or `AWS_DEFAULT_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
 `AWS_SESSION_TOKEN`; without a pair of keys, from AWS's own chain (profile, instance role). Time limits are short, so
 that an unreachable endpoint is reported within seconds.
 
-Objects are written whole or not at all: locally to a hidden file that is renamed, on S3 by one upload, which becomes
-visible when it is complete.
+Objects are written whole or not at all, also when power is cut: locally to a hidden file that is renamed when its
+content is on the disk, on S3 by one upload, which becomes visible when it is complete. A writer that is killed leaves
+a hidden local file, which `Storage.sweep` deletes, or, of an object of more than about 10 MB, the uploaded parts on S3:
+no listing shows those, only a lifecycle rule of the bucket deletes them (docs/tutorials/own_cluster.md).
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
+from fewstep.assets import expanded
 from fewstep.errors import UserError
 
 # Time limits and attempts of S3's requests
@@ -29,6 +37,8 @@ REQUEST_SECONDS = 20
 ATTEMPTS = 2
 PARTIAL_SUFFIX = ".partial"
 """End of the names of local files that are being written."""
+S3 = "s3://"
+"""Beginning of the addresses of S3."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,13 @@ class Storage:
         Raises:
             UserError: the address is of a kind that can't be opened.
         """
-        address = str(root).rstrip("/")
-        if address.startswith("s3://"):
-            return cls(address, _s3(), address.removeprefix("s3://"))
-        if "://" in address:
+        address = str(root)
+        if address.startswith(S3):
+            return cls._on_s3(address)
+        if address.startswith("file:"):
+            address = _local_path(address)
+        elif "://" in address:
+            address = address.rstrip("/")
             try:
                 filesystem, base = fs.FileSystem.from_uri(address)
             except Exception as error:  # pyarrow's own errors, OSError or ValueError, depending on the scheme
@@ -63,8 +76,35 @@ class Storage:
                     f"the address {address} can't be opened ({_brief(error)}): use a local folder or s3://bucket/prefix."
                 ) from error
             return cls(address, filesystem, base)
-        local = str(Path(address or "/").expanduser().absolute())
+        local = str(expanded(address).absolute())
         return cls(local, fs.LocalFileSystem(), local)
+
+    @classmethod
+    def of_file(cls, address: str | os.PathLike[str]) -> tuple[Storage, str]:
+        """The storage of the folder that a file lies in, and the file's name there.
+
+        Args:
+            address: of a file, of any kind that `at` takes.
+
+        Raises:
+            UserError: as for `at`.
+        """
+        text = str(address)
+        if text.startswith("file:"):
+            text = _local_path(text)
+        folder, slash, name = text.rpartition("/")
+        return cls.at(folder + slash if slash else "."), name
+
+    @classmethod
+    def _on_s3(cls, address: str) -> Storage:
+        base = address.removeprefix(S3).rstrip("/")
+        # pyarrow takes no keys with empty parts, and Ray Train would leave out a part that is a dot.
+        if {"", ".", ".."} & set(base.split("/")):
+            raise UserError(
+                f"the address {address} can't be opened: it has to name a bucket, and no part between slashes may be "
+                "empty, '.' or '..', as in s3://bucket/prefix."
+            )
+        return cls(S3 + base, _s3(), base)
 
     def path(self, relative: str) -> str:
         """The path in the file system of an object, given relative to the root."""
@@ -93,23 +133,38 @@ class Storage:
         }
 
     def write(self, relative: str, content: bytes | memoryview) -> None:
-        """Write an object, whole or not at all; replaces one of the same name."""
+        """Write an object, whole or not at all; replaces one of the same name, or the target of a local link."""
         target = self.path(relative)
         with self.reachable():
             if not isinstance(self.filesystem, fs.LocalFileSystem):
                 with self.filesystem.open_output_stream(target) as stream:
+                    # In one call: after an exception between two, pyarrow would publish the first part as the object.
                     stream.write(content)
                 return
-            folder, name = os.path.split(target)
+            folder, name = os.path.split(os.path.realpath(target))
             self.filesystem.create_dir(folder)
             # A random name, so that two writers of one object don't disturb each other: the last to finish wins.
             partial = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
             with self.filesystem.open_output_stream(partial) as stream:
                 stream.write(content)
-            self.filesystem.move(partial, target)
+            # Before it gets its name, which would stand for an empty file after a power cut otherwise.
+            _to_disk(partial)
+            self.filesystem.move(partial, f"{folder}/{name}")
+            _to_disk(folder)
+
+    def settle(self, relatives: Iterable[str]) -> None:
+        """Wait until objects that others wrote here are on the disk; on S3 they are when they can be seen."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            paths = [self.path(relative) for relative in relatives]
+            with self.reachable():
+                for path in (*paths, *{os.path.dirname(path) for path in paths}, self.base):
+                    _to_disk(path)
 
     def sweep(self) -> None:
-        """Delete unfinished local files of writers that were killed; on S3 there are none."""
+        """Delete unfinished local files of writers that were killed.
+
+        S3's unfinished uploads pyarrow can neither list nor abort: they are left to the bucket's lifecycle rule.
+        """
         if isinstance(self.filesystem, fs.LocalFileSystem):
             for leftover in Path(self.base).rglob(f".*{PARTIAL_SUFFIX}"):
                 leftover.unlink()
@@ -129,7 +184,7 @@ class Storage:
             remedy = (
                 f"check that the bucket exists, AWS_ENDPOINT_URL (now {_endpoint() or 'unset: AWS itself'}), "
                 "the region and the credentials"
-                if self.root.startswith("s3://")
+                if self.root.startswith(S3)
                 else "check that the folder exists, is writable and the disk isn't full"
             )
             raise UserError(f"{self.root} can't be reached or used ({_brief(error)}): {remedy}.") from error
@@ -161,7 +216,40 @@ def _s3() -> fs.S3FileSystem:
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        # Objects of one part (10 MB) go in one request, of which nothing is left when the writer is killed.
+        allow_delayed_open=True,
     )
+
+
+def _local_path(address: str) -> str:
+    """The path that a file: address means, with its percent-encoded characters decoded.
+
+    Raises:
+        UserError: it names another machine, or no absolute path.
+    """
+    # Of RFC 8089's forms file:/path, file:///path and file://localhost/path. `?` and `#` are taken as characters of the
+    # path, as a folder has no query and no fragment.
+    path = address.removeprefix("file:")
+    if path.startswith("//"):
+        host, slash, rest = path.removeprefix("//").partition("/")
+        path = slash + rest if host in ("", "localhost") else ""
+    if not path.startswith("/"):
+        raise UserError(
+            f"the address {address} can't be opened: write an absolute path of this machine, as in file:///data/set, "
+            "or the path alone."
+        )
+    return unquote(path)
+
+
+def _to_disk(path: str) -> None:
+    """Wait until a local file or folder is on the disk."""
+    # Some network file systems can't do it for folders, and need not.
+    with suppress(OSError) if os.path.isdir(path) else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _brief(error: Exception) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fewstep.files import save_weights
 from fewstep.student import PYFUNC_MODEL, resolve_student
 
 
 def write_variant(folder: Path, factor: float, base: str = "emoji-student") -> Path:
     """Write a copy of a student with the head's weights scaled by `factor`: its images are visibly different."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     for file in resolve_student(base).folder.iterdir():
@@ -22,7 +22,7 @@ def write_variant(folder: Path, factor: float, base: str = "emoji-student") -> P
             metadata = weights.metadata()
         # The means of the head's mixtures: scaling them changes every image, and leaves all of them plausible.
         tensors = {n: t * factor if n.startswith("proj_out_means") else t for n, t in tensors.items()}
-        save_file(tensors, folder / file.name, metadata=metadata)
+        save_weights(tensors, folder / file.name, metadata=metadata)
     return folder
 
 

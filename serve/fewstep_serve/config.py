@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from fewstep.assets import expanded
 from fewstep.config import Config
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
@@ -105,7 +105,7 @@ class Access(Config):
                 key for part in os.environ.get(self.api_keys_variable, "").split(",") if (key := part.strip())
             )
         try:
-            lines = Path(self.api_keys_file).expanduser().read_text().splitlines()
+            lines = expanded(self.api_keys_file).read_text().splitlines()
         except OSError as error:
             raise UserError(
                 f"access.api_keys_file: {self.api_keys_file} can't be read ({error.strerror}): correct the path."

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "platform", ROOT / "serve")
 
-FOUNDATION = {"fewstep", "assets", "config", "errors", "recipes"}
+FOUNDATION = {"fewstep", "assets", "config", "errors", "files", "recipes"}
 """What everybody may use."""
 
 KNOWS: dict[str, set[str]] = {
@@ -33,6 +33,7 @@ KNOWS: dict[str, set[str]] = {
     "evaluate": {"flow", "models", "encoders", "data", "student"},
     "train": {
         "policies", "flow", "distill", "models", "encoders", "storage", "data", "tracking", "student", "evaluate",
+        "cluster",
     },
     # What orchestrates them, and what users call.
     "workflow": {"models", "encoders", "data", "tracking", "student", "evaluate", "train"},

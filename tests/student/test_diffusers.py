@@ -45,6 +45,11 @@ def latents(pipe, **options) -> torch.Tensor:
     return pipe(PROMPTS, generator=generators, output_type="latent", **options).images
 
 
+def test_every_exported_file_is_readable_as_any_other(folder) -> None:
+    modes = {file.name: file.stat().st_mode for file in folder.rglob("*") if file.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
 @pytest.mark.parametrize("steps", [None, 2])
 def test_diffusers_draws_what_the_student_draws(student, pipe, steps) -> None:
     expected = student(PROMPTS, seed=0, num_inference_steps=steps, output_type="latent").images

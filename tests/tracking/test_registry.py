@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
 from fewstep.student.resolve import resolve_student
 from fewstep.tracking.address import connect
@@ -152,6 +153,46 @@ def test_the_alias_moves_to_the_new_version_and_others_stay(database, export, to
     fourth = register(export, "moving", database, run_id, script=toy_script)
     assert resolve("models:/moving@champion", database)[1] == fourth
     assert [one.version for one in (first, second, third, fourth)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("latest", ["latest", "Latest"])
+def test_latest_is_the_newest_version_whatever_the_aliases_say(uri, export, toy_script, tmp_path, latest):
+    name = f"newest-{latest}"
+    run_id = finished_run(uri, tmp_path / "spool")
+    client = connect(uri)
+    client.create_registered_model(name)
+    for _ in range(10):  # as text, 9 is more than 10
+        client.create_model_version(name, source=client.get_run(run_id).info.artifact_uri, run_id=run_id)
+    newest = register(export, name, uri, run_id, alias=None, script=toy_script)
+    client.set_registered_model_alias(name, "champion", "2")
+    assert newest.version == 11
+    folder, found = resolve(f"models:/{name}/{latest}", uri)
+    assert (folder / "deep" / "colour.txt").is_file()
+    assert found == newest == look_up(f"models:/{name}/{latest}", uri)
+    assert ModelSource(name="m", source=f"models:/{name}/{latest}").follows_alias, "a newer one may come"
+
+
+def test_latest_of_nothing_says_what_exists(database, export, toy_script, tmp_path):
+    with pytest.raises(UserError, match="no registered model 'absent': use one that exists"):
+        resolve("models:/absent/latest", database)
+    connect(database).create_registered_model("hollow")
+    with pytest.raises(UserError, match="'hollow' has no version: use one of the versions none"):
+        look_up("models:/hollow/latest", database)
+
+
+@pytest.mark.parametrize("name", ["my runs", "a%20b", "a+b", "what?x=1#2", "é"])
+def test_a_folder_s_name_is_no_part_of_an_address(name, toy_script, tmp_path, monkeypatch):
+    (home := tmp_path / name).mkdir()
+    (home / "student" / "deep").mkdir(parents=True)
+    (home / "student" / "deep" / "colour.txt").write_text("red")
+    monkeypatch.chdir(home)
+    run_id = finished_run("sqlite:///mlflow.db", Path("spool"))
+    register(home / "student", "toy", "sqlite:///mlflow.db", run_id, script=toy_script)
+    folder, _ = resolve("models:/toy@champion", "sqlite:///mlflow.db")
+    assert (folder / "deep" / "colour.txt").read_text() == "red"
+    assert folder.is_relative_to(home / "mlartifacts"), "in place, without a download"
+    assert resolve(f"runs:/{run_id}/export", "sqlite:///mlflow.db")[0].joinpath("card.md").is_file()
+    assert (home / "mlflow.db").is_file()
 
 
 def test_an_unknown_name_alias_or_version_lists_what_exists(database, export, toy_script, tmp_path):

@@ -31,7 +31,6 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: the dataset has no classes or no pictures.
     """
-    from safetensors.torch import save_file
     from tqdm.auto import tqdm
 
     from fewstep.cluster import connect_ray
@@ -41,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
     from fewstep.encoders.labels import LabelEncoder, is_labels
     from fewstep.errors import UserError
     from fewstep.evaluate.classifier import brightness_of, train_classifier
+    from fewstep.files import save_weights
     from fewstep.models.conditioning import ClassConditioning
 
     connect_ray()
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         name: tensor.half() if tensor.is_floating_point() else tensor
         for name, tensor in classifier.state_dict().items()
     }
-    save_file(
+    save_weights(
         halves, options.out, metadata={"classes": info.encoding.text_encoder, "accuracy": f"{accuracy:.4f}"}
     )
     print(

@@ -118,9 +118,8 @@ def table_rows(
     name = name or path.rpartition("/")[2]
     read, zipped = _reader(path, name)
     content = _content(path)
-    if zipped and content.startswith(
-        b"\x1f\x8b"
-    ):  # pyarrow has unzipped it, except where the suffix is in capitals
+    # pyarrow has unzipped it already, except where the suffix is in capitals.
+    if zipped and content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
@@ -326,8 +325,8 @@ def _content(path: str) -> bytes:
     Raises:
         UserError: it doesn't exist, or its storage can't be reached.
     """
-    folder, slash, name = path.rpartition("/")
-    content = Storage.at(folder or slash or ".").read(name)
+    storage, name = Storage.of_file(path)
+    content = storage.read(name)
     if content is None:
         raise UserError(f"the file {path} doesn't exist: check the path.")
     return content

@@ -12,11 +12,13 @@ class ModelSource(Config):
     """What requests call it."""
     source: str
     """A bundled name, an exported folder, `s3://bucket/folder`, a hub id, or MLflow's `models:/name@alias`,
-    `models:/name/3`."""
+    `models:/name/3`, `models:/name/latest`."""
     teacher: str | None = None
     """Where its teacher lies here, if not where the student's card says: a folder, a hub id or `s3://`."""
 
     @property
     def follows_alias(self) -> bool:
         """Whether its version may change while it is served."""
-        return self.source.startswith("models:/") and "@" in self.source
+        return self.source.startswith("models:/") and (
+            "@" in self.source or self.source.lower().endswith("/latest")
+        )

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.assets import bundled_folder, expanded, is_hub_id
 from fewstep.errors import UserError
+from fewstep.files import save_weights
 from fewstep.models.family import Family, Transformer
 from fewstep.models.registry import get_family
 
@@ -169,7 +169,7 @@ def save_teacher(
     transformer.save_config(folder)
     published = get_family(card.family).published(transformer, weights)
     halves = {name: tensor.half().contiguous() for name, tensor in published.items()}
-    save_file(halves, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_weights(halves, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 

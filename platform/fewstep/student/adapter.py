@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.files import save_weights
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork
@@ -106,7 +106,7 @@ def save_adapter(network: PolicyNetwork, folder: Path, weights: dict[str, Tensor
         }
     base = _base_config(network, points)
     (folder / CONFIG).write_text(json.dumps(head | base, indent=2) + "\n")
-    save_file(
+    save_weights(
         adapter_state(network, weights), folder / WEIGHTS, metadata={"policy_config": json.dumps(policy)}
     )
 

@@ -30,10 +30,11 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.loaders import Flux2LoraLoaderMixin, FluxLoraLoaderMixin, QwenImageLoraLoaderMixin
 from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.files import save_weights, shared_weights
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, build_head
@@ -104,7 +105,7 @@ class StudentHead(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"policy": self.policy_config.model_dump(), "base": self.base}
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(self.head.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+        save_weights(self.head.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
         write_student_card(self.card, folder)
         (folder / "head.py").write_text(f"from {__name__} import {StudentHead.__name__}  # noqa: F401\n")
 
@@ -148,7 +149,7 @@ class TransformerOnTeacher(nn.Module):
         trunk = {
             name: tensor for name, tensor in state.items() if not name.startswith(("norm_out", "proj_out"))
         }
-        save_file(trunk, folder / ADAPTERS, metadata={"format": "pt"})
+        save_weights(trunk, folder / ADAPTERS, metadata={"format": "pt"})
         write_student_card(card, folder)
         (folder / "transformer.py").write_text(
             f"from {__name__} import {TransformerOnTeacher.__name__}  # noqa: F401\n"
@@ -299,7 +300,8 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
             options: arguments of the transformer's own `save_pretrained`, such as `max_shard_size`.
         """
         folder = Path(save_directory)
-        self.transformer.save_pretrained(folder / "transformer", **options)
+        with shared_weights(folder / "transformer"):
+            self.transformer.save_pretrained(folder / "transformer", **options)
         self._save_beside(folder, ("diffusers", type(self.transformer).__name__))
 
     def _save_beside(self, folder: Path, transformer: tuple[str, str]) -> None:

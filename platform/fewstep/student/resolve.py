@@ -38,7 +38,7 @@ def resolve_student(
 
     Args:
         source: a bundled name, a student's folder, `s3://bucket/folder`, MLflow's `models:/name@alias`,
-            `models:/name/3` or `runs:/id/path`, or a hub id (owner/name).
+            `models:/name/3`, `models:/name/latest` or `runs:/id/path`, or a hub id (owner/name).
         tracking_uri: address of MLflow; by default `MLFLOW_TRACKING_URI` or ./mlflow.db.
         into: folder that files are fetched to; by default a new temporary folder, or the hub's cache.
 

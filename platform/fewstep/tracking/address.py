@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from fewstep.assets import expanded
 from fewstep.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,14 +43,24 @@ def absolute_uri(uri: str) -> str:
     database per worker.
     """
     path = sqlite_path(uri)
-    return uri if path is None else f"{_SQLITE}{path}"
+    return uri if path is None else _sqlite_uri(path)
 
 
 def sqlite_path(uri: str) -> Path | None:
     """The database file of an sqlite address, absolute; None for any other address."""
     if not uri.startswith(_SQLITE):
         return None
-    return Path(uri.removeprefix(_SQLITE)).expanduser().absolute()
+    # As MLflow reads it: an address is a URL, in which `%20` is a blank and `?` begins options.
+    from sqlalchemy.engine import make_url
+
+    return expanded(make_url(uri).database or "").absolute()
+
+
+def _sqlite_uri(path: Path) -> str:
+    """The sqlite address of a database file, with the characters encoded that would mean something else in it."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
@@ -57,7 +68,13 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     path = sqlite_path(uri)
     if path is None:
         return None
-    return str(path.parent / "mlartifacts" / re.sub(r"[^\w.-]+", "_", experiment))
+    return _artifact_root(path, re.sub(r"[^\w.-]+", "_", experiment))
+
+
+def _artifact_root(database: Path, *parts: str) -> str:
+    """The address of a folder for files beside an sqlite database."""
+    # Of a plain path, too, MLflow decodes what looks percent-encoded.
+    return str(database.parent.joinpath("mlartifacts", *parts)).replace("%", "%25")
 
 
 @contextmanager
@@ -153,7 +170,7 @@ def _create_database(path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as scratch:
-        store = SqlAlchemyStore(f"{_SQLITE}{scratch}/{path.name}", str(path.parent / "mlartifacts"))
+        store = SqlAlchemyStore(_sqlite_uri(Path(scratch, path.name)), _artifact_root(path))
         store.engine.dispose()
         # A hard link appears in one act, and fails where the name is taken; renaming would replace the other database.
         with suppress(FileExistsError):

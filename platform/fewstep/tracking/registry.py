@@ -36,7 +36,7 @@ LISTED = 5
 PAGE = 1000
 """Registered models that are asked for at a time, the most that MLflow gives."""
 
-_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))")
+_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+|(?i:latest)))")
 _RUN_FILES = re.compile(r"runs:/(?P<run_id>[^/]+)/(?P<path>.+)")
 
 
@@ -125,7 +125,8 @@ def resolve(model: str, uri: str, into: Path | None = None) -> tuple[Path, Model
     """Find an exported student by its address, and fetch its files if they are elsewhere.
 
     Args:
-        model: "models:/NAME@ALIAS", "models:/NAME/3", "runs:/RUN_ID/PATH", or a plain local folder.
+        model: "models:/NAME@ALIAS", "models:/NAME/3", "models:/NAME/latest" (the newest version), "runs:/RUN_ID/PATH",
+            or a plain local folder.
         uri: tracking address.
         into: where to download to. By default a new temporary folder, or no download at all where MLflow keeps the
             files on this machine.
@@ -150,12 +151,12 @@ def resolve(model: str, uri: str, into: Path | None = None) -> tuple[Path, Model
             return _student_in(_download(client, uri, model, model, into)), info
     raise UserError(
         f"model address {model!r} is of no known form: "
-        "use models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/PATH or a local folder"
+        "use models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, runs:/RUN_ID/PATH or a local folder"
     )
 
 
 def look_up(model: str, uri: str) -> ModelVersionInfo:
-    """Which version "models:/NAME@ALIAS" or "models:/NAME/3" means now; nothing is downloaded.
+    """Which version "models:/NAME@ALIAS", "models:/NAME/latest" or "models:/NAME/3" means now, without download.
 
     Raises:
         UserError: no such model, alias or version, or no registry in reach.
@@ -163,7 +164,8 @@ def look_up(model: str, uri: str) -> ModelVersionInfo:
     match = _REGISTERED.fullmatch(model)
     if match is None:
         raise UserError(
-            f"{model!r} names no registered model: use models:/NAME@ALIAS or models:/NAME/VERSION"
+            f"{model!r} names no registered model: use models:/NAME@ALIAS, models:/NAME/VERSION or "
+            "models:/NAME/latest"
         )
     uri = absolute_uri(uri)
     with mlflow_settings(LOOK_UP_SECONDS):
@@ -204,7 +206,8 @@ def _store_model(
                 save_model(
                     f"{scratch}/model",
                     python_model=str(script),
-                    artifacts={ARTIFACT: str(folder)},
+                    # As a URI: of a plain path MLflow, too, decodes what looks percent-encoded.
+                    artifacts={ARTIFACT: folder.absolute().as_uri()},
                     signature=_signature(),
                     # Stated, because MLflow would load the model in a subprocess to find out what it imports.
                     pip_requirements=list(requirements),
@@ -277,6 +280,8 @@ def _find_version(
         if alias is not None:
             return client.get_model_version_by_alias(name, alias)
         assert version is not None, "an address has an alias or a version"
+        if not version.isdigit():
+            return _newest_version(client, uri, name)
         return client.get_model_version(name, version)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -286,6 +291,21 @@ def _find_version(
             ) from error
         what = f"alias {alias!r}" if alias is not None else f"version {version}"
         raise UserError(_what_exists(client, uri, name, what)) from error
+
+
+def _newest_version(client: MlflowClient, uri: str, name: str) -> ModelVersion:
+    """The version with the largest number, as MLflow's own loaders read `latest`.
+
+    Raises:
+        UserError: the model has none.
+    """
+    quoted = name.replace("'", "\\'")
+    found = client.search_model_versions(
+        f"name = '{quoted}'", max_results=1, order_by=["version_number DESC"]
+    )
+    if not found:
+        raise UserError(_what_exists(client, uri, name, "version"))
+    return found[0]
 
 
 def _what_exists(client: MlflowClient, uri: str, name: str, missing: str) -> str:
@@ -361,9 +381,11 @@ def _student_in(folder: Path) -> Path:
     """The exported folder inside an MLflow model; a folder that is no MLflow model is itself one."""
     if not (folder / "MLmodel").exists():
         return _require_folder(folder)
-    from mlflow.models import Model
+    import yaml
 
-    stored = Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
+    # Not by MLflow's `Model.load`, which decodes a path that looks percent-encoded.
+    model = yaml.safe_load((folder / "MLmodel").read_text())
+    stored = model.get("flavors", {}).get("python_function", {}).get("artifacts", {})
     if ARTIFACT not in stored:
         raise UserError(
             f"MLflow model {str(folder)!r} holds no student: choose a model that fewstep registered"

@@ -4,29 +4,43 @@ At the step of a checkpoint the tensors are copied, and written in the backgroun
 step, when every rank has finished writing, the checkpoint is reported to Ray Train. Random numbers and batches of a
 step are pure functions of (seed, rank, micro-batch), so a checkpoint needs no state of generators or of the data
 stream: the step is enough.
+
+Each rank writes its own files to the run's storage, and then a manifest with their sizes and checksums. A checkpoint
+whose manifests of all ranks are there, and whose files have those sizes, is whole: what a power cut or a killed upload
+leaves is told from it without reading the tensors.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from fewstep.storage import Storage
 from fewstep.train.optimizers import first_slots
+
+if TYPE_CHECKING:
+    import ray.train
 
 STATE = "state.json"
 """Name of the file in a checkpoint that holds what are no tensors, a `TrainState`."""
 
 FOLDER = "step-"
 """Prefix of the names of checkpoints' folders, before the step in seven digits."""
+
+INDEX = ".metadata"
+"""Name of the file in a checkpoint in which torch lists the tensors."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class TrainState:
     """The resolved recipe."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last metrics that were logged."""
+    ranks: int = 0
+    """Number of ranks that wrote it, each with a manifest; 0 in checkpoints of before fewstep 0.3, which have none."""
 
     @classmethod
     def parse(cls, content: bytes) -> TrainState:
@@ -63,7 +79,9 @@ class Checkpoints:
     """
 
     def __init__(self, tensors: Callable[[], Mapping[str, Any]], origin: TrainState, group: Any) -> None:
-        self._tensors, self._origin, self._group = tensors, origin, group
+        self._tensors, self._group = tensors, group
+        self._rank = dist.get_rank(group)
+        self._origin = replace(origin, ranks=dist.get_world_size(group))
         self._pending: tuple[Path, TrainState, Any] | None = None  # the last is a future of writing
 
     def begin(self, step: int, metrics: dict[str, float]) -> None:
@@ -75,7 +93,8 @@ class Checkpoints:
         folder = Path(tempfile.mkdtemp(prefix="fewstep-checkpoint-"))
         # Returns when the tensors are copied to memory of their own, so that training may change them.
         future = dcp.async_save(dict(self._tensors()), checkpoint_id=str(folder), process_group=self._group)
-        (folder / STATE).write_text(json.dumps(asdict(state), indent=1))
+        if self._rank == 0:
+            (folder / STATE).write_text(json.dumps(asdict(state), indent=1))
         self._pending = folder, state, future
 
     def settle(self) -> None:
@@ -92,8 +111,20 @@ class Checkpoints:
             # The random part makes a new folder also where an interrupted run has left one of the same step.
             checkpoint_dir_name=f"{FOLDER}{state.step:07d}-{os.urandom(2).hex()}",
             delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=self._upload,
         )
         self._pending = None
+
+    def _upload(self, local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copy this rank's files to the run's storage, and then their manifest."""
+        import ray.train
+
+        kept = ray.train.get_context().get_storage().persist_current_checkpoint(local, name)
+        files = {path: _measured(Path(local.path, path)) for path in _files(Path(local.path))}
+        place = Storage(kept.path, kept.filesystem, kept.path)
+        place.settle(files)
+        place.write(_manifest(self._rank), json.dumps(files, indent=1).encode())
+        return kept
 
     def finish(self, step: int, export: Callable[[Path], None] | None) -> None:
         """Report the last checkpoint.
@@ -108,6 +139,124 @@ class Checkpoints:
         if export is not None:
             export(self._pending[0])
         self.settle()
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint in a run's storage."""
+
+    name: str
+    """Of its folder."""
+    state: TrainState | None
+    """Its content beside the tensors; None if it can't be read."""
+    fault: str | None
+    """What keeps it from being whole, in words; None if it is."""
+
+
+def saved_checkpoints(run: Storage) -> Iterator[SavedCheckpoint]:
+    """The checkpoints of a run, newest first. Their tensors are not read.
+
+    Args:
+        run: the run's folder.
+
+    Raises:
+        UserError: the storage can't be reached.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    for path, size in run.list().items():
+        name, _, file = path.partition("/")
+        if name.startswith(FOLDER) and file:
+            sizes.setdefault(name, {})[file] = size
+    # Names begin with the step in seven digits, so that the largest is the newest.
+    for name in sorted(sizes, reverse=True):
+        try:
+            state = TrainState.parse(run.read(f"{name}/{STATE}") or b"")
+        except (ValueError, TypeError, AttributeError):  # no JSON, or not with the wanted content
+            yield SavedCheckpoint(name, None, _unreadable(STATE, sizes[name]))
+        else:
+            yield SavedCheckpoint(name, state, _fault(run, name, state.ranks, sizes[name]))
+
+
+def _fault(run: Storage, name: str, ranks: int, sizes: Mapping[str, int]) -> str | None:
+    """What keeps a checkpoint from being whole, in words; None if it is.
+
+    Args:
+        run: the run's folder.
+        name: of the checkpoint's folder.
+        ranks: how many have a manifest in it.
+        sizes: bytes of each file in it.
+    """
+    wanted: dict[str, int] = {}
+    # Before there were manifests: torch's own list of what lies where in the files.
+    for listing in [_manifest(rank) for rank in range(ranks)] or [INDEX]:
+        content = run.read(f"{name}/{listing}") or b""
+        try:
+            wanted |= _sizes_in_manifest(content) if ranks else _sizes_in_index(content)
+        except Exception:  # pickle raises errors of every kind
+            return _unreadable(listing, sizes)
+    short = [file for file, size in wanted.items() if sizes.get(file, 0) < size]
+    return f"its {short[0]} has {sizes.get(short[0], 0)} bytes of {wanted[short[0]]}" if short else None
+
+
+def _unreadable(file: str, sizes: Mapping[str, int]) -> str:
+    """Why a file of a checkpoint that has files of `sizes` can't be read, in words."""
+    return f"its {file} is {'empty or torn' if file in sizes else 'missing'}"
+
+
+def _sizes_in_manifest(content: bytes) -> dict[str, int]:
+    """Name → bytes of the files of a rank."""
+    return {file: int(size) for file, (size, _) in json.loads(content).items()}
+
+
+def _sizes_in_index(content: bytes) -> dict[str, int]:
+    """Name → bytes that each file has at least, by torch's list of tensors."""
+    sizes: dict[str, int] = {}
+    for part in pickle.loads(content).storage_data.values():
+        sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
+    return sizes
+
+
+def altered_file(folder: Path, group: Any) -> str | None:
+    """Name of a file whose content is not what its manifest says; None if all are as they were written.
+
+    The ranks share the work, and all get the same answer.
+
+    Args:
+        folder: of a checkpoint, on this machine.
+        group: a process group of all ranks.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    listed = {
+        file: tuple(measured)
+        for manifest in sorted(folder.glob(_manifest("*")))
+        for file, measured in json.loads(manifest.read_text()).items()
+    }
+    mine = sorted(listed)[rank::ranks]
+    altered = [
+        file for file in mine if not (folder / file).is_file() or _measured(folder / file) != listed[file]
+    ]
+    everywhere: list[list[str]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(everywhere, altered, group=group)
+    return next((file for files in everywhere for file in files), None)
+
+
+def _manifest(rank: int | str) -> str:
+    """Name of the manifest of a rank, which maps the names of its files to `_measured`."""
+    return f"manifest-{rank}.json"
+
+
+def _files(folder: Path) -> list[str]:
+    """Every file below a folder, relative to it."""
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def _measured(file: Path) -> tuple[int, int]:
+    """Size in bytes and CRC-32 of a file."""
+    size = checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return size, checksum
 
 
 def read_state(folder: Path) -> TrainState:

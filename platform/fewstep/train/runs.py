@@ -49,8 +49,18 @@ class RunRecord:
         (RECORDS / f"{run_name}.yaml").write_text(resolved)
 
 
-def last_state(storage: str, run_name: str) -> ckpt.TrainState | None:
-    """The state in a run's newest checkpoint, wherever the run was started; None if it has no checkpoint.
+def run_folder(storage: str, run_name: str) -> Storage:
+    """The storage of one run's checkpoints.
+
+    Args:
+        storage: folder or `s3://…` of all runs' checkpoints.
+        run_name: name of the run.
+    """
+    return Storage.at(f"{Storage.at(storage).root}/{run_name}")
+
+
+def last_checkpoint(storage: str, run_name: str) -> ckpt.SavedCheckpoint | None:
+    """A run's newest whole checkpoint, wherever the run was started; None if it has none.
 
     Args:
         storage: folder or `s3://…` of all runs' checkpoints.
@@ -59,11 +69,14 @@ def last_state(storage: str, run_name: str) -> ckpt.TrainState | None:
     Raises:
         UserError: the storage can't be reached.
     """
-    place = Storage.at(f"{storage}/{run_name}")
-    states = [name for name in place.list() if name.startswith(ckpt.FOLDER) and name.endswith(ckpt.STATE)]
-    # Names begin with the step in seven digits, so that the largest is the newest.
-    content = place.read(max(states)) if states else None
-    return None if content is None else ckpt.TrainState.parse(content)
+    saved = ckpt.saved_checkpoints(run_folder(storage, run_name))
+    return next((one for one in saved if one.fault is None), None)
+
+
+def last_state(storage: str, run_name: str) -> ckpt.TrainState | None:
+    """The state in a run's newest whole checkpoint; None if it has none. For arguments see `last_checkpoint`."""
+    last = last_checkpoint(storage, run_name)
+    return None if last is None else last.state
 
 
 def recipe_of(run_name: str, storage: str) -> str | dict[str, Any] | None:
@@ -84,7 +97,7 @@ def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> Non
         UserError: there is no such run in the recipe's storage, or its checkpoints hold other tensors.
     """
     storage, record = Storage.at(recipe.train.storage).root, RunRecord.of(run_name)
-    if Storage.at(f"{storage}/{run_name}").list():
+    if run_folder(storage, run_name).list():
         if (state := last_state(storage, run_name)) is not None:
             _check_same_tensors(recipe, run_name, state)
     elif record is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fewstep.cluster import told_own_cluster
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.encoders import load_encoder
@@ -18,8 +19,10 @@ from fewstep.student.card import read_student_card, write_student_card
 from fewstep.tracking import spool_folder
 from fewstep.tracking.run import TrackedRun, Tracker, has_run
 from fewstep.tracking.version import run_tags
+from fewstep.train.checkpoint import TrainState
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainConfig, network_section
-from fewstep.train.runs import RunRecord, last_state
+from fewstep.train.recovery import recover
+from fewstep.train.runs import RunRecord, last_checkpoint, run_folder
 from fewstep.train.validation import check
 from fewstep.train.worker import EXPORT, SamplePlan, WorkerJob, train_worker
 
@@ -55,13 +58,20 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
             last checkpoint, in the same MLflow run.
 
     Raises:
-        UserError: see `check`; the loss became infinite or NaN; or workers died more often than the recipe allows.
+        UserError: see `check`; the run has no whole checkpoint any more, or one of a later step than the recipe's last;
+            the loss became infinite or NaN; or workers died more often than the recipe allows.
     """
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     info = check(recipe)
     run_name = run_name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     resolved = recipe.model_dump(mode="json")
+    begun = recover(run_folder(recipe.train.storage, run_name))
+    if begun is not None and begun.step > recipe.train.steps:
+        raise UserError(
+            f"--resume: run {run_name!r} can't end at step {recipe.train.steps}, its last checkpoint is of step "
+            f"{begun.step}: set train.steps to that or more."
+        )
     tracker = Tracker.start(
         uri=recipe.tracking.uri,
         experiment=recipe.tracking.experiment,
@@ -69,7 +79,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         params=resolved,
         tags=run_tags() | {"recipe": recipe.name},
         spool=spool_folder(),
-        run_id=_mlflow_run(recipe, run_name),
+        run_id=_mlflow_run(recipe, run_name, begun),
     )
     with tracker:
         # Before training begins, so that a run that is killed at any time can be resumed by its name.
@@ -77,12 +87,11 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         tracker.log_json(resolved, "recipe.json")
         tracker.flush()
         try:
-            result = _ray_trainer(recipe, run_name, info, tracker.run).fit()
+            with told_own_cluster():
+                result = _ray_trainer(recipe, run_name, info, tracker.run).fit()
         except TrainingFailedError as error:
-            raise UserError(
-                f"run {run_name} failed: {_root_cause(error)}; "
-                f"continue it from its last checkpoint with --resume {run_name}."
-            ) from error
+            way_on = _way_on(recipe, run_name, begun)
+            raise UserError(f"run {run_name} failed: {_root_cause(error)}; {way_on}.") from error
         # Ray Train v2's results and settings have fields that its type annotations, those of v1, lack.
         if (stopped := cast(Any, result).return_value) is not None:
             raise UserError(f"run {run_name} stopped: {stopped}")
@@ -97,12 +106,33 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
     return TrainedModel(run_name, folder, cast(Any, result).checkpoint.path, tracker.run_id, metrics)
 
 
-def _mlflow_run(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> str | None:
+def _mlflow_run(recipe: DistillRecipe | TeacherRecipe, run_name: str, begun: TrainState | None) -> str | None:
     """Id of the MLflow run to continue: from the current folder's record, or else from the checkpoints; or None."""
     if (record := RunRecord.of(run_name)) is not None:
         return record.mlflow_run
-    state = last_state(recipe.train.storage, run_name)
-    return state.mlflow_run if state is not None and has_run(recipe.tracking.uri, state.mlflow_run) else None
+    return begun.mlflow_run if begun is not None and has_run(recipe.tracking.uri, begun.mlflow_run) else None
+
+
+def _way_on(recipe: DistillRecipe | TeacherRecipe, run_name: str, begun: TrainState | None) -> str:
+    """What a user may do after a run failed; resuming alone is not it where the same would happen again.
+
+    Args:
+        recipe, run_name: of the run.
+        begun: the state that it was resumed from.
+    """
+    try:
+        last = last_checkpoint(recipe.train.storage, run_name)
+    except UserError as error:  # where the storage is away, that is the thing to mend
+        return f"and {str(error).rstrip('.')}"
+    if last is None or last.state is None:
+        return f"it has no checkpoint yet: mend the cause, and begin it again with --resume {run_name}"
+    if begun is not None and last.state.step <= begun.step:
+        folder = run_folder(recipe.train.storage, run_name).root
+        return (
+            f"it came to no checkpoint after that of step {begun.step}, from which it was resumed: mend the cause "
+            f"before you resume it again, or delete {folder}/{last.name} to go on from the one before"
+        )
+    return f"continue it from its last checkpoint with --resume {run_name}"
 
 
 def _ray_trainer(
@@ -111,7 +141,7 @@ def _ray_trainer(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    settings = recipe.train
+    settings, storage = recipe.train, Storage.at(recipe.train.storage)
     # Everything that workers need is computed here once, and sent to them.
     job = WorkerJob(
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
@@ -132,7 +162,9 @@ def _ray_trainer(
         torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
         run_config=cast(Any, ray.train.RunConfig)(
             name=run_name,
-            storage_path=Storage.at(settings.storage).root,
+            # Not an address: Ray would read it as a URI, and decode it.
+            storage_path=storage.base,
+            storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             worker_runtime_env={"env_vars": worker_environment(settings)},

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,8 +91,9 @@ def _train(job: WorkerJob) -> None:
 
     origin = ckpt.TrainState(0, settings.seed, job.tracking.run_id, recipe.model_dump(mode="json"))
     # A process group of its own: writing in the background must not wait for the training's collectives.
-    checkpoints = ckpt.Checkpoints(learner.tensors, origin, dist.new_group(backend="gloo"))
-    done = _resume(learner)
+    group = dist.new_group(backend="gloo")
+    checkpoints = ckpt.Checkpoints(learner.tensors, origin, group)
+    done = _resume(learner, group)
 
     tracker = None
     if rank == 0:  # only one worker reports to MLflow
@@ -135,11 +137,15 @@ def _prepare_process(job: WorkerJob) -> torch.device:
     return ray.train.torch.get_device() if job.recipe.train.gpu else torch.device("cpu")
 
 
-def _resume(learner: Learner) -> int:
+def _resume(learner: Learner, group: Any) -> int:
     """Load Ray Train's latest checkpoint, if there is one; returns the optimizer steps that are done.
 
+    Args:
+        learner: gets the checkpoint's tensors.
+        group: a process group of all ranks, on CPUs.
+
     Raises:
-        TrainingStopped: the checkpoint is of a later step than the recipe's last.
+        TrainingStopped: a file of the checkpoint is not what was written.
     """
     import ray.train
 
@@ -147,9 +153,12 @@ def _resume(learner: Learner) -> int:
     if (latest := ray.train.get_checkpoint()) is None:
         return 0
     with latest.as_directory() as folder:
+        if (file := ckpt.altered_file(Path(folder), group)) is not None:
+            raise TrainingStopped(
+                f"{file} in its last checkpoint is not what was written there: delete the folder {latest.path}, and "
+                "--resume goes on from the checkpoint before."
+            )
         done = ckpt.read_state(Path(folder)).step
-        if done > settings.steps:
-            raise TrainingStopped(f"its last checkpoint is of step {done}: set train.steps to that or more.")
         ckpt.load_tensors(learner.tensors(), Path(folder))
     if learner.rank == 0:
         print(f"resumed from the checkpoint of step {done}", flush=True)

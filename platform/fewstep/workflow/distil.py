@@ -69,7 +69,7 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
     print(
         f"student     {trained.folder.absolute()}\n"
         f"MLflow run  {trained.run_name} ({tracker.run_id})\n"
-        f"open MLflow mlflow ui --backend-store-uri {tracker.uri}   (or: make ui), then visit port 5000",
+        f"open MLflow mlflow ui --backend-store-uri {quote(tracker.uri)}   (or: make ui), then visit port 5000",
         flush=True,
     )
     # After the run has ended, so that all that could fail before is printed by then.

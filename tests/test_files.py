@@ -1,0 +1,70 @@
+"""Files of weights: readable as other files are, and written through links."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fewstep.files import save_weights, shared_weights
+
+
+def with_function(file: Path, value: float) -> None:
+    save_weights({"weight": torch.full((2,), value)}, file, metadata={"format": "pt"})
+
+
+def within_context(file: Path, value: float) -> None:
+    with shared_weights(file.parents[1]):  # as a library does it, in a folder of its own
+        file.parent.mkdir(exist_ok=True)
+        save_file({"weight": torch.full((2,), value)}, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("write", [with_function, within_context])
+def test_weights_are_readable_as_other_files_are(
+    write: Callable[[Path, float], None], umask: int, tmp_path: Path
+) -> None:
+    (folder := tmp_path / "inner").mkdir()
+    for value in (1.0, 2.0):  # new, and replaced
+        write(folder / "model.safetensors", value)
+        (folder / "config.json").write_text("{}")
+        modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
+        assert modes.keys() == {"model.safetensors", "config.json"}, "nothing is left beside them"
+        assert modes["model.safetensors"] == modes["config.json"]
+        assert load_file(folder / "model.safetensors")["weight"].tolist() == [value] * 2
+
+
+@pytest.mark.parametrize("write", [with_function, within_context])
+def test_a_link_stays_and_its_target_is_written(write: Callable[[Path, float], None], tmp_path: Path) -> None:
+    (folder := tmp_path / "inner").mkdir()
+    (tmp_path / "store").mkdir()
+    target, link = tmp_path / "store" / "weights.bin", folder / "model.safetensors"
+    link.symlink_to("../store/weights.bin")
+    for value in (1.0, 2.0):  # its target is missing at first
+        write(link, value)
+        assert str(link.readlink()) == "../store/weights.bin"
+        assert load_file(target)["weight"].tolist() == [value] * 2
+        assert target.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def test_files_that_were_not_written_keep_their_permissions(tmp_path: Path) -> None:
+    (folder := tmp_path / "inner").mkdir()
+    with_function(secret := folder / "secret.safetensors", 1.0)
+    secret.chmod(0o600)
+    within_context(folder / "model.safetensors", 1.0)
+    assert secret.stat().st_mode & 0o777 == 0o600
+
+
+def current_umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
