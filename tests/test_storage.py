@@ -37,7 +37,7 @@ def test_an_s3_address_is_the_key_as_it_is_written(prefix: str, s3_bucket: str) 
         storage.write("o.txt", b"caption\n")
         assert keys(s3_bucket) == {f"{prefix}/o.txt"}
     assert Storage.at(f"{s3_bucket}//").list() == {f"{prefix}/o.txt": 8}
-    assert [row for _, row in table_rows(f"{s3_bucket}/{prefix}/o.txt")] == [{"caption": "caption"}]
+    assert [row.values for row in table_rows(f"{s3_bucket}/{prefix}/o.txt")] == [{"caption": "caption"}]
 
 
 @pytest.mark.parametrize("address", ["s3://", "s3:///a", "s3://b//a", "s3://b/./a", "s3://b/../a"])
@@ -56,7 +56,7 @@ def test_a_file_address_names_the_folder_s_own_storage(name: str, tmp_path: Path
         assert Storage.at(uri).root == str(folder)
         assert Storage.at(uri.replace("file:///", "file://localhost/")).root == str(folder)
         written = uri.rstrip("/") + "/t.txt"
-        assert [row for _, row in table_rows(written)] == [{"caption": "caption"}]
+        assert [row.values for row in table_rows(written)] == [{"caption": "caption"}]
 
 
 @pytest.mark.parametrize("address", ["file://elsewhere/data", "file:data", "file://", "file:"])
