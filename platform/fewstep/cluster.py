@@ -10,6 +10,10 @@ from contextlib import contextmanager
 
 ADDRESS = "RAY_ADDRESS"
 """Name of the environment variable with the address of the cluster that is meant."""
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+"""Name of the environment variable with the address of the dashboard that is meant, which goes before the other."""
+NOBODY = "http://127.0.0.1:9"
+"""An address that nobody serves."""
 
 
 def connect_ray(*, show_logs: bool = True, keep_node: bool = False) -> str | None:
@@ -57,16 +61,23 @@ def told_own_cluster() -> Iterator[None]:
     # that was joined before can't be given a runtime environment any more, which would do the same.
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
-    before = os.environ.get(ADDRESS)
-    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    told = {ADDRESS: ray.get_runtime_context().gcs_address}
+    if not ray._private.worker.get_dashboard_url():
+        # The helper asks the cluster's dashboard. Where there is none, it would try the port that dashboards usually
+        # have, which may be another cluster's; without an answer it leaves the run alone.
+        told[API_SERVER] = NOBODY
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    ENV_VARS_TO_PROPAGATE.update(told)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[ADDRESS]
-        else:
-            os.environ[ADDRESS] = before
+        ENV_VARS_TO_PROPAGATE.difference_update(told)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _start_node(cpus: int) -> None:

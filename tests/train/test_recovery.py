@@ -248,6 +248,8 @@ def test_a_run_keeps_its_checkpoints_below_the_very_key(
     assert all(key.startswith(("my runs%20/x+y/", "my runs%20/")) for key in keys)
     steps = {key.split("/")[3][:12] for key in keys if "/step-" in key}
     assert steps == {"step-0000001", "step-0000002"}
-    assert (trained.folder / "config.json").is_file()
+    modes = {file.name: file.stat().st_mode for file in trained.folder.rglob("*") if file.is_file()}
+    assert "config.json" in modes
+    assert len(set(modes.values())) == 1, f"the fetched student is not readable alike: {modes}"
     uploads = client.list_multipart_uploads(Bucket=s3_bucket[5:]).get("Uploads", [])
     assert uploads == []

@@ -38,6 +38,24 @@ with told_own_cluster():
     ).fit()
 """
 
+WITHOUT_DASHBOARD = """
+import os, ray
+from ray.util.state import get_actor
+from ray.util.state.exception import RayStateApiException
+from fewstep.cluster import told_own_cluster
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1")
+before = dict(os.environ)
+with told_own_cluster():
+    assert os.environ["RAY_ADDRESS"] == ray.get_runtime_context().gcs_address
+    print("asks", os.environ["RAY_API_SERVER_ADDRESS"])
+    try:
+        get_actor("0" * 32)
+    except RayStateApiException:  # for which Ray Train's helper waits, and ends nothing
+        print("no answer")
+assert dict(os.environ) == before
+"""
+
 
 @pytest.fixture
 def machine() -> Iterator[dict[str, str]]:
@@ -96,3 +114,10 @@ def test_a_run_is_not_ended_by_another_cluster(machine: dict[str, str], tmp_path
     said = (tmp_path / "log").read_text()
     assert status == 0, said[-2000:]
     assert "Found multiple active Ray instances" not in said, "nothing had to guess"
+
+
+def test_a_cluster_without_a_dashboard_asks_nobody_else_s(machine: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DASHBOARD], env=machine, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["asks http://127.0.0.1:9", "no answer"], done.stderr[-2000:]
