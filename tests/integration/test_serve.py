@@ -344,24 +344,35 @@ def test_beyond_the_queue_requests_are_told_when_to_come_back(service: str) -> N
         assert answer.body["error"]["type"] == "rate_limit_error"
 
 
-def test_under_overload_accepted_requests_wait_for_the_engine_and_for_nothing_else(service: str) -> None:
-    """Serve's router would back off for half a second per request wherever it had to wait for a full replica."""
+def test_under_overload_requests_wait_in_an_engine_or_are_refused_by_it_and_never_in_the_router(
+    service: str,
+) -> None:
+    """Where Serve's router holds requests back for a full replica, it lets one through per half a second."""
+    replicas, accepted, surplus = 2, 64 + 16, 20  # by each replica: those that wait, and the batch that runs
 
     async def scenario() -> list[Answer]:
         async with Client(service) as client:
-            waves = []
-            for wave in range(10):
-                waves += [
-                    asyncio.create_task(client.generate(prompt="x", seed=100 * wave + i)) for i in range(60)
-                ]
-                await asyncio.sleep(0.4)
-            return await asyncio.gather(*waves)
+            # One image each, so that as many requests as images are under way, and long, so that no place gets free
+            # while they arrive.
+            sent = [
+                asyncio.create_task(client.generate(prompt="x", sampler="teacher", seed=seed))
+                for seed in range(replicas * accepted + surplus)
+            ]
+            refused = []
+            for answered in asyncio.as_completed(sent):
+                if (answer := await answered).status != 200:
+                    refused.append(answer)
+                if len(refused) == surplus:
+                    break
+            for task in sent:
+                task.cancel()
+            await asyncio.gather(*sent, return_exceptions=True)
+            return refused
 
-    answers = asyncio.run(scenario())
-    assert {answer.status for answer in answers} <= {200, 429}
-    accepted = [answer for answer in answers if answer.status == 200]
-    inside = sum(sum(answer.body["data"][0]["timings"].values()) for answer in accepted) / 1000
-    assert inside > 0.5 * sum(answer.seconds for answer in accepted)
+    refused = asyncio.run(scenario())
+    assert len(refused) == surplus
+    assert {answer.status for answer in refused} == {429}
+    assert all("images already wait here" in answer.message for answer in refused), "the engine's own refusal"
 
 
 def test_metrics_reach_prometheus_and_the_log_has_the_request_id(service: str) -> None:
