@@ -72,6 +72,40 @@ class Stopwatch:
             self._marks.append(time.perf_counter())
 
 
+class Abandoned(Exception):
+    """An evaluation was ended, because nobody wanted it any more."""
+
+
+class Interruption:
+    """Ends an evaluation at the network's next block, by hooks of its blocks.
+
+    Blocks are the elements of its `ModuleList`s. A network without any, or a compiled one, is evaluated to its end.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._over: Callable[[], bool] = lambda: False
+        # A hook inside a compiled network would break it into pieces.
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return
+        for blocks in module.modules():
+            if isinstance(blocks, torch.nn.ModuleList):
+                for block in blocks:
+                    block.register_forward_pre_hook(self._check)
+
+    @contextmanager
+    def unless(self, over: Callable[[], bool]) -> Iterator[None]:
+        """Evaluate the network inside a `with` block, which is left by `Abandoned` once `over` says so."""
+        self._over = over
+        try:
+            yield
+        finally:
+            self._over = lambda: False
+
+    def _check(self, *hook_arguments: Any) -> None:
+        if self._over():
+            raise Abandoned
+
+
 @dataclass(eq=False)
 class LoadedModel:
     """A model in memory."""
@@ -86,11 +120,15 @@ class LoadedModel:
     """Of the network's weights."""
     stopwatch: Stopwatch = field(init=False)
     """Of its network."""
+    interruption: Interruption = field(init=False)
+    """Of its network."""
 
     def __post_init__(self) -> None:
         network = self.pipeline.network
         self.nbytes = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-        self.stopwatch = Stopwatch(_transformer(self.pipeline), self.pipeline.device)
+        transformer = _transformer(self.pipeline)
+        self.stopwatch = Stopwatch(transformer, self.pipeline.device)
+        self.interruption = Interruption(transformer)
 
     @property
     def id(self) -> str:
