@@ -417,11 +417,42 @@ def test_a_model_that_is_offered_anew_while_it_loads_is_the_new_one(model, tmp_p
         card.write("\n")
 
     async def scenario():
-        store = ModelStore({"a": ModelSource(name="a", source="emoji-student")})
+        first = ModelSource(name="first", source="emoji-student")
+        store = ModelStore({"first": first, "a": ModelSource(name="a", source="emoji-student")})
+        await store.get("first")
         asked = asyncio.ensure_future(store.get("a"))
         await asyncio.sleep(0.01)
-        await store.offer({"a": ModelSource(name="a", source=str(tmp_path))})
+        await store.offer({"first": first, "a": ModelSource(name="a", source=str(tmp_path))})
         assert (await asked).version != model.version, "not the one that was withdrawn"
+
+    asyncio.run(scenario())
+
+
+def test_an_offer_that_can_not_be_loaded_changes_nothing(model) -> None:
+    async def scenario() -> None:
+        sources = {name: ModelSource(name=name, source="emoji-student") for name in ("a", "b", "c")}
+        store = ModelStore(sources)
+        held = [await store.get(name) for name in ("a", "b")]
+        wrong = ModelSource(name="b", source="nowhere")
+        for offer in ({"b": wrong}, {"new": wrong}, {"a": sources["a"], "b": wrong}):
+            with pytest.raises(UserError, match="there is no folder 'nowhere'"):
+                await store.offer(offer)
+            assert store.sources == sources
+            assert store.loaded == held
+        # What is not in memory is not loaded for this, and fails those alone who ask for it.
+        await store.offer({"a": sources["a"], "c": ModelSource(name="c", source="nowhere")})
+        assert store.loaded == held[:1]
+
+    asyncio.run(scenario())
+
+
+def test_a_new_offer_respects_the_memory_and_the_default_stays(model) -> None:
+    async def scenario() -> None:
+        sources = {name: ModelSource(name=name, source="emoji-student") for name in ("a", "b")}
+        store = ModelStore(sources, memory_bytes=model.nbytes)
+        await store.get("b")
+        await store.offer({"d": ModelSource(name="d", source="emoji-student"), "b": sources["b"]})
+        assert [loaded.name for loaded in store.loaded] == ["d"]
 
     asyncio.run(scenario())
 

@@ -89,8 +89,8 @@ class DynamicBatcher(Generic[Key, Item, Result]):
         self.max_batch_size, self.max_wait_s, self.max_pending = max_batch_size, max_wait_s, max_pending
         self._run, self._cost = run, cost
         self._queues: dict[Key, list[Waiting[Item, Result]]] = {}
-        # The key with the least of these has the next turn: an item's share of the work when the key came, and since then
-        # the cost of each of its turns and the next. `_share` is the share of one that had been there always.
+        # The key with the least of these has the next turn: an item's share of all work when the key came, and the
+        # costs of its turns since then and of the next. `_share` is the share of one that had been there always.
         self._due: dict[Key, float] = {}
         self._share = 0.0
         self._running: Key | None = None

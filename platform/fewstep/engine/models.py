@@ -221,7 +221,8 @@ class ModelStore:
         """
         if name in self._loaded:
             return self._loaded[name].version
-        return await self._in_thread(current_version, self.sources[name].source, self._tracking_uri)
+        # Not in the thread that loads: who asks what is on offer need not wait until another model is in memory.
+        return await asyncio.to_thread(current_version, self.sources[name].source, self._tracking_uri)
 
     async def follow_aliases(self) -> list[LoadedModel]:
         """Look aliases of loaded models up, and replace those that have moved; returns the new ones.
@@ -243,11 +244,27 @@ class ModelStore:
         return replaced
 
     async def offer(self, sources: Mapping[str, ModelSource]) -> None:
-        """Change what is offered; models whose source changed are dropped and loaded again when asked for."""
+        """Change what is offered, all at once: until what is needed of it has been loaded, nothing changes.
+
+        That is the default, and what is in memory and gets another source; these take their places at once. Models that
+        are no longer offered are dropped, others are loaded when asked for.
+
+        Raises:
+            UserError: one of them can't be loaded; what was offered remains.
+        """
+        needed = [
+            source
+            for name, source in sources.items()
+            if (name not in self._loaded and name == next(iter(sources)))
+            or (name in self._loaded and source != self.sources[name])
+        ]
+        models = [await self._in_thread(self._load, source) for source in needed]
         for name in list(self._loaded):
             if sources.get(name) != self.sources.get(name):
                 del self._loaded[name]
         self.sources = dict(sources)
+        for model in reversed(models):  # the default last: it leaves a full memory last
+            self._install(model)
 
     async def _follow(self, source: ModelSource) -> LoadedModel | None:
         """Load the version that a source's alias names now; None where it is in memory, or failed a moment ago."""
