@@ -17,7 +17,7 @@ SUBMIT  = ray job submit --runtime-env-json '{"env_vars": {"FEWSTEP_HOME": "$(CU
 
 export PATH := $(BIN):$(PATH)
 export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S ?= 120
-export MLFLOW_ENABLE_TELEMETRY ?= false
+export MLFLOW_DISABLE_TELEMETRY ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
 # The local node listens on loopback alone, and without a token: Ray 2.60's `ray start` turns tokens on as soon as
 # one lies in ~/.ray, and its `ray job submit` then does not send it unless RAY_AUTH_MODE says so.

@@ -38,6 +38,7 @@ def connect_ray(*, show_logs: bool = True, keep_node: bool = False) -> str | Non
         # On loopback alone, and so without the token that Ray would otherwise leave in ~/.ray: `ray start` would
         # find it there, demand it, and `ray job submit` would not send it.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to its authors
         # Two logical CPUs more than there are: the data pipeline needs slots beside workers that hold all CPUs.
         cpus = (os.cpu_count() or 1) + 2
         if keep_node:
@@ -84,5 +85,5 @@ def _start_node(cpus: int) -> None:
     """Start a node of its own processes, as `ray start --head` does."""
     # As a module of this interpreter: the `ray` script of a virtual environment need not be on the path.
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
-    command += [f"--num-cpus={cpus}", "--disable-usage-stats"]
+    command += [f"--num-cpus={cpus}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

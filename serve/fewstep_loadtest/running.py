@@ -13,6 +13,7 @@ from ray import serve
 
 from fewstep.errors import UserError
 from fewstep_serve.app import assemble
+from fewstep_serve.cluster import http_options
 from fewstep_serve.config import ServeConfig
 
 READY_S = 180
@@ -62,12 +63,18 @@ def deployment(config: dict[str, Any], *, port: int, replicas: int = 1) -> Itera
         replicas: of the generator.
 
     Raises:
-        UserError: Serve already runs on this cluster, or the application did not become ready.
+        UserError: Serve already runs on this cluster, with applications or another port, or the application did not
+            become ready.
     """
     if serve.status().applications:
         raise UserError(
             "this Ray cluster already serves applications: give --address to use one of them, or run "
             "`serve shutdown` first."
+        )
+    if (running := http_options()) is not None and running.port != port:
+        raise UserError(
+            f"Serve already runs on this Ray cluster, at port {running.port}, which it can't change: run `serve "
+            "shutdown` first."
         )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:

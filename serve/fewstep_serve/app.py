@@ -13,14 +13,14 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.handle import DeploymentHandle
 
-from fewstep_serve.config import ServeConfig
+from fewstep_serve.config import MAX_ONGOING_REQUESTS, ServeConfig
 from fewstep_serve.generator import Generator
 from fewstep_serve.http import build_api
 from fewstep_serve.stages import Decoder, Encoder
 
 
 @serve.deployment(
-    max_ongoing_requests=1000,
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
     max_surge_percent=100,  # a new one takes over before the old one leaves
     health_check_period_s=2,
     graceful_shutdown_wait_loop_s=0.2,
@@ -65,5 +65,7 @@ def assemble(config: ServeConfig, **generator_options: Any) -> Application:
     offer, engine = config.offer.model_dump(mode="json"), config.engine.model_dump(mode="json")
     threads, apart = config.engine.threads, config.engine.stages == "apart"
     stages = [encoder.bind(threads), decoder.bind(threads)] if apart else []
-    generators = generator.options(user_config=offer, **generator_options).bind(engine, *stages)
+    generators = generator.options(user_config=offer, **generator_options).bind(
+        engine, config.limits.max_relative_pixels, *stages
+    )
     return ingress.bind(config.model_dump(mode="json", exclude={"offer"}), generators)

@@ -12,6 +12,10 @@ from fewstep.config import Config
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
 
+MAX_ONGOING_REQUESTS = 10_000
+"""Of each deployment, never to be reached: what waits is to wait in an engine. Where Serve's own router has to wait for
+a full replica, it goes by back-off, a request per half a second, long after the replica is idle again."""
+
 
 class Limits(Config):
     """What one request may ask for; checked before any work is done for it."""
@@ -22,8 +26,10 @@ class Limits(Config):
     """Most network evaluations of the student."""
     max_teacher_steps: int = Field(64, ge=0, le=1000)
     """Most steps of the teacher's own sampler; 0 turns the teacher off."""
-    max_pixels: int = Field(1024 * 1024, ge=1)
-    """Most pixels of one image, height times width."""
+    max_relative_pixels: float = Field(4.0, gt=0)
+    """Most pixels of one image, as a multiple of those of the size that its model was trained at."""
+    max_pixels: int | None = Field(None, ge=1)
+    """Most pixels of one image, height times width, whatever its model; no such limit by default."""
     max_prompt_characters: int = Field(1000, ge=1)
     """Longest prompt in characters; besides, each model has its own limit in tokens."""
     max_body_bytes: int = Field(64 * 1024, ge=1024)
@@ -36,16 +42,21 @@ class Batching(Config):
     """How images are gathered into batches."""
 
     max_batch_size: int = Field(16, ge=1)
-    """Most images of a batch; 1 turns batching off."""
+    """Most images of a batch; 1 turns batching off. An image of more pixels than its model was trained at counts as the
+    multiple that it is: here, in `max_pending`, and in the order in which sizes take turns."""
     max_wait_ms: float = Field(0.0, ge=0)
     """How long an idle replica waits for a batch to fill. 0 is rarely wrong: an image that arrives later joins the
     batch at its next evaluation."""
-    max_pending: int = Field(256, ge=1)
+    max_pending: int = Field(256, ge=1, le=MAX_ONGOING_REQUESTS // 2)
     """Images that may wait at one replica; beyond them requests are answered 429."""
 
 
 class Offer(Config):
-    """What is served, and how it is batched; a change reaches running replicas without a restart."""
+    """What is served, and how it is batched; a change reaches running replicas without a restart.
+
+    What is new loads beside the old and then takes its place, all at once. If it can't be loaded, replicas go on with
+    what they have, try again, and say so in `GET /v1/models` and `/healthz`.
+    """
 
     models: tuple[ModelSource, ...] = Field(
         (ModelSource(name="emoji-student", source="emoji-student"),), min_length=1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -20,6 +21,30 @@ log = logging.getLogger("ray.serve")
 
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 """OpenAI's types of errors by HTTP status; other statuses have a type per hundred."""
+
+SYNONYMS = {
+    name: field
+    for field, names in {
+        "prompt": "text caption input description query",
+        "model": "model_id model_name checkpoint engine",
+        "n": "num_images num_images_per_prompt num_outputs number_of_images n_images samples num_samples batch_size",
+        "size": "width height resolution image_size dimensions aspect_ratio",
+        "output_format": "format image_format file_format mime_type",
+        "output_compression": "compression output_quality jpeg_quality",
+        "stream": "streaming",
+        "partial_images": "previews num_partial_images preview_images",
+        "seed": "random_seed manual_seed noise_seed seeds generator",
+        "num_inference_steps": "steps num_steps n_steps inference_steps sampling_steps ddim_steps nfe",
+        "temperature": "temp",
+        "h": "eta stochasticity churn",
+        "class_label": "label class class_id class_name class_labels",
+        "sampler": "scheduler sampler_name sampling_method use_teacher",
+    }.items()
+    for name in names.split()
+}
+"""What other APIs call our fields."""
+OF_GUIDANCE = {"cfg", "cfg_scale", "guidance", "guidance_scale", "true_cfg_scale", "negative_prompt"}
+"""Fields of other APIs that have no counterpart, because guidance has been distilled into the student."""
 
 
 def add_error_handlers(api: FastAPI, service: Service) -> None:
@@ -97,13 +122,24 @@ def _explain(error: RequestValidationError) -> Refusal:
         )
     param = where[0]
     if first["type"] == "extra_forbidden":
-        near = get_close_matches(param, ImageRequest.model_fields, 1)
-        remedy = f"did you mean {near[0]!r}?" if near else "leave it out; /docs lists the fields."
         # Cut short: the name is the client's own, and may be as long as a body.
         return Refusal(
-            400, f"{param[:64]}: there is no such field; {remedy}", "unknown_parameter", param[:64]
+            400, f"{param[:64]}: there is no such field; {_remedy(param)}", "unknown_parameter", param[:64]
         )
     if first["type"] == "missing":
         return Refusal(400, f"{param}: this field is needed; add it.", "missing_parameter", param)
     reason = first["msg"][0].lower() + first["msg"][1:]
     return Refusal(400, f"{param}: {reason}; /docs says what it may be.", "invalid_value", param)
+
+
+def _remedy(name: str) -> str:
+    """What to do about a field that there is not."""
+    # As in numSteps, num-steps.
+    plain = re.sub(r"(?<=[a-z])(?=[A-Z])|[^a-zA-Z]+", "_", name[:64]).strip("_").lower()
+    if plain in OF_GUIDANCE:
+        return "leave it out: a student generates without guidance."
+    near = get_close_matches(plain, ImageRequest.model_fields, 1, cutoff=0.7)
+    # Of other names only slips are understood, as they are many: what is a field there must be one here.
+    other = get_close_matches(plain, SYNONYMS, 1, cutoff=0.85)
+    meant = SYNONYMS.get(plain) or next(iter(near), None) or next((SYNONYMS[one] for one in other), None)
+    return f"did you mean {meant!r}?" if meant else "leave it out; /docs lists the fields."

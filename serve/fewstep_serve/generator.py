@@ -11,16 +11,19 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from fewstep_serve.config import EngineConfig, Offer
+from fewstep_serve.cluster import living_replicas
+from fewstep_serve.config import MAX_ONGOING_REQUESTS, EngineConfig, Offer
 from fewstep_serve.images import encode_image
 from fewstep_serve.schema import (
     ImageData,
     ImageRequest,
     ImagesResponse,
     ModelEntry,
+    OfferStatus,
     PreviewImage,
     Refusal,
     Refused,
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
     from fewstep.engine.models import LoadedModel, ModelStore
 
 log = logging.getLogger("ray.serve")
+LOAD_AGAIN_S = 30.0
+"""An offer that could not be loaded is tried again after this long."""
+FORMER_OFFER_S = 10.0
+"""How long a replica that can't serve what is configured waits for another to say what it serves."""
 GAUGE_EVERY_S = 1.0
 """How often the number of waiting images is reported."""
 
@@ -43,10 +50,9 @@ Show = Callable[[Callable[[], PreviewImage]], None]
 
 
 @serve.deployment(
-    # More than an engine lets wait (`max_pending`, beyond which it answers 429): where Serve's own router has to wait
-    # for a full replica it goes by back-off, a request per half a second, long after the replica is idle again.
-    max_ongoing_requests=10_000,
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
     max_queued_requests=256,  # while there is no replica at all
+    max_surge_percent=1,  # one more at a time: a new one takes over before an old one leaves
     health_check_period_s=2,
     graceful_shutdown_wait_loop_s=0.2,
     graceful_shutdown_timeout_s=60,
@@ -58,6 +64,7 @@ class Generator:
 
     Args:
         config: an `EngineConfig` as plain data. What is offered comes through `user_config`.
+        max_relative_pixels: of `Limits`, checked here because the ingress does not know the sizes of models.
         encoder: handle of `Encoder`, where stages are apart.
         decoder: handle of `Decoder`, where stages are apart.
     """
@@ -65,6 +72,7 @@ class Generator:
     def __init__(
         self,
         config: dict[str, Any],
+        max_relative_pixels: float,
         encoder: DeploymentHandle | None = None,
         decoder: DeploymentHandle | None = None,
     ) -> None:
@@ -74,7 +82,7 @@ class Generator:
         from fewstep_serve.metrics import EngineMetrics
 
         enter_home()  # relative paths mean the same as in the jobs
-        self._config = EngineConfig.model_validate(config)
+        self._config, self._max_relative_pixels = EngineConfig.model_validate(config), max_relative_pixels
         torch.set_num_threads(self._config.threads)  # before any thread of the engine's starts
         self._metrics = EngineMetrics()
         self._stages = RemoteStages(encoder, decoder) if encoder and decoder else None
@@ -83,23 +91,37 @@ class Generator:
         self._store: ModelStore
         self._engine: Engine
         self._tasks: list[asyncio.Task[None]] = []
+        self._status = OfferStatus(state="loading", message=None)
+        self._replacing: asyncio.Task[None] | None = None
 
     async def reconfigure(self, offer: dict[str, Any]) -> None:
-        """Take models and batch limits (an `Offer` as plain data): at the start, and while serving."""
-        self._offer = Offer.model_validate(offer)
-        sources = {model.name: model for model in self._offer.models}
-        if not self._tasks:
-            self._store, self._engine = self._start(sources)
-            self._tasks = [
-                asyncio.create_task(self._follow_aliases()), asyncio.create_task(self._report_pending())
-            ]  # fmt: skip
-        else:
-            await self._store.offer(sources)
-            batching, batcher = self._offer.batching, self._engine.batcher
-            batcher.max_batch_size, self._engine.max_pending = batching.max_batch_size, batching.max_pending
-            batcher.max_wait_s = batching.max_wait_ms / 1000
-        # Loaded before the replica counts as ready, so that no request waits for it.
-        await self._store.get(self._store.default)
+        """Take models and batch limits (an `Offer` as plain data): at the start, and while serving.
+
+        Raises:
+            ValidationError, UserError: the first offer can't be served, and no other replica serves a former one.
+        """
+        from fewstep.errors import UserError
+
+        if self._tasks:
+            self._replace(offer)  # and return: while this method runs, Serve sends the replica no request
+            return
+        try:
+            await self._begin(offer)
+        except (ValidationError, UserError) as error:
+            # Otherwise none of the replicas that are to be added, or to replace a dead one, could start.
+            if (former := await self._former_offer()) is None:
+                raise
+            log.error("this replica begins with the offer of the others: %s", error)
+            await self._begin(former)
+            self._replace(offer)
+
+    async def offer_status(self) -> OfferStatus:
+        """Whether what was configured last is what this replica serves."""
+        return self._status
+
+    async def offer_in_service(self) -> dict[str, Any]:
+        """The `Offer` that this replica serves, as plain data."""
+        return self._offer.model_dump(mode="json")
 
     async def generate(self, request: ImageRequest) -> ImagesResponse | Refusal:
         """All images of a checked request. Cancelling the call stops them at their next evaluation."""
@@ -135,6 +157,12 @@ class Generator:
             generations = self._generations(request, model, caption, show)
         except Refused as refused:
             return refused.refusal
+        most, cost = self._engine.max_pending, generations[0].key.cost * len(generations)
+        if cost > most:
+            message = (
+                f"n: so many of this size count as {cost:g} images, at most {most} may wait: ask for fewer."
+            )
+            return Refusal(400, message, "invalid_value", "n")
         try:
             images = await self._engine.generate(generations)
         except UserError as error:  # the caption's: everything else has been checked
@@ -179,6 +207,8 @@ class Generator:
             teacher_steps=steps if by_teacher else None,
         )
         try:
+            if request.pixels is not None:
+                self._check_size(request, model)
             generations = [ask(seed) for seed in request.seeds]
         except UserError as error:
             # The HTTP schema and the limits are narrower than the sampler's own bounds, so it is the size.
@@ -186,6 +216,23 @@ class Generator:
         for index, generation in enumerate(generations):
             generation.on_preview = _preview(index, generation.total, request.partial_images, show)
         return generations
+
+    def _check_size(self, request: ImageRequest, model: LoadedModel) -> None:
+        """Refuse a size far beyond what the model was trained at: one evaluation of it would hold up everybody else.
+
+        Raises:
+            UserError: the model can't take the size at all.
+            Refused: it is beyond the limit.
+        """
+        from fewstep.engine.generation import relative_pixels
+
+        if relative_pixels(model, model.latent_shape(request.pixels)) > self._max_relative_pixels:
+            height, width = model.size
+            message = (
+                f"size: {request.size} is too large, at most {self._max_relative_pixels:g} times the {width}x{height} "
+                f"pixels that {model.name!r} was trained at: choose a smaller one."
+            )
+            raise Refused(Refusal(400, message, "invalid_value", "size"))
 
     def _response(
         self, request: ImageRequest, generations: list[Generation], images: list[GeneratedImage]
@@ -219,7 +266,70 @@ class Generator:
             sampler=request.sampler,
         )
 
-    def _start(self, sources: dict[str, Any]) -> tuple[ModelStore, Engine]:
+    async def _begin(self, offer: dict[str, Any]) -> None:
+        """Serve the first offer.
+
+        Raises:
+            ValidationError, UserError: it is none, or its default can't be loaded.
+        """
+        self._offer = Offer.model_validate(offer)
+        self._store, self._engine = self._start()
+        # Loaded before the replica counts as ready, so that no request waits for it.
+        await self._store.get(self._store.default)
+        self._status = OfferStatus(state="current", message=None)
+        self._tasks = [
+            asyncio.create_task(self._follow_aliases()), asyncio.create_task(self._report_pending())
+        ]  # fmt: skip
+
+    def _replace(self, offer: dict[str, Any]) -> None:
+        """Begin to load another offer, which takes the place of what is served when it is whole."""
+        if self._replacing is not None:
+            self._replacing.cancel()  # what it still loads is dropped
+        self._status = OfferStatus(state="loading", message=None)
+        self._replacing = asyncio.create_task(self._load_and_take(offer))
+
+    async def _load_and_take(self, offer: dict[str, Any]) -> None:
+        from fewstep.errors import UserError
+
+        while True:
+            try:
+                new = Offer.model_validate(offer)
+                await self._store.offer({model.name: model for model in new.models})
+                break
+            except Exception as error:  # whatever it is, what is served goes on
+                why = " ".join(str(error).split())
+                log.error(
+                    "the new offer is not served, the former one goes on: %s",
+                    why,
+                    exc_info=not isinstance(error, UserError | ValidationError),
+                )
+                self._status = OfferStatus(state="failed", message=why)
+                if isinstance(
+                    error, ValidationError
+                ):  # it will never be right; a registry out of reach may come back
+                    return
+            await asyncio.sleep(LOAD_AGAIN_S)
+        self._offer, batching, batcher = new, new.batching, self._engine.batcher
+        batcher.max_batch_size, self._engine.max_pending = batching.max_batch_size, batching.max_pending
+        batcher.max_wait_s = batching.max_wait_ms / 1000
+        self._status = OfferStatus(state="current", message=None)
+        log.info("the new offer is served")
+
+    async def _former_offer(self) -> dict[str, Any] | None:
+        """What another replica serves; None where there is none."""
+        context = serve.get_replica_context()
+        # Asked first, because a call without a living replica would wait for one.
+        if await asyncio.to_thread(living_replicas, context.app_name, context.deployment) == 0:
+            return None
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        try:
+            async with asyncio.timeout(FORMER_OFFER_S):
+                return await handle.offer_in_service.remote()
+        except Exception:  # the reason why this is asked is the one to be raised
+            log.exception("no other replica says what it serves")
+            return None
+
+    def _start(self) -> tuple[ModelStore, Engine]:
         import torch
 
         from fewstep.engine.engine import Engine
@@ -230,7 +340,7 @@ class Generator:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         store = ModelStore(
-            sources,
+            {model.name: model for model in self._offer.models},
             tracking_uri=config.tracking_uri,
             device=device,
             memory_bytes=config.model_memory_mb and config.model_memory_mb * 2**20,

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fewstep_serve.answers import image_events, images_json
+from fewstep_serve.api_page import api_page
 from fewstep_serve.config import ServeConfig
 from fewstep_serve.errors import add_error_handlers
 from fewstep_serve.schema import (
@@ -67,6 +68,9 @@ def build_api(config: ServeConfig, generator: DeploymentHandle) -> FastAPI:
         description="Images in a few network evaluations, by OpenAI's images API.",
         version="1",
         license_info={"name": "Apache-2.0"},
+        # Its pages of the API take scripts from a public server.
+        docs_url=None,
+        redoc_url=None,
     )
     api.add_middleware(BodyLimit, limit=config.limits.max_body_bytes)
     add_error_handlers(api, service)
@@ -78,12 +82,14 @@ def build_api(config: ServeConfig, generator: DeploymentHandle) -> FastAPI:
         responses={503: {"model": Health, "description": "No replica can generate now."}},
     )  # fmt: skip
     async def healthz() -> Response:  # without a key: load balancers have none
-        replicas = await service.replicas()
-        health = Health(status="ok" if replicas else "starting", replicas=replicas)
-        return JSONResponse(health.model_dump(), 200 if replicas else 503, {"cache-control": "no-store"})
+        health = await service.health()
+        return JSONResponse(
+            health.model_dump(), 200 if health.replicas else 503, {"cache-control": "no-store"}
+        )
 
     for path, (file, media_type) in PAGE_FILES.items():
         _add_file(api, path, (PAGE / file).read_bytes(), media_type)
+    _add_file(api, "/docs", api_page(api.openapi()).encode(), "text/html; charset=utf-8")
     return api
 
 
@@ -131,7 +137,7 @@ def _add_models(api: FastAPI, service: Service) -> None:
     @api.get("/v1/models", summary="List models", response_model=ModelList, responses=_errors(401, 500, 503))
     async def models(request: Request) -> ModelList:
         service.check_key(request)
-        return ModelList(data=await service.models())
+        return ModelList(data=await service.models(), offer=await service.offer_status())
 
     @api.get(
         "/v1/models/{model:path}",  # a path, as names may contain slashes

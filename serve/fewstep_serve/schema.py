@@ -188,13 +188,34 @@ class ModelEntry(BaseModel):
     """0: its teacher is not offered."""
 
 
+OfferState = Literal["current", "loading", "failed"]
+"""Whether replicas serve what was configured last: they do; it still loads; it can't be loaded. In the last two cases
+they go on with what was configured before."""
+
+
+class OfferStatus(BaseModel):
+    """Whether the models on offer are those that were configured last."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    state: OfferState
+    """"current": they are. "loading", "failed": they are those that were configured before, because the new ones still
+    load or can't be loaded; this is tried again."""
+    message: str | None
+    """Why they can't be loaded."""
+
+
 class ModelList(BaseModel):
     """Answer of `GET /v1/models`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     object: Literal["list"] = "list"
     """As OpenAI has it."""
     data: list[ModelEntry]
     """What is offered; the first is the default."""
+    offer: OfferStatus | None
+    """Whether that is what was configured last; None where no replica says so."""
 
 
 class ErrorDetail(BaseModel):
@@ -227,6 +248,8 @@ class Health(BaseModel):
     """Whether any replica can generate."""
     replicas: int
     """Replicas that can generate."""
+    offer: OfferState | None
+    """Whether they serve what was configured last (`GET /v1/models` says why not); None while there is none."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import Request
 from ray import serve
@@ -19,14 +19,27 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from fewstep.errors import UserError
+from fewstep_serve.cluster import http_options, living_replicas
 from fewstep_serve.config import ServeConfig
 from fewstep_serve.metrics import RequestMetrics
-from fewstep_serve.schema import ImageRequest, ImagesResponse, ModelEntry, PreviewImage, Refusal, Refused
+from fewstep_serve.schema import (
+    Health,
+    ImageRequest,
+    ImagesResponse,
+    ModelEntry,
+    OfferState,
+    OfferStatus,
+    PreviewImage,
+    Refusal,
+    Refused,
+)
 
 log = logging.getLogger("ray.serve")
 
 STATUS_AGE_S = 1.0
-"""How old the replica count of /healthz may be."""
+"""How old the answer of /healthz may be."""
+OFFER_STATUS_S = 5.0
+"""How long replicas may take to say whether they serve what was configured last."""
 DEAD = (RayActorError, ReplicaUnavailableError)
 """What Ray raises where a replica died, or was taken away, before it answered."""
 
@@ -47,10 +60,12 @@ class Service:
         self._generator = generator
         self._keys = [_digest(key) for key in config.access.api_keys()]
         if not self._keys and not config.access.open_to_all:
-            require_loopback(_http_host())
+            options = http_options()
+            assert options is not None, "an ingress runs inside Serve"
+            require_loopback(str(options.host))
         self._metrics = RequestMetrics()
-        self._replicas, self._replicas_known_at = 0, 0.0
-        self._counting = asyncio.Lock()
+        self._health, self._health_known_at = Health(status="starting", replicas=0, offer=None), 0.0
+        self._asking = asyncio.Lock()
 
     def check_key(self, request: Request) -> None:
         """Let a request pass that carries one of the keys, or any where none is set.
@@ -95,10 +110,11 @@ class Service:
             )
         if n > limits.max_images:
             raise refuse("n", f"{n} images are too many, at most {limits.max_images}: send several requests.")
-        if body.pixels is not None and body.pixels[0] * body.pixels[1] > limits.max_pixels:
-            raise refuse(
-                "size", f"{body.size} is too large, at most {limits.max_pixels} pixels: choose a smaller one."
-            )
+        most = (
+            limits.max_pixels
+        )  # those of the model, as a multiple of its own size, are the generator's to check
+        if most is not None and body.pixels is not None and body.pixels[0] * body.pixels[1] > most:
+            raise refuse("size", f"{body.size} is too large, at most {most} pixels: choose a smaller one.")
         most = limits.max_steps
         if body.sampler == "teacher":
             most = limits.max_teacher_steps
@@ -210,14 +226,36 @@ class Service:
                 break
         raise Refused(Refusal(503, "no replica answers: try again later.", "unavailable", retry_after_s=5))
 
-    async def replicas(self) -> int:
-        """How many replicas can generate, as the controller knows it."""
+    async def health(self) -> Health:
+        """How many replicas can generate, as the controller knows it, and whether they serve what was set last."""
         # One question at a time, remembered for a moment: health checks must not burden the controller.
-        async with self._counting:
-            if time.monotonic() - self._replicas_known_at > STATUS_AGE_S:
-                self._replicas = await asyncio.to_thread(_running_replicas, self._generator.deployment_name)
-                self._replicas_known_at = time.monotonic()
-        return self._replicas
+        async with self._asking:
+            if time.monotonic() - self._health_known_at > STATUS_AGE_S:
+                application, deployment = (
+                    serve.get_replica_context().app_name,
+                    self._generator.deployment_name,
+                )
+                replicas = await asyncio.to_thread(living_replicas, application, deployment)
+                replicas = self._health.replicas if replicas is None else replicas
+                offer = await self.offer_status() if replicas else None
+                self._health = Health(
+                    status="ok" if replicas else "starting", replicas=replicas, offer=offer and offer.state
+                )
+                self._health_known_at = time.monotonic()
+        return self._health
+
+    async def offer_status(self) -> OfferStatus | None:
+        """Whether all replicas serve what was configured last; None where none of them answers."""
+        try:
+            async with asyncio.timeout(OFFER_STATUS_S):
+                # Of every replica: one may have what another can't load. What died meanwhile gives an exception.
+                answers = await self._generator.broadcast("offer_status").results_async(
+                    return_exceptions=True
+                )
+        except (TimeoutError, DeploymentUnavailableError):
+            return None
+        known = [answer for answer in answers if isinstance(answer, OfferStatus)]
+        return max(known, key=lambda one: get_args(OfferState).index(one.state), default=None)
 
     def answered(
         self,
@@ -295,26 +333,6 @@ def require_loopback(host: str) -> None:
         )
 
 
-def _http_host() -> str:
-    """The address that Serve's HTTP listens on."""
-    # Private, because Ray 2.60 has no public way to learn it inside a replica: `serve.status()` lists proxies without
-    # their address, `args` could say another one than `http_options`, and the REST API that tells it belongs to a
-    # dashboard that a cluster need not have. Imported here, so that another Ray fails at this check alone.
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client()
-    assert client is not None, "an ingress runs inside Serve"
-    return str(client.http_config.host)
-
-
 def _digest(key: str) -> bytes:
     # Digests have one length, which the comparison in constant time needs.
     return hashlib.sha256(key.encode()).digest()
-
-
-def _running_replicas(deployment: str) -> int:
-    application = serve.status().applications.get(serve.get_replica_context().app_name)
-    if application is None or deployment not in application.deployments:
-        return 0
-    states = application.deployments[deployment].replica_states
-    return sum(count for state, count in states.items() if state == "RUNNING")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from fewstep_serve.config import MAX_ONGOING_REQUESTS
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from fewstep.models.conditioning import Conditioning
 
 
-@serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})
+@serve.deployment(
+    max_ongoing_requests=MAX_ONGOING_REQUESTS, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5}
+)
 class Encoder:
     """Text encoders by name and longest prompt, loaded when first asked for. Waiting prompts are encoded in batches.
 
@@ -63,7 +67,9 @@ class Encoder:
         )
 
 
-@serve.deployment(max_ongoing_requests=64, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5})
+@serve.deployment(
+    max_ongoing_requests=MAX_ONGOING_REQUESTS, health_check_period_s=2, ray_actor_options={"num_cpus": 0.5}
+)
 class Decoder:
     """Autoencoders by name, loaded when first asked for.
 

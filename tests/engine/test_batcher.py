@@ -49,6 +49,100 @@ def test_keys_never_mix_and_take_turns() -> None:
     asyncio.run(scenario())
 
 
+def test_keys_of_costly_items_get_fewer_turns_and_smaller_batches() -> None:
+    """Four images of 4 beside eight of 1: each gets equal work, so the small ones have four turns for one."""
+
+    async def scenario() -> None:
+        countdown = Countdown()
+        batcher = countdown.batcher(
+            max_batch_size=8, max_pending=100, cost={"huge": 4.0, "small": 1.0}.__getitem__
+        )
+        await asyncio.gather(
+            batcher.submit("huge", [(f"h{i}", 2) for i in range(4)]),
+            batcher.submit("small", [(f"s{i}", 8) for i in range(8)]),
+        )
+        turns = [(key, len(items)) for key, items in countdown.turns]
+        assert turns[:10] == [("small", 8)] * 3 + [("huge", 2)] + [("small", 8)] * 4 + [
+            ("huge", 2),
+            ("small", 8),
+        ]
+        assert turns.count(("huge", 2)) == 4
+
+    asyncio.run(scenario())
+
+
+def test_a_queue_of_many_costly_keys_delays_a_cheap_one_by_one_of_them_at_most() -> None:
+    async def scenario() -> None:
+        countdown = Countdown()
+        batcher = countdown.batcher(
+            max_batch_size=8, max_pending=1000, cost=lambda key: 1.0 if key == "small" else 16.0
+        )
+        huge = [asyncio.create_task(batcher.submit(f"huge {i}", [(f"h{i}", 4)])) for i in range(20)]
+        await countdown.second_turn.wait()
+        await batcher.submit("small", [("s", 4)])
+        assert len(countdown.turns) <= 2 + 1 + 4 + 1
+        for one in huge:
+            one.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_who_comes_again_and_again_with_costly_items_does_not_overtake() -> None:
+    async def scenario() -> None:
+        countdown = Countdown()
+        batcher = countdown.batcher(
+            max_batch_size=8, max_pending=100, cost={"huge": 4.0, "small": 1.0}.__getitem__
+        )
+        small = asyncio.create_task(batcher.submit("small", [("s", 40)]))
+        for i in range(5):
+            await batcher.submit("huge", [(f"h{i}", 1)])
+        keys = [key for key, _ in countdown.turns]
+        assert 3 * keys.count("huge") <= keys.count("small")
+        small.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_costly_key_has_its_turn_while_cheap_ones_come_without_end() -> None:
+    async def scenario() -> None:
+        countdown = Countdown()
+        batcher = countdown.batcher(
+            max_batch_size=8, max_pending=100, cost=lambda key: 4.0 if key == "huge" else 1.0
+        )
+        huge = asyncio.create_task(batcher.submit("huge", [("h", 1)]))
+
+        async def one_after_the_other(client: int) -> None:
+            for i in range(20):
+                await batcher.submit(f"small {client} {i}", [(f"s {client} {i}", 1)])
+
+        clients = [asyncio.create_task(one_after_the_other(client)) for client in range(3)]
+        await huge
+        assert not any(client.done() for client in clients)
+        await asyncio.gather(*clients)
+
+    asyncio.run(scenario())
+
+
+def test_the_queue_counts_items_by_their_cost() -> None:
+    async def scenario() -> None:
+        recorder = Recorder()
+        recorder.gate.clear()
+        batcher = recorder.batcher(max_pending=9, cost=lambda key: 4.0 if key == "huge" else 1.0)
+        running = asyncio.create_task(batcher.submit("small", [0]))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(batcher.submit("huge", [1, 2]))
+        await asyncio.sleep(0.01)
+        assert (batcher.pending, batcher.pending_cost) == (2, 8)
+        with pytest.raises(Overloaded):
+            await batcher.submit("huge", [3])
+        last = asyncio.create_task(batcher.submit("small", [4]))
+        await asyncio.sleep(0.01)
+        recorder.gate.set()
+        assert [await running, await waiting, await last] == [[0], [2, 4], [8]]
+
+    asyncio.run(scenario())
+
+
 class Countdown:
     """Items are numbers of turns; a result is the sizes of the batches that the item was in."""
 
@@ -69,8 +163,8 @@ class Countdown:
             results.append(sizes if len(sizes) == count else Turn.UNFINISHED)
         return results
 
-    def batcher(self):
-        return DynamicBatcher(self.run, max_batch_size=2, max_wait_s=0, max_pending=9)
+    def batcher(self, **limits):
+        return DynamicBatcher(self.run, **{"max_batch_size": 2, "max_wait_s": 0, "max_pending": 9} | limits)
 
 
 def test_who_arrives_joins_at_the_next_turn_within_the_limit() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import threading
 from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import ModuleList
 
 from fewstep.assets import asset
 from fewstep.engine.batcher import Overloaded
@@ -147,7 +149,7 @@ def test_the_parts_of_an_image_s_time_are_known(model) -> None:
     assert min(astuple(image.timings)) > 0
 
 
-@pytest.mark.parametrize("steps", [{"nfe": 8}, {"teacher_steps": 8}], ids=["student", "teacher"])
+@pytest.mark.parametrize("steps", [{"nfe": 32}, {"teacher_steps": 32}], ids=["student", "teacher"])
 def test_an_image_joins_others_half_way_and_is_the_same_as_alone(model, steps) -> None:
     sizes: list[int] = []
 
@@ -247,6 +249,91 @@ def test_an_image_that_its_caller_left_stops_at_the_next_evaluation(model) -> No
     assert asyncio.run(scenario()) <= 1 + model.pipeline.card.sampler.nfe
 
 
+def test_an_evaluation_that_nobody_waits_for_ends_at_the_next_block(model) -> None:
+    """The network is held inside its first block until the caller has left; its last block must not be entered."""
+    blocks = next(one for one in model.pipeline.network.transformer.modules() if isinstance(one, ModuleList))
+    inside, left, entered = threading.Event(), threading.Event(), []
+
+    def hold(*_) -> None:
+        inside.set()
+        left.wait(60)
+
+    hooks = [
+        blocks[0].register_forward_hook(hold),
+        blocks[-1].register_forward_hook(lambda *_: entered.append(1)),
+    ]
+
+    async def scenario():
+        engine = Engine()
+        try:
+            huge = asyncio.create_task(engine.generate([Generation.of(model, "x", 0, size=(64, 64))]))
+            await asyncio.to_thread(inside.wait, 60)
+            huge.cancel()
+            await asyncio.gather(huge, return_exceptions=True)
+            left.set()
+            # The worker has outlived it, and the model is as it was.
+            hooks.pop(0).remove()
+            asked = Generation.of(model, PROMPTS[0], 0)
+            [image] = await engine.generate([asked])
+            return image, asked.total
+        finally:
+            await engine.close()
+
+    try:
+        image, evaluations = asyncio.run(scenario())
+    finally:
+        left.set()
+        for hook in hooks:
+            hook.remove()
+    assert len(entered) == evaluations, "of the second image alone"
+    [alone] = make([Generation.of(model, PROMPTS[0], 0)])
+    assert torch.equal(alone.latent, image.latent)
+
+
+def test_an_evaluation_goes_on_for_those_who_still_wait(model) -> None:
+    async def scenario():
+        engine = Engine(max_batch_size=2, max_wait_s=10)  # until both are there
+        try:
+            gone = asyncio.create_task(engine.generate([Generation.of(model, "x", 0, nfe=32)]))
+            kept = asyncio.create_task(engine.generate([Generation.of(model, PROMPTS[0], 1, nfe=32)]))
+            while not engine.batcher.pending and not kept.done():
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            gone.cancel()
+            return await kept
+        finally:
+            await engine.close()
+
+    [kept] = asyncio.run(scenario())
+    [alone] = make([Generation.of(model, PROMPTS[0], 1, nfe=32)])
+    same_up_to_rounding(alone, kept)
+
+
+def test_larger_images_make_smaller_batches_and_fill_the_queue_sooner(model) -> None:
+    sizes: list[int] = []
+
+    def asked(side: int, count: int):
+        return [Generation.of(model, "x", seed, size=(side, side)) for seed in range(count)]
+
+    async def scenario() -> None:
+        engine = Engine(
+            max_batch_size=8, max_pending=16, on_evaluation=lambda report: sizes.append(report.size)
+        )
+        try:
+            await engine.generate(asked(32, 4))  # four times the pixels as trained: two are as much as eight
+            assert set(sizes) == {2}
+            sizes.clear()
+            await engine.generate(asked(8, 8))  # smaller ones don't make larger batches
+            assert set(sizes) == {8}
+            with pytest.raises(Overloaded):
+                await engine.generate(asked(32, 5))
+            assert engine.pending == 0
+        finally:
+            await engine.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_prompt_that_is_too_long_leaves_the_others_alone(model) -> None:
     async def scenario():
         engine = Engine()
@@ -330,11 +417,42 @@ def test_a_model_that_is_offered_anew_while_it_loads_is_the_new_one(model, tmp_p
         card.write("\n")
 
     async def scenario():
-        store = ModelStore({"a": ModelSource(name="a", source="emoji-student")})
+        first = ModelSource(name="first", source="emoji-student")
+        store = ModelStore({"first": first, "a": ModelSource(name="a", source="emoji-student")})
+        await store.get("first")
         asked = asyncio.ensure_future(store.get("a"))
         await asyncio.sleep(0.01)
-        await store.offer({"a": ModelSource(name="a", source=str(tmp_path))})
+        await store.offer({"first": first, "a": ModelSource(name="a", source=str(tmp_path))})
         assert (await asked).version != model.version, "not the one that was withdrawn"
+
+    asyncio.run(scenario())
+
+
+def test_an_offer_that_can_not_be_loaded_changes_nothing(model) -> None:
+    async def scenario() -> None:
+        sources = {name: ModelSource(name=name, source="emoji-student") for name in ("a", "b", "c")}
+        store = ModelStore(sources)
+        held = [await store.get(name) for name in ("a", "b")]
+        wrong = ModelSource(name="b", source="nowhere")
+        for offer in ({"b": wrong}, {"new": wrong}, {"a": sources["a"], "b": wrong}):
+            with pytest.raises(UserError, match="there is no folder 'nowhere'"):
+                await store.offer(offer)
+            assert store.sources == sources
+            assert store.loaded == held
+        # What is not in memory is not loaded for this, and fails those alone who ask for it.
+        await store.offer({"a": sources["a"], "c": ModelSource(name="c", source="nowhere")})
+        assert store.loaded == held[:1]
+
+    asyncio.run(scenario())
+
+
+def test_a_new_offer_respects_the_memory_and_the_default_stays(model) -> None:
+    async def scenario() -> None:
+        sources = {name: ModelSource(name=name, source="emoji-student") for name in ("a", "b")}
+        store = ModelStore(sources, memory_bytes=model.nbytes)
+        await store.get("b")
+        await store.offer({"d": ModelSource(name="d", source="emoji-student"), "b": sources["b"]})
+        assert [loaded.name for loaded in store.loaded] == ["d"]
 
     asyncio.run(scenario())
 

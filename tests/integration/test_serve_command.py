@@ -81,7 +81,68 @@ def test_detached_it_returns_when_it_is_ready_and_goes_on(config: dict[str, Any]
     assert applications() == {"fewstep": "RUNNING"}
 
 
+@pytest.mark.parametrize("flags", [(), ("--detach",)], ids=["foreground", "detached"])
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([{"name": "emoji-student", "source": "nowhere"}], "there is no folder 'nowhere'"),
+        (
+            [{"name": "emoji-student", "source": "emoji-student"}] * 2,
+            "the name 'emoji-student' is given twice",
+        ),
+    ],
+    ids=["no such model", "no offer"],
+)
+def test_a_wrong_change_is_one_line_and_status_2_and_the_service_goes_on(
+    config: dict[str, Any], tmp_path: Path, models: list[dict[str, str]], message: str, flags: tuple[str, ...]
+) -> None:
+    wrong = json.loads(json.dumps(config))
+    wrong["applications"][0]["deployments"][0]["user_config"]["models"] = models
+    process = start(wrong, tmp_path, *flags)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "the application 'fewstep' goes on with its former models" in line
+    assert message in line
+    assert "Traceback" not in errors
+    assert applications() == {"fewstep": "RUNNING"}
+    with urllib.request.urlopen(f"http://127.0.0.1:{config['http_options']['port']}/v1/models") as answer:
+        assert json.load(answer)["data"][0]["source"] == "emoji-student"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"http_options": {"port": 1}},
+            "http_options.port: 1 is asked for, but Serve already runs here with ",
+        ),
+        ({"http_options": {"root_path": "/x"}}, "http_options.root_path: /x is asked for"),
+        ({"proxy_location": "HeadOnly"}, "proxy_location: HeadOnly is asked for"),
+    ],
+    ids=["port", "root path", "proxies"],
+)
+def test_what_a_running_serve_can_not_change_is_said_at_once_and_nothing_changes(
+    config: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    changed = json.loads(json.dumps(config)) | {
+        "http_options": config["http_options"] | change.pop("http_options", {})
+    }
+    changed |= change
+    changed["applications"][0]["name"] = "another"  # would replace what runs, were it deployed
+    process = start(changed, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "`serve shutdown`" in line
+    assert applications() == {"fewstep": "RUNNING"}
+
+
 def test_what_can_not_be_deployed_is_one_line_and_status_2(config: dict[str, Any], tmp_path: Path) -> None:
+    from ray import serve
+
+    serve.delete("fewstep")
     wrong = json.loads(json.dumps(config))
     wrong["applications"][0]["deployments"][0]["user_config"]["models"][0]["source"] = "nowhere"
     began = time.monotonic()

@@ -141,6 +141,20 @@ def test_it_fits_a_phone(browser) -> None:
     assert browser.find_element("id", "generate").rect["height"] >= 40
 
 
+def test_the_api_s_page_needs_nothing_but_this_service(browser, address: str) -> None:
+    browser.find_element("link text", "API").click()
+    wait(browser, lambda: browser.title == "fewstep: API")
+    assert "num_inference_steps" in browser.find_element("id", "ImageRequest").text
+    assert browser.find_element("css selector", "body").value_of_css_property("max-width") != "none", (
+        "has its style"
+    )
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map((one) => one.name)")
+    assert loaded
+    assert all(name.startswith(address) for name in loaded)
+    blocked = [entry for entry in browser.get_log("browser") if "Content Security Policy" in entry["message"]]
+    assert not blocked
+
+
 def test_every_control_has_a_name(browser) -> None:
     unnamed = browser.execute_script(
         """

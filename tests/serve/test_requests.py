@@ -18,7 +18,7 @@ from fewstep.encoders.labels import LabelEncoder
 from fewstep.engine.generation import Generation
 from fewstep.flow import SamplerConfig
 from fewstep_serve.config import Limits, ServeConfig
-from fewstep_serve.errors import add_error_handlers
+from fewstep_serve.errors import OF_GUIDANCE, SYNONYMS, add_error_handlers
 from fewstep_serve.generator import Generator
 from fewstep_serve.http import build_api
 from fewstep_serve.schema import ImageRequest, Refusal, Refused
@@ -31,10 +31,10 @@ def request(**body: Any) -> ImageRequest:
     return ImageRequest.model_validate(body)
 
 
-def check(**body: Any) -> ImageRequest:
+def check(limits: dict[str, Any] | None = None, **body: Any) -> ImageRequest:
     """A body as the ingress passes it on."""
     service = object.__new__(Service)
-    service.limits = Limits(max_images=4, max_pixels=1024, max_teacher_steps=64)
+    service.limits = Limits(**{"max_images": 4, "max_pixels": 1024, "max_teacher_steps": 64} | (limits or {}))
     return service.check(request(**body))
 
 
@@ -42,7 +42,7 @@ class FakeEngine:
     """Checks captions as the real one does, and remembers what it was asked for."""
 
     def __init__(self, encoder: str) -> None:
-        self.encoder, self.asked = encoder, []
+        self.encoder, self.asked, self.max_pending = encoder, [], 8
 
     async def generate(self, generations: list[Generation]) -> list[SimpleNamespace]:
         self.asked = generations
@@ -51,21 +51,26 @@ class FakeEngine:
         return [SimpleNamespace(seed=one.seed, pixels=np.zeros((2, 2, 3), np.uint8)) for one in generations]
 
 
-def generations(encoder: str, **body: Any) -> list[Generation] | Refusal:
+def generations(
+    encoder: str, limits: dict[str, Any] | None = None, **body: Any
+) -> list[Generation] | Refusal:
     """What a model of this encoder is asked for by a request, or why it is not."""
     generator = object.__new__(Generator.func_or_class)
     pipeline = SimpleNamespace(
         card=SimpleNamespace(text_encoder=encoder),
         sampler_for=lambda shape, **settings: TRAINED.override(**settings),
     )
-    model = SimpleNamespace(name="m", pipeline=pipeline, latent_shape=lambda size: (1, 2, 2))
+    model = SimpleNamespace(
+        name="m", pipeline=pipeline, size=(16, 16), latent_shape=lambda size: (1, *(size or (16, 16)))
+    )
 
     async def get(name: str) -> SimpleNamespace:
         return model
 
     generator._store, generator._engine = SimpleNamespace(get=get, default="m"), FakeEngine(encoder)
+    generator._max_relative_pixels = 4.0
     generator._response = lambda request, generations, images: generator._engine.asked
-    return asyncio.run(generator._generate(check(**body)))
+    return asyncio.run(generator._generate(check(limits, **body)))
 
 
 def captions(encoder: str, **body: Any) -> list[str] | Refusal:
@@ -174,6 +179,86 @@ def test_sampler_settings_are_the_request_s_or_as_trained() -> None:
     assert (asked.sampler.nfe, asked.sampler.temperature, asked.sampler.h) == (2, "auto", 0)
     [teacher] = generations("minilm", prompt="x", sampler="teacher", num_inference_steps=8)
     assert (teacher.teacher_steps, teacher.total, teacher.sampler) == (8, 8, TRAINED)
+
+
+@pytest.mark.parametrize("size", ["32x32", "64x16", "8x100"])
+def test_sizes_up_to_a_multiple_of_the_trained_one_are_generated(size: str) -> None:
+    assert len(generations("minilm", prompt="x", size=size)) == 1
+
+
+@pytest.mark.parametrize("size", ["32x34", "384x384", "64x18", "99999x99999"])
+def test_a_size_far_beyond_the_trained_one_is_refused_whatever_the_limit_in_pixels(size: str) -> None:
+    refusal = generations("minilm", {"max_pixels": None}, prompt="x", size=size)
+    assert (refusal.status, refusal.param) == (400, "size")
+    assert f"{size} is too large, at most 4 times the 16x16 pixels that 'm' was trained at" in refusal.message
+
+
+def test_more_than_ever_fits_the_queue_is_no_matter_of_waiting() -> None:
+    refusal = generations("minilm", prompt="x", size="32x32", n=3)
+    assert (refusal.status, refusal.param) == (400, "n")
+    assert "count as 12 images, at most 8 may wait" in refusal.message
+    assert len(generations("minilm", prompt="x", size="32x32", n=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "remedy"),
+    [
+        ("steps", "did you mean 'num_inference_steps'?"),
+        ("numSteps", "did you mean 'num_inference_steps'?"),
+        ("num-inference-steps", "did you mean 'num_inference_steps'?"),
+        ("inference_step", "did you mean 'num_inference_steps'?"),
+        ("num_images", "did you mean 'n'?"),
+        ("num_images_per_prompt", "did you mean 'n'?"),
+        ("width", "did you mean 'size'?"),
+        ("resp_format", "did you mean 'response_format'?"),
+        ("random_seed", "did you mean 'seed'?"),
+        ("sede", "did you mean 'seed'?"),
+        ("scheduler", "did you mean 'sampler'?"),
+        ("label", "did you mean 'class_label'?"),
+        ("temp", "did you mean 'temperature'?"),
+        ("cfg_scale", "a student generates without guidance"),
+        ("guidance_scale", "a student generates without guidance"),
+        ("negative_prompt", "a student generates without guidance"),
+        ("image", "/docs lists the fields"),
+        ("strength", "/docs lists the fields"),
+    ],
+)
+def test_an_unknown_field_leads_to_the_one_that_was_meant(field: str, remedy: str) -> None:
+    api = FastAPI()
+    add_error_handlers(api, SimpleNamespace(check_key=lambda request: None, answered=lambda *counts: None))
+
+    @api.post("/")
+    async def accept(body: ImageRequest) -> None: ...
+
+    error = TestClient(api).post("/", json={"prompt": "x", field: 1}).json()["error"]
+    assert (error["code"], error["param"]) == ("unknown_parameter", field)
+    assert remedy in error["message"]
+
+
+def test_what_other_apis_call_a_field_is_none_of_ours_and_leads_to_one() -> None:
+    fields = set(ImageRequest.model_fields)
+    assert not (SYNONYMS.keys() | OF_GUIDANCE) & fields
+    assert set(SYNONYMS.values()) <= fields
+
+
+def test_the_page_of_the_api_names_every_field_and_needs_no_other_server() -> None:
+    api = build_api(ServeConfig.model_validate({"access": {"open_to_all": True}}), SimpleNamespace())
+    answer = TestClient(api).get("/docs")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    page = answer.text
+    # Of the addresses that are in it, all are this service's own.
+    assert not re.findall(r"(?:https?:)?//\w", page)
+    assert {"page/style.css", "openapi.json"} <= set(re.findall(r"(?:src|href)=[\"']([^\"'#]+)", page))
+    document = api.openapi()
+    for path in document["paths"]:
+        assert path in page
+    for name, schema in document["components"]["schemas"].items():
+        assert f"id='{name}'" in page
+        assert all(f"<code>{field}</code>" in page for field in schema.get("properties", {}))
+    assert {link[1:] for link in re.findall(r"href='(#\w+)'", page)} <= set(document["components"]["schemas"])
+    # FastAPI's own pages, which need a public server, are gone.
+    assert TestClient(api).get("/redoc").status_code == 404
 
 
 def test_image_i_is_generated_from_seed_plus_i() -> None:

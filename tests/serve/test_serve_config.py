@@ -12,8 +12,11 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from fewstep.errors import UserError
+from fewstep_serve.app import Ingress
 from fewstep_serve.config import Access, Offer, ServeConfig
+from fewstep_serve.generator import Generator
 from fewstep_serve.service import require_loopback
+from fewstep_serve.stages import Decoder, Encoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,10 +67,22 @@ def test_the_configurations_that_ship_are_valid(where: str) -> None:
     tree = yaml.safe_load((ROOT / where).read_text())
     config = yaml.safe_load(tree["spec"]["serveConfigV2"]) if "spec" in tree else tree
     [application] = ServeDeploySchema.model_validate(config).applications
-    ServeConfig.model_validate(application.args)
+    settings = ServeConfig.model_validate(application.args)
+    assert "max_relative_pixels" in settings.limits.model_fields_set, (
+        "limits follow from the models' own sizes"
+    )
+    assert settings.limits.max_relative_pixels <= 4
     [generator] = application.deployments
     assert generator.name == "Generator"
     Offer.model_validate(generator.user_config)
+
+
+def test_no_deployment_lets_its_router_wait_for_a_full_replica() -> None:
+    most = Offer.model_validate({"batching": {"max_pending": 5000}}).batching.max_pending
+    for deployment in (Ingress, Generator, Encoder, Decoder):
+        assert deployment.max_ongoing_requests > most
+    with pytest.raises(ValidationError, match="max_pending"):
+        Offer.model_validate({"batching": {"max_pending": most + 1}})
 
 
 def test_without_keys_http_listens_on_loopback_alone() -> None:

@@ -9,10 +9,15 @@ import urllib.error
 import urllib.request
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import UserError
 
+if TYPE_CHECKING:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+GENERATOR = "Generator"
+"""The deployment whose replicas hold the models."""
 READY_S = 300
 """How long a deployment may take until it answers."""
 
@@ -26,8 +31,9 @@ examples
   {program} --config config.yaml --detach    again after every change of the file
 
 A configuration is Ray Serve's: `serve deploy config.yaml` on a cluster does the same. It replaces all that the node
-serves. `serve status` tells more, as do the logs, by default in /tmp/ray/session_latest/logs/serve. A node that
---detach started goes on until `ray stop`."""
+serves: new models load beside the old, which go on where the new can't be loaded. What a running Serve can't change
+(http_options, proxy_location) needs `serve shutdown` first. `serve status` tells more, as do the logs, by default in
+/tmp/ray/session_latest/logs/serve. A node that --detach started goes on until `ray stop`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,10 +70,15 @@ def run(options: argparse.Namespace) -> None:
 
     dashboard = connect_ray(show_logs=False, keep_node=options.detach)
     names = [application["name"] for application in config["applications"]]
+    ours: list[str] = []  # what ends with this command
     try:
-        _deploy(config, dashboard)
-        address = _address(config)
+        client = _serve_client(dashboard)
+        address = _address(config, client.get_serve_details())
+        before = serve.status().applications
+        ours = [name for name in names if name not in before]  # as long as it is not ready, another's goes on
+        _deploy(config, client)
         _wait(address, names)
+        ours = names
         print(f"serving at {address}    page {address}/    API {address}/docs", flush=True)
         if options.detach:
             return
@@ -80,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         # The node may be another's and go on, so what was deployed is taken back. In the background it stays, even
         # where it is not ready: `serve status` can tell why.
         if not options.detach:
-            for name in names:
+            for name in ours:
                 serve.delete(name)
 
 
@@ -109,24 +120,58 @@ def _parse(text: str, file: Path | None) -> dict[str, Any]:
     return config
 
 
-def _address(config: dict[str, Any]) -> str:
-    http = config.get("http_options") or {}
-    host = http.get("host", "127.0.0.1")
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port', 8000)}"
-
-
-def _deploy(config: dict[str, Any], dashboard: str | None) -> None:
-    """Hand the configuration to the cluster, as `serve deploy` does.
+def _serve_client(dashboard: str | None) -> ServeSubmissionClient:
+    """What talks to Serve as `serve deploy` does.
 
     Raises:
-        UserError: the cluster refuses it, or has no dashboard.
+        UserError: the cluster has no dashboard.
     """
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     if dashboard is None:
         raise UserError("the Ray node runs without its dashboard: start it with `ray start --head`.")
+    return ServeSubmissionClient(dashboard)
+
+
+def _address(config: dict[str, Any], running: dict[str, Any]) -> str:
+    """Where the first application will answer.
+
+    Args:
+        config: what is to be deployed.
+        running: what Serve says of itself; without `http_options` where it does not run yet.
+
+    Raises:
+        UserError: Serve runs with other options, which it can't change.
+    """
+    from ray.serve.config import ProxyLocation
+
+    asked, has = config.get("http_options") or {}, running.get("http_options") or {}
+    # Serve would take the configuration, and go on with the options that it has.
+    pairs = [(f"http_options.{name}", value, has[name]) for name, value in asked.items() if name in has]
+    if has and config.get("proxy_location") in [
+        one.value for one in ProxyLocation
+    ]:  # others Serve refuses itself
+        pairs.append(("proxy_location", config["proxy_location"], running.get("proxy_location")))
+    for name, value, present in pairs:
+        if value != present:
+            raise UserError(
+                f"{name}: {value} is asked for, but Serve already runs here with {present} and can't change it: keep "
+                f"{present}, or run `serve shutdown` first, which ends all that it serves."
+            )
+    http = has | asked
+    host = http.get("host", "127.0.0.1")
+    prefix = config["applications"][0].get("route_prefix") or "/" if config["applications"] else "/"
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port', 8000)}{prefix.rstrip('/')}"
+
+
+def _deploy(config: dict[str, Any], client: ServeSubmissionClient) -> None:
+    """Hand the configuration to the cluster, as `serve deploy` does.
+
+    Raises:
+        UserError: the cluster refuses it.
+    """
     try:
-        ServeSubmissionClient(dashboard).deploy_applications(config)
+        client.deploy_applications(config)
     except (RuntimeError, ConnectionError) as error:
         raise UserError(f"the configuration was not deployed: {_essence(str(error))}") from None
 
@@ -135,7 +180,7 @@ def _wait(address: str, names: list[str]) -> None:
     """Wait until the applications run and the address answers.
 
     Raises:
-        UserError: one of them failed, or it took too long.
+        UserError: one of them failed, or goes on with its former models, or it took too long.
     """
     from ray import serve
 
@@ -154,12 +199,41 @@ def _wait(address: str, names: list[str]) -> None:
         asleep = any(
             not one.replica_states for state in states.values() for one in state.deployments.values()
         )
-        if running and _status(address) in ({200, 503} if asleep else {200}):
+        if (
+            running
+            and _status(address) in ({200, 503} if asleep else {200})
+            and all(_is_served(name) for name, state in states.items() if GENERATOR in state.deployments)
+        ):
             return
         time.sleep(0.5)
     raise UserError(
         f"{address} was not ready within {READY_S} s: `serve status` and Ray's dashboard say why."
     )
+
+
+def _is_served(name: str) -> bool:
+    """Whether all replicas of an application serve the models of its configuration, and none those of a former one.
+
+    Raises:
+        UserError: a replica goes on with its former models.
+    """
+    from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    replicas = serve.get_deployment_handle(GENERATOR, name)
+    try:
+        answers = replicas.broadcast("offer_status").results(timeout_s=10, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return True  # none runs; the next one begins with this configuration
+    except TimeoutError:
+        return False
+    states = {answer.state: answer.message for answer in answers if not isinstance(answer, Exception)}
+    if "failed" in states:
+        raise UserError(
+            f"the application {name!r} goes on with its former models, as the new ones can't be loaded: "
+            f"{states['failed']}"
+        )
+    return states.keys() <= {"current"}
 
 
 def _status(address: str) -> int | None:

@@ -61,13 +61,18 @@ class DynamicBatcher(Generic[Key, Item, Result]):
 
     While a batch runs, arrivals gather for the next one; an idle worker waits up to `max_wait_s` for others to share
     the first item's batch. Items that need several turns keep their places in the queue, and arrivals join them between
-    two turns instead of waiting for their end. Keys take turns, so that none starves. Belongs to one event loop.
+    two turns instead of waiting for their end. Belongs to one event loop.
+
+    Items of some keys may cost more than others'. Keys take turns, and one whose items cost w times as much gets one
+    turn where another gets w (weighted fair queueing), so that all waiting items are given equal work and none starves.
+    Both bounds count an item as its cost: so a turn is bounded, and so is the work that an arrival can find before it.
 
     Args:
         run: computes a batch; gets its key and its items, gives one result per item, or `Turn.UNFINISHED`.
-        max_batch_size: most items of a batch.
+        max_batch_size: largest cost of a batch of several items; an item that costs more is a batch by itself.
         max_wait_s: how long an idle worker waits for a first item's batch to fill.
-        max_pending: bound on waiting items.
+        max_pending: bound on the cost of waiting items.
+        cost: of an item of this key, at least 1.
     """
 
     def __init__(
@@ -79,10 +84,16 @@ class DynamicBatcher(Generic[Key, Item, Result]):
         max_batch_size: int,
         max_wait_s: float,
         max_pending: int,
+        cost: Callable[[Key], float] = lambda key: 1.0,
     ) -> None:
         self.max_batch_size, self.max_wait_s, self.max_pending = max_batch_size, max_wait_s, max_pending
-        self._run = run
-        self._queues: dict[Key, list[Waiting[Item, Result]]] = {}  # in the order of their turns
+        self._run, self._cost = run, cost
+        self._queues: dict[Key, list[Waiting[Item, Result]]] = {}
+        # The key with the least of these has the next turn: an item's share of all work when the key came, and the
+        # costs of its turns since then and of the next. `_share` is the share of one that had been there always.
+        self._due: dict[Key, float] = {}
+        self._share = 0.0
+        self._running: Key | None = None
         self._arrival = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
@@ -90,6 +101,11 @@ class DynamicBatcher(Generic[Key, Item, Result]):
     def pending(self) -> int:
         """Items that wait for a batch, or for their next turn."""
         return sum(map(len, self._queues.values()))
+
+    @property
+    def pending_cost(self) -> float:
+        """Cost of these items."""
+        return sum(self._cost(key) * len(queue) for key, queue in self._queues.items())
 
     async def submit(self, key: Key, items: Sequence[Item]) -> list[Result]:
         """Results of `items`, in order; they may be computed in different batches.
@@ -99,14 +115,14 @@ class DynamicBatcher(Generic[Key, Item, Result]):
         Raises:
             Overloaded: they would not all fit in the queue; none is taken then.
         """
-        if self.pending + len(items) > self.max_pending:
+        if self.pending_cost + self._cost(key) * len(items) > self.max_pending:
             raise Overloaded(self.pending, self.max_pending)
         # Not in the constructor: a task needs the event loop that will run it.
         if self._worker is None:
             self._worker = asyncio.create_task(self._work(), name="fewstep-batcher")
         loop = asyncio.get_running_loop()
         entries = [Waiting[Item, Result](item, loop.create_future()) for item in items]
-        self._queues.setdefault(key, []).extend(entries)
+        self._enqueue(key, self._queues.get(key, []) + entries)
         self._arrival.set()
         try:
             return list(await asyncio.gather(*(entry.result for entry in entries)))
@@ -125,23 +141,40 @@ class DynamicBatcher(Generic[Key, Item, Result]):
             for entry in queue:
                 entry.result.cancel()
 
+    def _enqueue(self, key: Key, queue: list[Waiting[Item, Result]]) -> None:
+        self._queues[key] = queue
+        # Due after the cost of its first turn: a caller who asks for one thing after the other pays for each of them.
+        self._due.setdefault(key, self._share + self._cost(key))
+
     def _forget_abandoned(self, key: Key) -> None:
         if key in self._queues:  # a batch that runs has taken its items out
             self._queues[key] = [entry for entry in self._queues[key] if not entry.abandoned]
             if not self._queues[key]:
                 del self._queues[key]
+                if key != self._running:
+                    del self._due[key]
+
+    def _most(self, key: Key) -> int:
+        """Most items of a batch of this key."""
+        return max(1, int(self.max_batch_size / self._cost(key)))
 
     async def _work(self) -> None:
         while True:
             await self._gather()
             # Until all is done no batch waits to fill: what arrives meanwhile joins at the next turn anyway.
             while self._queues:
-                key = next(iter(self._queues))
-                queue = self._queues.pop(key)
-                batch, rest = queue[: self.max_batch_size], queue[self.max_batch_size :]
+                key = min(self._queues, key=self._due.__getitem__)
+                queue, most = self._queues.pop(key), self._most(key)
+                batch, rest = queue[:most], queue[most:]
+                self._running = key
+                self._due[key] += self._cost(key)
+                self._share += self._cost(key) / len(self._due)
                 if rest:
-                    self._queues[key] = rest  # after all other keys
+                    self._enqueue(key, rest)  # last of the keys that are due then
                 await self._run_turn(key, batch)
+                self._running = None
+                if key not in self._queues:
+                    del self._due[key]
 
     async def _gather(self) -> None:
         """Wait, idle, for a first item, and then for its batch to fill or its wait to end."""
@@ -150,7 +183,7 @@ class DynamicBatcher(Generic[Key, Item, Result]):
             await self._arrival.wait()
         give_up = time.monotonic() + self.max_wait_s
         # All queues may have emptied meanwhile, where every caller left.
-        while self._queues and all(len(queue) < self.max_batch_size for queue in self._queues.values()):
+        while self._queues and all(len(queue) < self._most(key) for key, queue in self._queues.items()):
             self._arrival.clear()
             try:
                 await asyncio.wait_for(self._arrival.wait(), give_up - time.monotonic())
@@ -174,5 +207,5 @@ class DynamicBatcher(Generic[Key, Item, Result]):
             else:
                 entry.result.set_result(result)
         if unfinished:
-            # They stay ahead of what arrived for their key meanwhile; the key itself goes to the end of the turns.
-            self._queues[key] = unfinished + self._queues.pop(key, [])
+            # They stay ahead of what arrived for their key meanwhile; the key goes behind those that are due with it.
+            self._enqueue(key, unfinished + self._queues.pop(key, []))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.engine.batcher import DynamicBatcher, Overloaded, Turn, Waiting
 from fewstep.engine.generation import BatchKey, EvaluationReport, GeneratedImage, Generation, StepPreview
+from fewstep.engine.models import Abandoned
 from fewstep.engine.stages import LocalStages, Stages, tensor_thread
 from fewstep.flow import NextStep
 from fewstep.models.conditioning import Conditioning
@@ -28,9 +29,10 @@ class Engine:
     """Batches generations and runs the network in one worker thread. Belongs to one event loop.
 
     Args:
-        max_batch_size: most images of a batch.
+        max_batch_size: most images of a batch, of the size that their model was trained at; larger ones count as
+            `Generation.cost` says.
         max_wait_s: how long an idle worker waits for a batch to fill.
-        max_pending: bound on waiting images.
+        max_pending: bound on waiting images, counted likewise.
         stages: where captions are encoded and latents decoded; in threads of this process by default.
         on_evaluation: told of each network evaluation, in the worker thread.
     """
@@ -46,11 +48,15 @@ class Engine:
     ) -> None:
         self.max_pending = max_pending
         self._stages, self._on_evaluation = stages or LocalStages(), on_evaluation
-        self._encoding = 0
+        self._encoding, self._encoding_cost = 0, 0.0
         self._thread = tensor_thread("network")
         # No bound of its own: `generate` already counts what waits here together with what is being encoded.
         self.batcher: DynamicBatcher[BatchKey, Generation, float] = DynamicBatcher(
-            self._run, max_batch_size=max_batch_size, max_wait_s=max_wait_s, max_pending=1 << 30
+            self._run,
+            max_batch_size=max_batch_size,
+            max_wait_s=max_wait_s,
+            max_pending=1 << 30,
+            cost=lambda key: key.cost,
         )
 
     @property
@@ -73,14 +79,18 @@ class Engine:
         if others:
             raise ValueError("generations of one call must have one model, one size and one sampler")
         # Before any work is done for them, so that refusing stays cheap when there is too much work.
-        if self.pending + len(generations) > self.max_pending:
+        cost = key.cost * len(generations)
+        if self._encoding_cost + self.batcher.pending_cost + cost > self.max_pending:
             raise Overloaded(self.pending, self.max_pending)
         begin = time.perf_counter()
-        self._encoding += len(generations)
+        self._encoding, self._encoding_cost = self._encoding + len(generations), self._encoding_cost + cost
         try:
             encoded = await self._stages.encode(key.model, [generation.caption for generation in generations])
         finally:
-            self._encoding -= len(generations)
+            self._encoding, self._encoding_cost = (
+                self._encoding - len(generations),
+                self._encoding_cost - cost,
+            )
         encode_s = time.perf_counter() - begin
         for generation, conditioning in zip(generations, encoded, strict=True):
             generation.begin(conditioning)
@@ -106,9 +116,11 @@ class Engine:
     ) -> list[float | Literal[Turn.UNFINISHED]]:
         """One evaluation of a batch; gives, of each image that is finished, the seconds since it was submitted."""
         loop = asyncio.get_running_loop()
-        generations = [entry.item for entry in batch]
         # In a thread: the event loop goes on taking requests while the network works.
-        clean = await loop.run_in_executor(self._thread, self._evaluate, key, generations)
+        try:
+            clean = await loop.run_in_executor(self._thread, self._evaluate, key, batch)
+        except Abandoned:  # by all: nobody gets this answer
+            return [Turn.UNFINISHED] * len(batch)
         if clean is not None:
             watched = [(entry, show) for entry in batch if (show := entry.item.on_preview) is not None]
             pixels = await self._stages.decode(key.model, clean)
@@ -118,14 +130,21 @@ class Engine:
         return [entry.waited_s if entry.item.done == entry.item.total else Turn.UNFINISHED for entry in batch]
 
     @torch.inference_mode()
-    def _evaluate(self, key: BatchKey, generations: list[Generation]) -> Tensor | None:
-        """One network evaluation, each image at its own step; x̂_0 of those that have previews, if any has."""
+    def _evaluate(self, key: BatchKey, batch: list[Waiting[Generation, float]]) -> Tensor | None:
+        """One network evaluation, each image at its own step; x̂_0 of those that have previews, if any has.
+
+        Raises:
+            Abandoned: nobody waits for any of them any more.
+        """
+        generations = [entry.item for entry in batch]
         pipeline, watch = key.model.pipeline, key.model.stopwatch
         begin = time.perf_counter()
         conditioning = Conditioning.join([one.conditioning for one in generations]).to(pipeline.device)
         x = torch.cat([one.latent for one in generations]).to(pipeline.device)
         clean = None
-        with watch.measuring():
+        # Read from this thread, which is safe: a future that is done stays so.
+        wanted = key.model.interruption.unless(lambda: all(entry.abandoned for entry in batch))
+        with watch.measuring(), wanted:
             if key.by_teacher:
                 done, total = torch.tensor([(one.done, one.total) for one in generations]).T
                 x = pipeline.sample_teacher_step(x, conditioning, done, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,17 @@ class BatchKey(NamedTuple):
     """Time shift of the student's sampler: one evaluation has one warp of time."""
     substeps: int
     """Substeps of the student's rollouts: they are walked together."""
+
+    @property
+    def cost(self) -> float:
+        """Of an image, in images of the size that the model was trained at: how many times their pixels it has, at
+        least 1. (Attention grows faster, but a network's other layers, and its memory, don't.)"""
+        return max(1.0, relative_pixels(self.model, self.shape))
+
+
+def relative_pixels(model: LoadedModel, shape: tuple[int, int, int]) -> float:
+    """How many times the pixels of the size its model was trained at an image of a latent (C, H, W) has."""
+    return math.prod(shape[1:]) / math.prod(model.latent_shape(None)[1:])
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,40 @@ class Stopwatch:
             self._marks.append(time.perf_counter())
 
 
+class Abandoned(Exception):
+    """An evaluation was ended, because nobody wanted it any more."""
+
+
+class Interruption:
+    """Ends an evaluation at the network's next block, by hooks of its blocks.
+
+    Blocks are the elements of its `ModuleList`s. A network without any, or a compiled one, is evaluated to its end.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._over: Callable[[], bool] = lambda: False
+        # A hook inside a compiled network would break it into pieces.
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return
+        for blocks in module.modules():
+            if isinstance(blocks, torch.nn.ModuleList):
+                for block in blocks:
+                    block.register_forward_pre_hook(self._check)
+
+    @contextmanager
+    def unless(self, over: Callable[[], bool]) -> Iterator[None]:
+        """Evaluate the network inside a `with` block, which is left by `Abandoned` once `over` says so."""
+        self._over = over
+        try:
+            yield
+        finally:
+            self._over = lambda: False
+
+    def _check(self, *hook_arguments: Any) -> None:
+        if self._over():
+            raise Abandoned
+
+
 @dataclass(eq=False)
 class LoadedModel:
     """A model in memory."""
@@ -86,11 +120,15 @@ class LoadedModel:
     """Of the network's weights."""
     stopwatch: Stopwatch = field(init=False)
     """Of its network."""
+    interruption: Interruption = field(init=False)
+    """Of its network."""
 
     def __post_init__(self) -> None:
         network = self.pipeline.network
         self.nbytes = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-        self.stopwatch = Stopwatch(_transformer(self.pipeline), self.pipeline.device)
+        transformer = _transformer(self.pipeline)
+        self.stopwatch = Stopwatch(transformer, self.pipeline.device)
+        self.interruption = Interruption(transformer)
 
     @property
     def id(self) -> str:
@@ -183,7 +221,8 @@ class ModelStore:
         """
         if name in self._loaded:
             return self._loaded[name].version
-        return await self._in_thread(current_version, self.sources[name].source, self._tracking_uri)
+        # Not in the thread that loads: who asks what is on offer need not wait until another model is in memory.
+        return await asyncio.to_thread(current_version, self.sources[name].source, self._tracking_uri)
 
     async def follow_aliases(self) -> list[LoadedModel]:
         """Look aliases of loaded models up, and replace those that have moved; returns the new ones.
@@ -205,11 +244,27 @@ class ModelStore:
         return replaced
 
     async def offer(self, sources: Mapping[str, ModelSource]) -> None:
-        """Change what is offered; models whose source changed are dropped and loaded again when asked for."""
+        """Change what is offered, all at once: until what is needed of it has been loaded, nothing changes.
+
+        That is the default, and what is in memory and gets another source; these take their places at once. Models that
+        are no longer offered are dropped, others are loaded when asked for.
+
+        Raises:
+            UserError: one of them can't be loaded; what was offered remains.
+        """
+        needed = [
+            source
+            for name, source in sources.items()
+            if (name not in self._loaded and name == next(iter(sources)))
+            or (name in self._loaded and source != self.sources[name])
+        ]
+        models = [await self._in_thread(self._load, source) for source in needed]
         for name in list(self._loaded):
             if sources.get(name) != self.sources.get(name):
                 del self._loaded[name]
         self.sources = dict(sources)
+        for model in reversed(models):  # the default last: it leaves a full memory last
+            self._install(model)
 
     async def _follow(self, source: ModelSource) -> LoadedModel | None:
         """Load the version that a source's alias names now; None where it is in memory, or failed a moment ago."""

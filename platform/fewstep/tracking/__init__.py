@@ -4,6 +4,11 @@
 delivered yet, `registry` stores and finds students, `version` says which code made them.
 """
 
+import os
+
+# Before anything imports MLflow, which would otherwise ask a server of its authors what to report to them.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 from fewstep.tracking.run import TrackedRun, Tracker
 from fewstep.tracking.spool import spool_folder
 
