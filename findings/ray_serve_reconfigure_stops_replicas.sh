@@ -10,16 +10,9 @@
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q --disable-pip-version-check 'ray[serve]==2.60.0'
-cat > "$folder/try.py" <<'P'
+"$folder/venv/bin/pip" install -q --disable-pip-version-check 'ray[default,serve]==2.60.0'
+cat > "$folder/application.py" <<'P'
 import asyncio
-import os
-import time
-import urllib.error
-import urllib.request
-
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_SERVE_LOG_TO_STDERR": "0"}
-import ray
 from ray import serve
 
 
@@ -35,41 +28,61 @@ class Model:
         return self.name
 
 
-def answer():
+application = Model.bind()
+P
+cat > "$folder/try.py" <<'P'
+import os
+import time
+import urllib.error
+import urllib.request
+
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_SERVE_LOG_TO_STDERR": "0"}
+import ray
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+
+def answer(seconds=15):
     try:
-        with urllib.request.urlopen("http://127.0.0.1:8765/", timeout=15) as response:
+        with urllib.request.urlopen("http://127.0.0.1:8765/", timeout=seconds) as response:
             return response.read().decode()
-    except (urllib.error.HTTPError, TimeoutError):  # 503, or a wait without an end
+    except (urllib.error.URLError, TimeoutError):  # 503, or a wait without an end
         return "no answer"
 
 
+def wait_for(wanted):
+    deadline = time.monotonic() + 60
+    while (last := answer()) != wanted and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return last
+
+
 def deploy(name, seconds=0):
-    config = {"name": name, "seconds": seconds}
-    serve._run(Model.options(user_config=config).bind(), _blocking=False)
+    # As `serve deploy` does with a file: of these changes Ray Serve says that they reconfigure replicas in place.
+    deployments = [{"name": "Model", "user_config": {"name": name, "seconds": seconds}}]
+    one = {"name": "default", "import_path": "application:application", "deployments": deployments}
+    client.deploy_applications({"http_options": {"host": "127.0.0.1", "port": 8765}, "applications": [one]})
 
 
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-serve.start(http_options={"host": "127.0.0.1", "port": 8765})
-serve.run(Model.options(user_config={"name": "first", "seconds": 0}).bind())
+context = ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+client = ServeSubmissionClient(f"http://{context.dashboard_url}")
 print("ray", ray.__version__)
-print("at first:", answer())
-deploy("second", seconds=6)
-time.sleep(2)
+deploy("first")
+print("at first:", wait_for("first"))
+deploy("second", seconds=12)
+time.sleep(5)
 begun = time.monotonic()
-name = answer()
-print("while it takes 6 s to reconfigure:", name, "after a wait" if time.monotonic() - begun > 1 else "at once")
+name = answer(30)
+print("while it takes 12 s to reconfigure:", name, "after a wait" if time.monotonic() - begun > 1 else "at once")
 deploy("wrong")
-deadline = time.monotonic() + 60
-while (last := answer()) == "second" and time.monotonic() < deadline:
-    time.sleep(0.5)
-print("after a wrong configuration:", last)
-serve.shutdown()
+print("after a wrong configuration:", wait_for("no answer"))
+client.delete_applications()
 ray.shutdown()
 P
+export PYTHONPATH=$folder
 "$folder/venv/bin/python" "$folder/try.py" 2>"$folder/errors" | grep -v raylet | tee "$folder/seen" || { tail -5 "$folder/errors"; exit 1; }
 diff "$folder/seen" - <<'SEEN'
 ray 2.60.0
 at first: first
-while it takes 6 s to reconfigure: second after a wait
+while it takes 12 s to reconfigure: second after a wait
 after a wrong configuration: no answer
 SEEN
