@@ -58,7 +58,7 @@ class TrainState:
     metrics: dict[str, float] = field(default_factory=dict)
     """The last metrics that were logged."""
     ranks: int = 0
-    """Number of ranks that wrote it, each with a manifest; 0 in checkpoints of before fewstep 0.3, which have none."""
+    """Number of ranks that wrote it, each with a manifest; 0 in checkpoints of before fewstep 0.2, which have none."""
 
     @classmethod
     def parse(cls, content: bytes) -> TrainState:
