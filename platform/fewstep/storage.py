@@ -114,7 +114,8 @@ class Storage:
         """The content of an object, given relative to the root; None if it does not exist."""
         with self.reachable():
             try:
-                with self.filesystem.open_input_stream(self.path(relative)) as stream:
+                # As it is stored: pyarrow would unzip by the suffix.
+                with self.filesystem.open_input_stream(self.path(relative), compression=None) as stream:
                     return stream.read()
             except FileNotFoundError:
                 return None

@@ -101,7 +101,7 @@ def test_a_missing_set_names_its_package(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train-images-idx3-ubyte.gz", b"not zipped", "can't be reached or used"),
+        ("train-images-idx3-ubyte.gz", b"not zipped", "broken idx file"),
         ("train-images-idx3-ubyte.gz", gzip.compress(b"hello, world"), "broken idx file"),
         ("train-labels-idx1-ubyte.gz", gzip.compress(idx(np.zeros(3, np.uint8))), "holds no Fashion-MNIST"),
         ("train-labels-idx1-ubyte.gz", gzip.compress(idx(np.full(20, 10, np.uint8))), "labels .* up to 10"),

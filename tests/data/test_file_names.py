@@ -78,6 +78,42 @@ def test_tables_in_split_folders_are_found_and_their_folders_decide_the_split(tm
     assert source.notes
 
 
+def test_folders_of_splits_count_however_they_are_written_and_wherever_the_table_is(tmp_path: Path) -> None:
+    for folder in ("Train", "Test", "extra"):
+        pictures(tmp_path / folder, "metadata.jsonl", {"a.png": folder})
+    source = image_folder(str(tmp_path), held_out=0.9)
+    splits = dict(zip(*(source.rows[name].to_pylist() for name in ("key", "split")), strict=True))
+    assert splits == {"Train/a.png": "train", "Test/a.png": "held_out", "extra/a.png": "train"}
+    assert "what is in no such folder is for training" in source.notes[0]
+    (tmp_path / "captions.csv").write_text("file,text\nTrain/a.png,one\nTest/a.png,two\n")
+    source = image_folder(str(tmp_path), held_out=0.9)
+    assert source.rows["split"].to_pylist() == ["train", "held_out"]
+
+
+def test_tables_that_are_not_read_are_named_and_leftovers_of_programs_are_none(tmp_path: Path) -> None:
+    pictures(tmp_path, "metadata.jsonl", {"a.png": "one"})
+    (tmp_path / "metadata.csv").write_text("file,text\na.png,two\n")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "metadata.csv").write_bytes(b"\0\0")
+    source = image_folder(str(tmp_path), held_out=0.0)
+    assert source.rows["caption"].to_pylist() == ["one"]
+    assert source.notes == ("metadata.jsonl has the captions; not read: metadata.csv",)
+
+
+def test_a_name_in_other_capitals_is_hinted_at_and_keys_are_unique(tmp_path: Path) -> None:
+    pictures(tmp_path, "metadata.jsonl", {"a.png": "one"})
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png#2", "PNG")
+    lines = [
+        {"file": "a.png#2", "text": "x"},
+        *[{"file": "a.png", "text": "y"}] * 2,
+        {"file": "A.PNG", "text": "z"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = image_folder(str(tmp_path), held_out=0.0)
+    assert source.rows["key"].to_pylist() == ["a.png#2", "a.png", "a.png#3"]
+    assert source.rejected[0].detail == f"there is no A.PNG in {tmp_path} (but a.png)"
+
+
 def test_a_table_outside_of_the_folder_names_files_below_it(tmp_path: Path) -> None:
     pictures(tmp_path / "photos", "other.jsonl", {"a.png": "one"})
     (tmp_path / "photos" / "other.jsonl").rename(tmp_path / "table.jsonl")
@@ -99,7 +135,7 @@ def test_a_small_set_has_rows_of_both_splits(tmp_path: Path, count: int, share: 
 def test_the_columns_that_were_found_and_looked_for_are_named(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("path,title\na.png,a mug\n")
     with pytest.raises(
-        UserError, match=r"has the columns path, title, and none of file, file_name, image: rename"
+        UserError, match=r"has the columns path, title, and none of file, file_name, image: its first line"
     ):
         image_folder(str(tmp_path), held_out=0.0)
     (tmp_path / "metadata.csv").unlink()

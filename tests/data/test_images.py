@@ -43,12 +43,29 @@ def test_grey_of_every_depth_looks_like_its_copy_of_8_bits(pixels: np.ndarray, k
     assert np.array_equal(grey(encoded(Image.fromarray(pixels), kind)), RAMP)
 
 
-def test_a_dark_scan_of_16_bits_stays_dark() -> None:
-    dark = (RAMP // 4).astype(np.uint16)
-    for kind in ("PNG", "TIFF", "PPM"):
-        assert grey(encoded(Image.fromarray(dark), kind)).max() == 0, (
-            "the file's own range counts, not the picture's"
-        )
+@pytest.mark.parametrize(
+    ("pixels", "brightest"),
+    [
+        (RAMP.astype(np.uint16) * 16, 254),  # 12 bits in 16, as microscopes and raw converters write
+        (RAMP.astype(np.uint16) * 4, 254),  # 10 bits
+        (RAMP.astype(np.uint16), 255),
+        (RAMP.astype(np.uint16) * 64, 63),  # a dark scan of 16 bits stays dark
+        (RAMP.astype(np.int32) + 45, 75),
+        (RAMP.astype(np.float32) / 254, 255),  # an overshoot of resampling
+        (np.zeros((4, 4), np.uint16), 0),
+        (np.full((4, 4), 0.01, np.float32), 3),
+    ],
+)
+def test_pixels_in_a_part_of_their_range_are_not_nearly_black(pixels: np.ndarray, brightest: int) -> None:
+    assert abs(grey(encoded(Image.fromarray(pixels), "TIFF")).max() - brightest) <= 1
+
+
+def test_a_tiff_file_says_its_bits_its_sign_and_whether_white_is_zero() -> None:
+    sixteen = RAMP.astype(np.uint16) * 257
+    inverted = encoded(Image.fromarray(65535 - sixteen), "TIFF", tiffinfo={262: 0})
+    assert np.array_equal(grey(inverted), RAMP)
+    signed = encoded(Image.fromarray(RAMP.astype(np.uint16) * 128), "TIFF", tiffinfo={339: 2})
+    assert abs(grey(signed).max() - 255) <= 1
 
 
 @pytest.mark.parametrize(
@@ -63,14 +80,14 @@ def test_a_dark_scan_of_16_bits_stays_dark() -> None:
     ],
 )
 def test_pixels_that_do_not_say_what_is_white_are_rejected(pixels: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"32-bit pixels from .* which don't say what is white"):
+    with pytest.raises(ValueError, match=r"grey pixels from .* which don't say what is white"):
         open_image(encoded(Image.fromarray(pixels), "TIFF"))
 
 
 def test_a_float_map_of_netpbm_is_no_file_of_16_bits() -> None:
     image = Image.fromarray(RAMP.astype(np.float32) / 255)
     assert np.array_equal(grey(encoded(image, "PPM")), RAMP)
-    with pytest.raises(ValueError, match="32-bit pixels"):
+    with pytest.raises(ValueError, match="grey pixels"):
         open_image(encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "PPM"))
 
 

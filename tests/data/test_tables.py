@@ -134,8 +134,24 @@ def test_lines_end_at_line_ends_alone(tmp_path) -> None:
         # A quotation mark that is not closed: at the end, before a quoted row, before a row that would become a cell.
         ('file,text\na.png,"a mug\nb.png,a dog\nc.png,a cat\n', ["a dog", "a cat"], ["t.csv:2"]),
         ('file,text\na.png,"a mug\nb.png,"a dog"\nc.png,a cat\n', ["a dog", "a cat"], ["t.csv:2"]),
-        ('file,text\na.png,"a mug\nb.png,a dog"\nc.png,a cat\n', ['a dog"', "a cat"], ["t.csv:2"]),
-        ('file,text\na.png,"a mug\nb.png,x\nc.png,y",z\n', ["x"], ["t.csv:2", "t.csv:4"]),
+        ('file,text\na.png,"a mug\nb.png,a dog"\nc.png,a cat\n', ["a cat"], ["t.csv:2", "t.csv:3"]),
+        ('file,text\na.png,"a mug\nb.png,x\nc.png,y",z\n', [], ["t.csv:2", "t.csv:3", "t.csv:4"]),
+        # Rows behind a forgotten mark, or one row with a list in it: not taken for what it may not be.
+        ('file,text,tag\na.png,"red,x\nb.png,blue,y"\nc.png,green,z\n', ["green"], ["t.csv:2", "t.csv:3"]),
+        ('file,text\na.png,"red\nb.png,blue, sky"\n', [], ["t.csv:2", "t.csv:3"]),
+        ('text,file\n"red,a.png\nblue,b.png"\n', [], ["t.csv:2", "t.csv:3"]),
+        ('file,text\na.png,"A list:\nb.png, a picture\nend"\n', [], ["t.csv:2", "t.csv:3", "t.csv:4"]),
+        ('text,file\n"two dogs, one.cat\nrunning",a.png\n', [], ["t.csv:2", "t.csv:3"]),
+        ('file,id,text\na.png,1,"red\n,,blue fox\nb.png,x3,green"\n', [], ["t.csv:2", "t.csv:3", "t.csv:4"]),
+        # A separator at the end of every line makes no column in which the rest of a caption may vanish.
+        ("file,text,\na.png,red, hot,\nb.png,blue,\n", ["blue"], ["t.csv:2"]),
+        (",file,text\n0,a.png,red\n", ["red"], []),
+        # Blanks behind a closing quotation mark
+        ('file,text\na.png,"red, hot" \nb.png,"blue" ,\n', ["red, hot", "blue"], []),
+        ("#TYPE Selected.Row\nfile,text\na.png,a mug\n", ["a mug"], []),
+        ('"sep=,"\nfile,text\na.png,a mug\n', ["a mug"], []),
+        ("\ufeff\ufefffile,text\na.png,a mug\n", ["a mug"], []),
+        ("file,Text,text\na.png,a mug,\n", ["a mug"], []),
         # Quotation marks inside a cell are its own.
         ('file,text\na.png,a "red" mug\n', ['a "red" mug'], []),
         ('file,text\na.png,"a ""red"" mug"\n', ['a "red" mug'], []),
@@ -143,8 +159,8 @@ def test_lines_end_at_line_ends_alone(tmp_path) -> None:
         # Line breaks in a quoted cell are part of it.
         ('file,text\na.png,"a mug,\non a table"\nb.png,a dog\n', ["a mug,\non a table", "a dog"], []),
         ('text,file\n"a mug,\n\non a table",a.png\n', ["a mug,\n\non a table"], []),
-        ('text,file\n"a mug,a.png\na dog,b.png\na cat",c.png\n', ["a dog", 'a cat"'], ["t.csv:2"]),
-        ('text,file\n"a mug,a.png\na cat",c.png\nx,d.png\n', ['a cat"', "x"], ["t.csv:2"]),
+        ('text,file\n"a mug,a.png\na dog,b.png\na cat",c.png\n', [], ["t.csv:2", "t.csv:3", "t.csv:4"]),
+        ('text,file\n"a mug,a.png\na cat",c.png\nx,d.png\n', ["x"], ["t.csv:2", "t.csv:3"]),
         # A blank after the comma does not hide the quotation mark.
         ('file, text\na.png, "a red, tall mug"\n', ["a red, tall mug"], []),
         ("File , TEXT\na.png,a mug\n", ["a mug"], []),
@@ -180,6 +196,9 @@ def test_many_unclosed_quotation_marks_take_no_more_than_their_rows(tmp_path) ->
     [
         ("t.csv", "a.png,a red mug\n", r"t.csv has the columns a.png, a red mug, and none of caption, text, prompt"),
         ("t.csv", "", "t.csv is empty"),
+        ("t.csv", "caption\na".encode("utf-16-le"), r"first line of t.csv holds a NUL byte.*byte-order mark"),
+        ("t.json", '{"a.png": {"caption": "a mug"}}', r"one JSON object with the keys a.png: write a list"),
+        ("t.json", '{"data": [{"text": "a mug"}]}', r"one JSON object with the keys data"),
         ("t.tsv", "\n \n", "t.tsv is empty"),
         ("t.json", '[{"text": "a"},', "t.json is not JSON"),
         ("t.parquet", "PAR1", "t.parquet is not a readable Parquet file"),
@@ -197,7 +216,7 @@ def test_what_can_not_be_read_as_a_whole_is_refused_in_one_sentence(tmp_path, na
 
 @pytest.mark.parametrize("cut", [5, -10])
 def test_a_torn_gzip_file_is_refused(tmp_path, cut) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"t.jsonl.gz is not a whole gzip file .*: compress it again"):
         read(written(tmp_path, "t.jsonl.gz", gzip.compress(b'"a mug"\n' * 1000)[:cut]))
 
 
@@ -240,6 +259,18 @@ def test_parquet_columns_of_every_kind_of_text(tmp_path) -> None:
     captions, [rejection], _ = read(tmp_path / "broken.parquet")
     assert captions == ["ok"]
     assert "row 1 unreadable row" in rejection
+
+
+def test_parquet_columns_of_one_name_or_of_numbers(tmp_path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice.parquet has two columns text"):
+        read(tmp_path / "twice.parquet")
+    pq.write_table(pa.table({"Text": ["a", None], "text": ["b", "c"]}), tmp_path / "capitals.parquet")
+    assert read(tmp_path / "capitals.parquet")[0] == ["a", "c"]
+    pq.write_table(pa.table({"file": [1], "text": ["a"]}), tmp_path / "metadata.parquet")
+    with pytest.raises(UserError, match="missing file, there is no 1 in"):
+        image_folder(str(tmp_path), held_out=0.0)
 
 
 def test_pictures_in_a_table_are_said_to_be_there(tmp_path) -> None:

@@ -47,3 +47,9 @@ class FileNames:
                     if found := self._by_form.get(unicodedata.normalize("NFC", candidate)):
                         return found
         return None
+
+    def hint(self, written: str) -> str:
+        """The end of a message about a name that was not found: a file that differs in its capitals alone, if any."""
+        last = posixpath.basename(written.replace("\\", "/")).casefold()
+        near = sorted(file for file in self._files if posixpath.basename(file).casefold() == last)
+        return f" (but {near[0]})" if near else ""

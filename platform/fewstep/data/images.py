@@ -62,9 +62,11 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image:
     with _opened(content, max_pixels) as image:
         turn = _TURNS.get(_orientation(image))
         image.load()
-        # Pillow turns TIFF files by itself while it loads them.
-        upright = image if turn is None or image.format == "TIFF" else image.transpose(turn)
-        shown = _eight_bits(upright)
+        shown = _eight_bits(image)
+        if (
+            turn is not None and image.format != "TIFF"
+        ):  # Pillow turns TIFF files by itself while it loads them
+            shown = shown.transpose(turn)
         if shown.has_transparency_data:
             shown = shown.convert("RGBA")
             shown = PIL.Image.alpha_composite(PIL.Image.new("RGBA", shown.size, (255, 255, 255, 255)), shown)
@@ -94,6 +96,9 @@ def lift_limit() -> None:
     PIL.Image.MAX_IMAGE_PIXELS = None
 
 
+# Numbers of the tags of TIFF files that say how pixels are meant (TIFF 6.0)
+TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleFormat": 339}
+
 # What EXIF's orientations ask for
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -119,18 +124,21 @@ def _orientation(image: Image) -> int:
 
 
 def _eight_bits(image: Image) -> Image:
-    """An image whose channels have 8 bits: grey pixels of 16 and 32 bits are scaled, others stay as they are.
+    """An image whose channels have 8 bits: grey pixels of more bits are scaled, others stay as they are.
 
     Raises:
         ValueError: pixels of 32 bits are outside of every usual range, so that white is unknown.
     """
+    if image.mode == "RGB" and isinstance(key := image.info.get("transparency"), tuple) and max(key) > 255:
+        # Pillow keeps the upper 8 of 16 bits of each channel, and all of the colour that stands for nothing.
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     if not image.mode.startswith("I") and image.mode != "F":
         return image
     pixels = np.asarray(image)
-    # Files of 16 bits say how white is written. For 32 bits, the usual range that holds all pixels is taken.
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    white = 65535.0 if sixteen else _white(pixels)
-    grey = PIL.Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8))
+    shown = np.rint(np.clip(pixels * (255 / _white(image, pixels)), 0, 255)).astype(np.uint8)
+    if _tag(image, TAGS["PhotometricInterpretation"]) == 0:  # white is zero
+        shown = 255 - shown
+    grey = PIL.Image.fromarray(shown)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         alpha = PIL.Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8))
@@ -138,20 +146,45 @@ def _eight_bits(image: Image) -> Image:
     return grey
 
 
-def _white(pixels: np.ndarray) -> float:
-    """The value of white: the end of the first usual range that holds all pixels, 0 to 1 (of floats), 255 or 65535.
+def _white(image: Image, pixels: np.ndarray) -> float:
+    """The value of white in grey pixels of more than 8 bits.
+
+    Files hardly ever say it: scanners and cameras put 10 or 12 bits into 16, and programs any range into 32. So it is
+    the end of the first usual range that holds all pixels.
 
     Raises:
         ValueError: none does.
     """
+    bits = _tag(image, TAGS["BitsPerSample"])
+    if isinstance(bits, tuple) and 8 < bits[0] < 16:
+        return 2.0 ** bits[0] - 1
     lowest, highest = float(pixels.min()), float(pixels.max())
-    ends = (1.0, 255.0, 65535.0) if pixels.dtype.kind == "f" else (255.0, 65535.0)
-    white = next((end for end in ends if lowest >= 0 and highest <= end), None)  # never true of NaN
-    if white is None:
+    if pixels.dtype.kind == "f":
+        # Resampling overshoots a little; what is nearly black in a range is of none.
+        fits = [
+            end
+            for end in (1.0, 255.0, 65535.0)
+            if -0.05 * end <= lowest and end / 16 <= highest <= 1.05 * end
+        ]
+        fits += [1.0] * (lowest >= 0 and highest <= 1)
+    else:
+        signed = _tag(image, TAGS["SampleFormat"]) == (2,) and bits == (16,)
+        fits = [
+            end
+            for end in (255.0, 1023.0, 4095.0, 32767.0 if signed else 65535.0)
+            if lowest >= 0 and highest <= end
+        ]
+    if not fits:  # so for NaN, too
         raise ValueError(
-            f"32-bit pixels from {lowest:g} to {highest:g}, which don't say what is white: save it with 8 or 16 bits"
+            f"grey pixels from {lowest:g} to {highest:g}, which don't say what is white: save it with 8 bits"
         )
-    return white
+    return fits[0]
+
+
+def _tag(image: Image, tag: int) -> object:
+    """A tag of a TIFF file; None of other files."""
+    tags = getattr(image, "tag_v2", None)
+    return None if tags is None else tags.get(tag)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -53,9 +53,9 @@ TABLE_NAMES = tuple(
 LEAST_ROWS = 4
 """Rows of each split of a small set, if it has twice as many: an evaluation needs 3, and one may be broken."""
 
-# Names of folders that say which split their pictures are of
-SPLIT_FOLDERS = {"train": "train"} | dict.fromkeys(
-    ("validation", "valid", "val", "test", "dev", "eval", "held_out"), "held_out"
+# Names of folders that say which split their pictures are of, in small letters
+SPLIT_FOLDERS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
+    ("validation", "valid", "val", "test", "testing", "dev", "eval", "held_out"), "held_out"
 )
 
 
@@ -158,22 +158,17 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
         captions: the table, of any kind that `table_rows` reads; None looks for metadata.* or captions.* in the folder
             or, where there is none, in the folders in it. Columns `file` (`file_name`, `image`), relative to the
             table's own folder or to `folder`, and `caption` (`text`, `prompt`).
-        held_out: share of the images, chosen by a hash of their names, that goes into the held-out split. Where tables
-            are found in folders for training and in folders for validation or test, the folders decide.
+        held_out: share of the images, chosen by a hash of their names, that goes into the held-out split. Where some
+            lie in a folder for training and some in one for validation or test, the folders decide.
 
     Raises:
         UserError: there is no such folder or table, or no usable row in it.
     """
     storage = Storage.at(folder)
     files = storage.list()
-    found = FileNames(storage.root, files)
-    tables = [str(captions)] if captions is not None else _tables(storage, files)
-    collected, seen = _Collected(), dict[str, int]()
-    # The name of the folder that each table lies in may be a split's.
-    splits = {table: SPLIT_FOLDERS.get(posixpath.basename(posixpath.dirname(table))) for table in tables}
-    told = set(splits.values()) == {"train", "held_out"}
-    if told:
-        collected.notes.append("folders named after splits decide what is held out, not --held-out")
+    found, notes = FileNames(storage.root, files), list[str]()
+    tables = [str(captions)] if captions is not None else _tables(storage, files, notes.append)
+    collected, keys = _Collected(notes=notes), set[str]()
     for table in tables:
         name = table.removeprefix(f"{storage.root}/")
         own = posixpath.dirname(name) if name != table else ""
@@ -189,17 +184,31 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
                 written = row.text(FILE_COLUMNS, "file")
                 caption = row.text(CAPTION_COLUMNS, "caption")
                 if (file := found.find(written, own)) is None:
-                    folder = f"{storage.root}/{own}".rstrip("/")
-                    raise RowError("missing file", f"there is no {written} in {folder}")
+                    place = f"{storage.root}/{own}".rstrip("/")
+                    raise RowError("missing file", f"there is no {written} in {place}{found.hint(written)}")
             except RowError as error:
                 collected.rejected.append(error.at(row.where))
                 continue
             # An image with several captions is several rows; keys have to be unique.
-            seen[file] = seen.get(file, 0) + 1
-            key = file if seen[file] == 1 else f"{file}#{seen[file]}"
-            entry = {"key": key, "caption": caption, "file": file, "where": row.where}
-            collected.rows.append(entry | ({"split": splits[table] or ""} if told else {}))
+            key, number = file, 1
+            while key in keys:
+                number += 1
+                key = f"{file}#{number}"
+            keys.add(key)
+            collected.rows.append({"key": key, "caption": caption, "file": file, "where": row.where})
+    _split_by_folder(collected)
     return collected.source("folder", ", ".join(tables), held_out, storage)
+
+
+def _split_by_folder(collected: _Collected) -> None:
+    """Give rows the split that their files' first folders tell, if there are folders for both splits."""
+    splits = [SPLIT_FOLDERS.get(row["file"].partition("/")[0].casefold()) for row in collected.rows]
+    if not {"train", "held_out"} <= set(splits):
+        return
+    for row, split in zip(collected.rows, splits, strict=True):
+        row["split"] = split or "train"
+    others = ", and what is in no such folder is for training" if None in splits else ""
+    collected.notes.append(f"folders named after splits decide what is held out, not --held-out{others}")
 
 
 def prompts(paths: Sequence[str], *, held_out: float) -> Source:
@@ -235,7 +244,7 @@ def prompts(paths: Sequence[str], *, held_out: float) -> Source:
     return collected.source("prompts", ", ".join(paths), held_out)
 
 
-def _tables(storage: Storage, files: Iterable[str]) -> list[str]:
+def _tables(storage: Storage, files: Iterable[str], tell: Callable[[str], None]) -> list[str]:
     """Addresses of the tables of captions in a folder; where it has none itself, one of each folder directly in it.
 
     Raises:
@@ -244,17 +253,21 @@ def _tables(storage: Storage, files: Iterable[str]) -> list[str]:
     by_folder: dict[str, dict[str, str]] = {}
     for file in files:
         folder, name = posixpath.split(file)
-        by_folder.setdefault(folder, {})[name.lower()] = file
+        if not folder.startswith((".", "__")):  # what programs leave, such as __MACOSX and .ipynb_checkpoints
+            by_folder.setdefault(folder, {})[name.lower()] = file
     here = by_folder.pop("", {})
     below = [names for folder, names in sorted(by_folder.items()) if "/" not in folder]
-    tables = [
-        [names[name] for name in TABLE_NAMES if name in names][:1]  # the first of each folder
-        for names in ([here] if any(name in here for name in TABLE_NAMES) else below)
-    ]
-    if not any(tables):
+    tables = []
+    for names in [here] if any(name in here for name in TABLE_NAMES) else below:
+        # The first of each folder
+        present = [names[name] for name in TABLE_NAMES if name in names]
+        tables += [f"{storage.root}/{table}" for table in present[:1]]
+        if present[1:]:
+            tell(f"{present[0]} has the captions; not read: {', '.join(present[1:])}")
+    if not tables:
         raise UserError(
             f"there is no table of captions in {storage.root} (looked for {TABLE_NAMES[0]} and the like, metadata or "
             f"captions with {', '.join(TABLE_SUFFIXES)}, there and in its folders): add one with the columns file and "
             "caption, or name it with --captions."
         )
-    return [f"{storage.root}/{table}" for found in tables for table in found]
+    return tables

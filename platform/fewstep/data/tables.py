@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,7 @@ def table_rows(
     name = name or path.rpartition("/")[2]
     read, zipped = _reader(path, name)
     content = _content(path)
-    # pyarrow has unzipped it already, except where the suffix is in capitals.
-    if zipped and content.startswith(b"\x1f\x8b"):
+    if zipped:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
@@ -128,7 +128,12 @@ def table_rows(
         if isinstance(record, str):
             yield Row(f"{name}{place}", {}, fault=record)
         else:
-            yield Row(f"{name}{place}", {column_key(column): value for column, value in record.items()})
+            values: dict[str, Any] = {}
+            for column, value in record.items():
+                # Of columns that differ in capitals alone, the first one that is filled.
+                if values.get(key := column_key(column)) in (None, ""):
+                    values[key] = value
+            yield Row(f"{name}{place}", values)
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,8 @@ class _TableReading:
         """All names of columns that matter."""
         return {column for group in self.needed for column in group}
 
-    def check(self, columns: Collection[str]) -> None:
-        """Refuse a table whose columns can't do.
+    def check(self, columns: Collection[str], remedy: str = "rename the one that is meant") -> None:
+        """Refuse a table whose columns can't do; `remedy` ends the message.
 
         Raises:
             UserError: of one of the needed groups, none is there.
@@ -155,7 +160,7 @@ class _TableReading:
             if not found.intersection(group):
                 raise UserError(
                     f"{self.name} has the columns {_listed(columns)}, and none of {', '.join(group)}: "
-                    "rename the one that is meant."
+                    f"{remedy}."
                 )
 
 
@@ -164,8 +169,13 @@ Records = Iterator[tuple[str, dict[str, Any] | str]]
 
 
 def _json_lines(content: bytes, reading: _TableReading) -> Records:
-    """Rows of JSON lines; a line that is a string is a caption."""
-    for number, line in enumerate(lines_of(decode(content)), 1):
+    """Rows of JSON lines; a line that is a string is a caption. A whole JSON list is read as one."""
+    text = decode(content)
+    if text.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            yield from _entries(json.loads(text), reading)
+            return
+    for number, line in enumerate(lines_of(text), 1):
         if not (line := line.strip().removeprefix("\ufeff")):
             continue
         try:
@@ -184,6 +194,20 @@ def _json_document(content: bytes, reading: _TableReading) -> Records:
             raise UserError(f"{reading.name} is not JSON ({error}): mend it, or write JSON lines.") from error
         yield from _json_lines(content, reading)
         return
+    yield from _entries(document, reading)
+
+
+def _entries(document: Any, reading: _TableReading) -> Records:
+    """Rows of a parsed JSON document: a list of them, or a single one.
+
+    Raises:
+        UserError: it is one object, and no row.
+    """
+    if isinstance(document, dict) and not reading.known.intersection(map(column_key, document)):
+        raise UserError(
+            f"{reading.name} holds one JSON object with the keys {_listed(document)}: write a list of objects, each "
+            "with its file and caption, or one of them in each line."
+        )
     for number, entry in enumerate(document if isinstance(document, list) else [document], 1):
         yield f" row {number}", _json_record(entry)
 
@@ -200,7 +224,10 @@ def _delimited(usual: str) -> Callable[[bytes, _TableReading], Records]:
 
     def read(content: bytes, reading: _TableReading) -> Records:
         table = DelimitedText(decode(content), reading.name, known=reading.known, usual=usual)
-        reading.check(table.columns)
+        reading.check(
+            table.columns,
+            "its first line has to name the columns, so rename the one that is meant, or add a line",
+        )
         if table.separator != usual:
             reading.tell(
                 f"{reading.name}: read as cells between {SEPARATORS.get(table.separator, table.separator)}"
@@ -231,6 +258,8 @@ def _parquet_rows(content: bytes, reading: _TableReading) -> Records:
         reading.check(schema.names)
         _check_pictures(schema, reading)
         names = [name for name in schema.names if column_key(name) in reading.known]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{reading.name} has two columns {twice}: leave one of them out.")
         table = file.read(names)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{reading.name} is not a readable Parquet file: write it again.") from error
@@ -250,8 +279,12 @@ def _check_pictures(schema: pa.Schema, reading: _TableReading) -> None:
     if FILE_COLUMNS not in reading.needed:
         return
     files = [column for column in schema if column_key(column.name) in FILE_COLUMNS]
-    named = [column for column in files if _is_text(column.type) or types.is_null(column.type)]
-    if not named:
+    pictures = [
+        column
+        for column in files
+        if types.is_nested(column.type) or types.is_binary(column.type) or types.is_large_binary(column.type)
+    ]
+    if pictures == files:
         column = files[0]
         raise UserError(
             f"the column {column.name} of {reading.name} holds pictures ({column.type}), and fewstep reads them from "

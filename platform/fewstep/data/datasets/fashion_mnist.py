@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -68,9 +71,11 @@ def _read_idx(storage: Storage, name: str) -> np.ndarray:
     Raises:
         UserError: the file is missing or broken.
     """
-    content = storage.read(f"{name}.gz")  # pyarrow unzips it, by its suffix
-    if content is None:
-        content = storage.read(name)
+    content = storage.read(name)
+    if content is None and (zipped := storage.read(f"{name}.gz")) is not None:
+        with suppress(OSError, EOFError, zlib.error):  # a broken one has no array in it: refused below
+            content = gzip.decompress(zipped)
+        content = content or b""
     if content is None:
         raise UserError(
             f"there is no {name} in {storage.root}: `apt install dataset-fashion-mnist`, or give the folder of "
