@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 ADDRESS = "RAY_ADDRESS"
 """Name of the environment variable with the address of the cluster that is meant."""
@@ -17,7 +18,9 @@ NOBODY = "http://127.0.0.1:9"
 
 
 def connect_ray(*, show_logs: bool = True, keep_node: bool = False) -> str | None:
-    """Join the running Ray cluster, or start a local one.
+    """Join the cluster of `RAY_ADDRESS` or the node that `ray start` left running here, or start a local one.
+
+    A node that another command started for its own time is not joined: it ends with that command.
 
     Args:
         show_logs: repeat what the workers print.
@@ -30,10 +33,16 @@ def connect_ray(*, show_logs: bool = True, keep_node: bool = False) -> str | Non
     # Not at the top: Ray takes seconds to import, and commands that need no cluster import this module too.
     import ray
 
+    # Not public, but `address="auto"` would take any node whose processes it finds.
+    from ray._private.services import canonicalize_bootstrap_address
+
     if ray.is_initialized():
         return None
     try:
-        context = ray.init(address="auto", log_to_driver=show_logs)
+        address = canonicalize_bootstrap_address(cast(Any, None))  # annotated as a str alone
+        if address is None:
+            raise ConnectionError("no node was started")
+        context = ray.init(address=address, log_to_driver=show_logs)
     except ConnectionError:
         # On loopback alone, and so without the token that Ray would otherwise leave in ~/.ray: `ray start` would
         # find it there, demand it, and `ray job submit` would not send it.

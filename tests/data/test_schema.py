@@ -73,13 +73,20 @@ def test_shards_from_before_there_were_such_vectors_are_read(make_dataset):
 
 
 def test_a_folder_without_a_dataset_is_refused_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(UserError, match=r"no dataset at .*nowhere: make one with fewstep prepare-data"):
+    with pytest.raises(
+        UserError, match=r"no dataset at .*nowhere, which holds nothing: make one with fewstep prepare"
+    ):
         DatasetInfo.open(tmp_path / "nowhere")
+    (tmp_path / "a.png").touch()
+    with pytest.raises(
+        UserError, match=r"holds no prepared dataset: make one .*--source folder for pictures"
+    ):
+        DatasetInfo.open(tmp_path)
 
 
 def test_an_unfinished_dataset_is_refused(make_dataset):
     info = make_dataset({SHAPE: [3]})
-    Path(info.root, "dataset.json").unlink()
+    Path(info.root, "dataset.json").rename(Path(info.root, "plan.json"))
     with pytest.raises(UserError, match="did not finish: run the same"):
         DatasetInfo.open(info.root)
 

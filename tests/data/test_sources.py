@@ -125,6 +125,9 @@ def test_the_held_out_fraction_is_stable_under_growth(tmp_path):
 
 
 def test_sources_without_a_usable_row_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder .*, or nothing in it"):
+        sources.image_folder(str(tmp_path), held_out=0.0)
+    (tmp_path / "a.png").touch()
     with pytest.raises(UserError, match=r"no table of captions in .* \(looked for metadata.jsonl"):
         sources.image_folder(str(tmp_path), held_out=0.0)
     with pytest.raises(UserError, match=r"nothing.txt doesn't exist"):

@@ -112,6 +112,10 @@ class DelimitedText:
                 f"{len(cells)} cells, but {width} columns: "
                 "a cell with the separator in it needs quotation marks around it"
             )
+        if len(cells) == 1 < width and any(
+            other in cells[0] for other in SEPARATORS if other != self.separator
+        ):
+            return f"1 cell, but {width} columns, which the first line separates by {SEPARATORS.get(self.separator)}"
         return (cells + [""] * width)[:width]
 
     def _mended(self, number: int) -> list[str] | str | None:

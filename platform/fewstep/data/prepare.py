@@ -25,6 +25,7 @@ from fewstep.data.columns import condition_columns
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.images import MAX_PIXELS, Size, fit, lift_limit, measure, open_image
 from fewstep.data.schema import (
+    PLAN,
     SCHEMA,
     SCHEMA_VERSION,
     DatasetInfo,
@@ -49,7 +50,6 @@ from fewstep.encoders import (
 from fewstep.errors import UserError
 from fewstep.storage import Storage
 
-PLAN = "plan.json"
 REJECTED = "rejected.jsonl"
 
 IMAGES_PER_PASS = 16

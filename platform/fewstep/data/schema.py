@@ -41,6 +41,7 @@ from fewstep.storage import Storage
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
+PLAN = "plan.json"
 METADATA_KEY = b"fewstep"
 
 SCHEMA = pa.schema(
@@ -338,12 +339,15 @@ def ragged_lists(flat: np.ndarray, sizes: Sequence[int]) -> pa.Array:
 
 
 def _no_manifest(storage: Storage) -> str:
-    """The message about a folder without a manifest: it is empty, or its preparation did not finish."""
-    if not storage.list():
+    """The message about a folder without a manifest: it is empty, another folder, or its preparation did not finish."""
+    files = storage.list()
+    if PLAN in files:
         return (
-            f"there is no dataset at {storage.root}: make one with fewstep prepare-data --out {storage.root}."
+            f"{storage.root} holds no {MANIFEST}, its preparation did not finish: run the same "
+            "fewstep prepare-data command again, it goes on where it stopped."
         )
+    found = "no prepared dataset" if files else "nothing"
     return (
-        f"{storage.root} holds no {MANIFEST}, its preparation did not finish: run the same "
-        "fewstep prepare-data command again, it goes on where it stopped."
+        f"there is no dataset at {storage.root}, which holds {found}: make one with fewstep prepare-data "
+        "(--source folder for pictures, --source prompts for captions) and give the folder of its --out."
     )

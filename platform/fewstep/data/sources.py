@@ -50,6 +50,9 @@ TABLE_NAMES = tuple(
     for suffix in TABLE_SUFFIXES
     for zipped in ("", ".gz")
 )
+# Ends of the names of pictures, for a note about those without a caption
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2")
+
 LEAST_ROWS = 4
 """Rows of each split of a small set, if it has twice as many: an evaluation needs 3, and one may be broken."""
 
@@ -166,6 +169,8 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
     """
     storage = Storage.at(folder)
     files = storage.list()
+    if not files:
+        raise UserError(f"there is no folder {storage.root}, or nothing in it: check the path.")
     found, notes = FileNames(storage.root, files), list[str]()
     tables = [str(captions)] if captions is not None else _tables(storage, files, notes.append)
     collected, keys = _Collected(notes=notes), set[str]()
@@ -197,6 +202,9 @@ def image_folder(folder: str, *, captions: str | None = None, held_out: float) -
             keys.add(key)
             collected.rows.append({"key": key, "caption": caption, "file": file, "where": row.where})
     _split_by_folder(collected)
+    used = {row["file"] for row in collected.rows}
+    if idle := sum(file not in used and file.lower().endswith(PICTURE_SUFFIXES) for file in files):
+        collected.notes.append(f"{idle} pictures in {storage.root} are in no usable row of the table")
     return collected.source("folder", ", ".join(tables), held_out, storage)
 
 

@@ -67,6 +67,10 @@ class Row:
     values: dict[str, Any]
     fault: str = ""
 
+    def _filled(self) -> list[str]:
+        """Names of the columns that hold something."""
+        return [name for name, value in self.values.items() if value not in (None, "")]
+
     def text(self, columns: Sequence[str], what: str) -> str:
         """The first of some columns that is filled, without blanks around it; an integer counts as its digits.
 
@@ -94,7 +98,7 @@ class Row:
                 raise RowError(f"no {what}", f"the column {name} holds a {_kind(value)}, not text")
         raise RowError(
             f"no {what}",
-            f"none of the columns {', '.join(columns)} is filled; the row has {_listed(self.values)}",
+            f"none of the columns {', '.join(columns)} is filled; the row has {_listed(self._filled())}",
         )
 
 
@@ -373,5 +377,5 @@ def _kind(value: Any) -> str:
 
 def _listed(columns: Collection[str]) -> str:
     """Names of columns for a message, the first ten."""
-    names = [repr(str(name))[1:-1] for name in columns]
+    names = [repr(str(name)[:40])[1:-1] for name in columns]
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"

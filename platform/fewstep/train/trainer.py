@@ -86,6 +86,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         RunRecord(tracker.run_id, Storage.at(recipe.train.storage).root).save(run_name, recipe)
         tracker.log_json(resolved, "recipe.json")
         tracker.flush()
+        print(f"run {run_name}; if it is ended, --resume {run_name} goes on with it", flush=True)
         try:
             with told_own_cluster():
                 result = _ray_trainer(recipe, run_name, info, tracker.run).fit()
