@@ -17,7 +17,12 @@ MAX_TOKENS = 64
 class Config(BaseModel):
     """Typed settings that do not change: unknown keys are errors, and docstrings under fields document them."""
 
-    # "constants": an infinite setting (the sampler's h) stays a number in JSON instead of becoming null.
+    # No setting is infinite or NaN but the few that allow it. "constants": such a one (the sampler's h) stays a number
+    # in JSON instead of becoming null.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",
     )

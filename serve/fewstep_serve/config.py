@@ -26,7 +26,7 @@ class Limits(Config):
     """Most network evaluations of the student."""
     max_teacher_steps: int = Field(64, ge=0, le=1000)
     """Most steps of the teacher's own sampler; 0 turns the teacher off."""
-    max_relative_pixels: float = Field(4.0, gt=0)
+    max_relative_pixels: float = Field(4.0, gt=0, allow_inf_nan=True)
     """Most pixels of one image, as a multiple of those of the size that its model was trained at."""
     max_pixels: int | None = Field(None, ge=1)
     """Most pixels of one image, height times width, whatever its model; no such limit by default."""

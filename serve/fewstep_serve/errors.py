@@ -58,19 +58,21 @@ def add_error_handlers(api: FastAPI, service: Service) -> None:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse(error_body(refusal), refusal.status, headers)
 
+    def unreadable(request: Request, refusal: Refusal) -> Response:
+        try:
+            service.check_key(request)  # without a key nobody is told what the API takes
+        except Refused as unknown:
+            refusal = unknown.refusal
+        service.answered(None, time.perf_counter(), refusal.status, None, refusal.code)
+        return answer(refusal)
+
     @api.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         return answer(error.refusal)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        try:
-            service.check_key(request)  # without a key nobody is told what the API takes
-            refusal = _explain(error)
-        except Refused as unknown:
-            refusal = unknown.refusal
-        service.answered(None, time.perf_counter(), refusal.status, None, refusal.code)
-        return answer(refusal)
+        return unreadable(request, _explain(error))
 
     @api.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -84,6 +86,9 @@ def add_error_handlers(api: FastAPI, service: Service) -> None:
                 f"{request.url.path} does not take {request.method}: /docs lists the API.",
                 "method_not_allowed",
             )
+        elif error.status_code == 400 and isinstance(error.__cause__, (ValueError, RecursionError)):
+            # FastAPI's, for a body that Python's JSON reader gives up on.
+            return unreadable(request, _explain_body(error.__cause__))
         else:
             refusal = Refusal(error.status_code, str(error.detail), "invalid_request")
         return answer(refusal, error.headers)
@@ -110,9 +115,25 @@ def error_body(refusal: Refusal) -> dict[str, Any]:
     return {"error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}}
 
 
+def _explain_body(error: Exception) -> Refusal:
+    """Why a body can't be read as JSON at all."""
+    if isinstance(error, UnicodeDecodeError):
+        message = "the body is not UTF-8: encode it as UTF-8."
+    elif isinstance(error, RecursionError):
+        message = "the body is nested too deeply: send one flat JSON object; /docs lists its fields."
+    else:
+        message = "the body holds a number of too many digits: write a shorter one; /docs lists the fields."
+    return Refusal(400, message, "invalid_json")
+
+
 def _explain(error: RequestValidationError) -> Refusal:
     """The first of pydantic's complaints as one sentence with a remedy."""
-    first = error.errors()[0]  # a client mends one thing at a time
+    errors = error.errors()
+    first = errors[0]  # a client mends one thing at a time
+    if "body" in first["loc"] and len(first["loc"]) > 1:
+        # Of a field that takes several types, the complaint of the type that was sent.
+        same = [one for one in errors if one["loc"][:2] == first["loc"][:2]]
+        first = next((one for one in same if not one["type"].endswith(("_type", "literal_error"))), first)
     where = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid" or not where:
         return Refusal(
@@ -128,6 +149,11 @@ def _explain(error: RequestValidationError) -> Refusal:
         )
     if first["type"] == "missing":
         return Refusal(400, f"{param}: this field is needed; add it.", "missing_parameter", param)
+    if first["type"] == "string_unicode":
+        return Refusal(
+            400, f"{param}: it holds half a surrogate pair, an emoji that was cut in two: send whole characters.",
+            "invalid_value", param,
+        )  # fmt: skip
     reason = first["msg"][0].lower() + first["msg"][1:]
     return Refusal(400, f"{param}: {reason}; /docs says what it may be.", "invalid_value", param)
 
@@ -140,6 +166,6 @@ def _remedy(name: str) -> str:
         return "leave it out: a student generates without guidance."
     near = get_close_matches(plain, ImageRequest.model_fields, 1, cutoff=0.7)
     # Of other names only slips are understood, as they are many: what is a field there must be one here.
-    other = get_close_matches(plain, SYNONYMS, 1, cutoff=0.85)
+    other = get_close_matches(plain, SYNONYMS, 1, cutoff=0.8)
     meant = SYNONYMS.get(plain) or next(iter(near), None) or next((SYNONYMS[one] for one in other), None)
     return f"did you mean {meant!r}?" if meant else "leave it out; /docs lists the fields."

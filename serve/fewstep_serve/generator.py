@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
@@ -221,13 +222,11 @@ class Generator:
         """Refuse a size far beyond what the model was trained at: one evaluation of it would hold up everybody else.
 
         Raises:
-            UserError: the model can't take the size at all.
             Refused: it is beyond the limit.
         """
-        from fewstep.engine.generation import relative_pixels
-
-        if relative_pixels(model, model.latent_shape(request.pixels)) > self._max_relative_pixels:
-            height, width = model.size
+        height, width = model.size
+        # By pixels, so that a size that is both too large and no multiple of what the model takes is told the former.
+        if math.prod(request.pixels or model.size) > self._max_relative_pixels * height * width:
             message = (
                 f"size: {request.size} is too large, at most {self._max_relative_pixels:g} times the {width}x{height} "
                 f"pixels that {model.name!r} was trained at: choose a smaller one."

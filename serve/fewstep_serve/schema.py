@@ -5,15 +5,28 @@ The same objects travel between the ingress and the generators.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-from pydantic_core import InitErrorDetails
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 OutputFormat = Literal["png", "webp", "jpeg"]
 MAX_SEED = 2**53 - 1
 """The largest integer that every JSON reader keeps exact."""
+
+
+SIZE = "[1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto"
+"""How a size is written."""
 
 
 class ImageRequest(BaseModel):
@@ -40,9 +53,7 @@ class ImageRequest(BaseModel):
     """One of `GET /v1/models`; the first of them by default."""
     n: Annotated[int, Field(ge=1)] | None = 1
     """How many images; image i is generated from `seed + i`."""
-    size: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$")] | None = (
-        "auto"
-    )
+    size: Annotated[str, StringConstraints(pattern=f"^({SIZE})$")] | None = "auto"
     """WIDTHxHEIGHT in pixels, or "auto": as the model was trained."""
     response_format: Literal["b64_json"] | None = "b64_json"
     """Images travel in the response; there are no URLs."""
@@ -71,7 +82,7 @@ class ImageRequest(BaseModel):
     """Of the noise; drawn at random, and told in the response, if left out."""
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     """Network evaluations of the student, as it was trained by default; or steps of the teacher's sampler."""
-    temperature: Annotated[float, Field(ge=0.01, le=1, strict=False)] | Literal["auto"] | None = None
+    temperature: Annotated[float, Field(ge=0.01, le=1)] | Literal["auto"] | None = None
     """Mixture temperature of the student's policy; as the model was trained by default."""
     h: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """How much noise the student's sampler renews between evaluations, from the image's own seed; 0 is deterministic.
@@ -97,6 +108,17 @@ class ImageRequest(BaseModel):
         assert self.seed is not None
         assert self.n is not None
         return range(self.seed, self.seed + self.n)
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _size_is_width_x_height(cls, size: Any) -> Any:
+        if not isinstance(size, str):
+            return size
+        plain = size.strip().lower()
+        if not re.fullmatch(SIZE, plain):
+            # Pydantic's own message would show the regular expression.
+            raise PydanticCustomError("size", "write WIDTHxHEIGHT in pixels, as 512x512, or 'auto'")
+        return plain
 
     @model_validator(mode="before")
     @classmethod

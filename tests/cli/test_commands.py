@@ -17,6 +17,7 @@ from PIL import Image
 from fewstep import __version__
 from fewstep.cli import COMMANDS, main
 from fewstep.cli.extras import EXTRAS, missing_extra
+from fewstep.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FEWSTEP = Path(sys.executable).parent / "fewstep"
@@ -283,8 +284,44 @@ def test_prepare_data_refuses_what_does_not_go_together(
 
 
 @pytest.mark.parametrize(
+    ("option", "values", "wanted"),
+    [
+        ("--shard-rows", ["0", "-1", "1.5", "many"], "a whole number of at least 1"),
+        ("--encoders", ["0", "-1", "nan", ""], "a whole number of at least 1"),
+        ("--max-tokens", ["0", "-5"], "a whole number of at least 1"),
+        ("--max-pixels", ["0", "1e6"], "a whole number of at least 1"),
+        ("--held-out", ["1.5", "-1", "nan", "inf", "half"], "a number from 0 to 1"),
+        ("--gpus", ["-1", "nan", "inf", "all"], "a number of at least 0"),
+    ],
+)
+def test_prepare_data_refuses_numbers_that_can_not_be(
+    option: str, values: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in values:
+        with pytest.raises(SystemExit, match="2"):
+            main(["prepare-data", "--out", "x", "--source", "prompts", "no-such.txt", f"{option}={value}"])
+        assert f"argument {option}: {value!r} is not {wanted}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("http_options: 8000\napplications: []", "http_options: Input should be a valid dictionary"),
+        ("http_options: [8000]\napplications: []", "http_options: Input should be a valid dictionary"),
+        (
+            "http_options: {port: here}\napplications: []",
+            "http_options.port: Input should be a valid integer",
+        ),
+        ("http_options: {host: 5}\napplications: []", "http_options.host: Input should be a valid string"),
+        ("grpc_options: 9000\napplications: []", "grpc_options: Input should be a valid dictionary"),
+        (
+            "applications: [{import_path: a:b, route_prefix: 5}]",
+            "applications.0.route_prefix: Input should be a valid s",
+        ),
+        (
+            "applications: [{import_path: a:b, name: [x]}]",
+            "applications.0.name: Input should be a valid string",
+        ),
         (None, "can't be read: No such file"),
         ("a: [", "is not valid YAML"),
         ("http_options: {port: 1}", "is no Ray Serve configuration: it has no list of applications"),
@@ -300,6 +337,81 @@ def test_serve_refuses_a_configuration_that_is_none(
     printed = capsys.readouterr().err
     assert message in printed
     assert str(file) in printed
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_serve_reads_a_configuration_by_its_byte_order_mark(
+    encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, text = tmp_path / "config.yaml", "# für alle\napplications: []\n"
+    file.write_bytes(text.encode(encoding))
+    assert main(["serve", "--print-config", "--config", str(file)]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+def test_serve_refuses_a_configuration_that_is_no_text(
+    encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes("# für alle\napplications: []\n".encode(encoding))
+    assert main(["serve", "--config", str(file)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --config: {file} holds ")
+    assert "UTF-" in line
+
+
+def _serve_address(asked: dict[str, object], running: dict[str, object]) -> str:
+    from ray.serve.schema import ServeDeploySchema
+
+    from fewstep.cli.serve import _address
+
+    return _address(ServeDeploySchema.model_validate({"applications": []} | asked), running)
+
+
+@pytest.mark.parametrize(
+    ("http", "address"),
+    [
+        ({}, "http://127.0.0.1:8000"),
+        ({"host": "0.0.0.0", "port": 81}, "http://127.0.0.1:81"),
+        ({"host": "::"}, "http://[::1]:8000"),
+        ({"host": "::1", "port": "81"}, "http://[::1]:81"),
+        ({"host": "fe80::2"}, "http://[fe80::2]:8000"),
+        ({"host": "example.org"}, "http://example.org:8000"),
+    ],
+)
+def test_the_address_of_a_service_is_one_that_answers(http: dict[str, object], address: str) -> None:
+    assert _serve_address({"http_options": http}, {}) == address
+    running = {"http_options": {"host": "127.0.0.1", "port": 8000} | http}
+    running["http_options"]["port"] = int(running["http_options"]["port"])
+    assert _serve_address({}, running) == address
+
+
+def test_options_of_a_running_serve_are_compared_by_value() -> None:
+    from ray.serve.schema import HTTPOptionsSchema, gRPCOptionsSchema
+
+    running = {
+        "http_options": HTTPOptionsSchema(host="127.0.0.1").model_dump(mode="json"),
+        "grpc_options": gRPCOptionsSchema().model_dump(mode="json"),
+        "proxy_location": "EveryNode",
+    }
+    same = {
+        "http_options": {"port": "8000", "host": "127.0.0.1", "keep_alive_timeout_s": "90"},
+        "grpc_options": {"port": "9000", "grpc_servicer_functions": []},
+        "proxy_location": "EveryNode",
+    }
+    same["http_options"]["keep_alive_timeout_s"] = str(running["http_options"]["keep_alive_timeout_s"])
+    assert _serve_address(same, running) == "http://127.0.0.1:8000"
+    for section, name, value in (
+        ("http_options", "port", "81"), ("grpc_options", "port", 9001), ("grpc_options", "request_timeout_s", 5),
+        ("grpc_options", "grpc_servicer_functions", ["a.b"]),
+    ):  # fmt: skip
+        with pytest.raises(
+            UserError, match=f"{section}.{name}: .*is asked for, but Serve already runs here with"
+        ):
+            _serve_address({section: {name: value}}, running)
+    with pytest.raises(UserError, match="proxy_location: HeadOnly is asked for"):
+        _serve_address({"proxy_location": "HeadOnly"}, running)
 
 
 def test_serve_prints_the_bundled_configuration() -> None:

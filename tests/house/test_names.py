@@ -56,7 +56,7 @@ def test_a_new_sampler_setting_is_declared_in_one_place(tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT / "platform" / "fewstep", tmp_path / "fewstep")
     file = copy / "flow" / "sampler_config.py"
     text = file.read_text()
-    field = "    h: float = Field(0.0, ge=0)\n"
+    field = "    h: float = Field(0.0, ge=0, allow_inf_nan=True)\n"
     assert text.count(field) == 1
     file.write_text(
         text.replace(field, f'    sparkle: float = 0.25\n    """A setting that is new."""\n{field}')

@@ -210,7 +210,7 @@ def test_the_openai_client_streams_previews(service: str) -> None:
         ({"prompt": "x " * 200}, 400, "prompt", "at most 64"),
         ({"prompt": "x", "n": 11}, 400, "n", "at most 10"),
         ({"prompt": "x", "n": "2"}, 400, "n", "valid integer"),
-        ({"prompt": "x", "size": "big"}, 400, "size", "pattern"),
+        ({"prompt": "x", "size": "big"}, 400, "size", "write WIDTHxHEIGHT"),
         ({"prompt": "x", "size": "15x16"}, 400, "size", "multiples of 2"),
         ({"prompt": "x", "size": "512x512"}, 400, "size", "at most 1024 pixels"),
         ({"prompt": "x", "num_inference_steps": 17}, 400, "num_inference_steps", "at most 16"),

@@ -158,5 +158,5 @@ def test_what_can_not_be_deployed_is_one_line_and_status_2(config: dict[str, Any
     process = start(wrong, tmp_path)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "error: the configuration was not deployed: " in errors
-    assert "'Nowhere'" in errors
+    assert ": proxy_location: Input should be " in errors
+    assert "(got 'Nowhere')" in errors

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from fewstep.encoders.labels import LabelEncoder
 from fewstep.engine.generation import Generation
+from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig
 from fewstep_serve.config import Limits, ServeConfig
 from fewstep_serve.errors import OF_GUIDANCE, SYNONYMS, add_error_handlers
@@ -216,6 +217,10 @@ def test_more_than_ever_fits_the_queue_is_no_matter_of_waiting() -> None:
         ("scheduler", "did you mean 'sampler'?"),
         ("label", "did you mean 'class_label'?"),
         ("temp", "did you mean 'temperature'?"),
+        ("stpes", "did you mean 'num_inference_steps'?"),
+        ("setps", "did you mean 'num_inference_steps'?"),
+        ("widht", "did you mean 'size'?"),
+        ("lable", "did you mean 'class_label'?"),
         ("cfg_scale", "a student generates without guidance"),
         ("guidance_scale", "a student generates without guidance"),
         ("negative_prompt", "a student generates without guidance"),
@@ -233,6 +238,82 @@ def test_an_unknown_field_leads_to_the_one_that_was_meant(field: str, remedy: st
     error = TestClient(api).post("/", json={"prompt": "x", field: 1}).json()["error"]
     assert (error["code"], error["param"]) == ("unknown_parameter", field)
     assert remedy in error["message"]
+
+
+def refused(body: bytes) -> dict[str, Any]:
+    """The error of a body, and that it was counted."""
+    api, counted = FastAPI(), []
+    service = SimpleNamespace(check_key=lambda request: None, answered=lambda *counts: counted.append(counts))
+    add_error_handlers(api, service)
+
+    @api.post("/")
+    async def accept(body: ImageRequest) -> None: ...
+
+    answer = TestClient(api).post("/", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert [one[2:] for one in counted] == [(400, None, error["code"])]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"prompt": "fünf"}'.encode("latin-1"), "the body is not UTF-8: encode it as UTF-8."),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply: send one flat JSON object"),
+        (b'{"prompt": "x", "seed": ' + b"7" * 5000 + b"}", "a number of too many digits: write a shorter one"),
+        (b"{", "the body is not a JSON object: send one"),
+        (b"[]", "the body is not a JSON object: send one"),
+    ],
+    ids=["latin-1", "deep", "digits", "cut", "list"],
+)  # fmt: skip
+def test_a_body_that_can_not_be_read_is_told_why(body: bytes, message: str) -> None:
+    error = refused(body)
+    assert message in error["message"]
+    assert (error["code"], error["param"]) == ("invalid_json", None)
+
+
+@pytest.mark.parametrize("field", ["prompt", "class_label", "size", "sampler", "quality"])
+def test_half_a_surrogate_pair_is_told_as_such(field: str) -> None:
+    error = refused(json.dumps({"prompt": "x", field: "\ud83d"}).encode())
+    assert (error["code"], error["param"]) == ("invalid_value", field)
+    assert "half a surrogate pair" in error["message"] or field in ("size", "sampler", "quality")
+    assert "integer" not in error["message"]
+
+
+@pytest.mark.parametrize("written", ["16X24", " 16x24", "16x24 ", "\t16X24\n"])
+def test_a_size_may_have_a_capital_x_and_blanks_around(written: str) -> None:
+    body = check(prompt="x", size=written)
+    assert (body.size, body.pixels) == ("16x24", (24, 16))
+    assert request(prompt="x", size=" Auto").pixels is None
+
+
+@pytest.mark.parametrize(
+    "size", ["16*16", "16", "16x", "0x16", "016x16", "16x-1", "16 x 16", "", "١٦x١٦", "100000x1"]
+)
+def test_a_size_written_otherwise_is_told_how(size: str) -> None:
+    error = refused(json.dumps({"prompt": "x", "size": size}).encode())
+    assert error["message"].startswith("size: write WIDTHxHEIGHT in pixels, as 512x512, or 'auto';")
+    assert (error["code"], error["param"]) == ("invalid_value", "size")
+
+
+def test_a_size_too_large_is_told_as_such_before_what_the_model_can_not_take(monkeypatch) -> None:
+    def latent_shape(size: tuple[int, int] | None) -> None:
+        raise UserError("both sides must be multiples of 2")
+
+    generator = object.__new__(Generator.func_or_class)
+    generator._max_relative_pixels = 4.0
+    model = SimpleNamespace(name="m", size=(16, 16), latent_shape=latent_shape)
+    with pytest.raises(Refused, match="99999x99999 is too large"):
+        generator._generations(request(prompt="x", size="99999x99999"), model, "x", None)
+
+
+@pytest.mark.parametrize("value", [True, False, "0.5", "1", float("nan"), 0, 1.5, [0.5]])
+def test_a_temperature_is_a_number_or_auto(value: object) -> None:
+    with pytest.raises(ValidationError, match="temperature"):
+        request(prompt="x", temperature=value)
+    for right in (1, 0.5, "auto", None):
+        assert request(prompt="x", temperature=right).temperature == right
 
 
 def test_what_other_apis_call_a_field_is_none_of_ours_and_leads_to_one() -> None:

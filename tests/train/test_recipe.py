@@ -120,6 +120,16 @@ def test_a_resumed_run_brings_its_own_recipe(tmp_path: Path, monkeypatch: pytest
         ("tracking.alias=v2", r"tracking: alias 'v2'"),
         ("sampler.temperature=0", r"sampler.temperature"),
         ("teacher.guidance_interval=[0.7, 0]", r"guidance_interval must be \[least, largest\]"),
+        ("train.steps=true", r"train.steps: .*integer.*'true'"),
+        ("optimizer.lr=on", r"optimizer.lr: .*number.*'on'"),
+        ("sampler.more_nfes=[2, no]", r"sampler.more_nfes.1: .*integer.*'no'"),
+        ("train.steps=1:30", r"train.steps: .*integer.*'1:30'"),
+        ("optimizer.lr=1:30.5", r"optimizer.lr: .*number.*'1:30.5'"),
+        ("optimizer.lr=inf", r"optimizer.lr: .*finite number"),
+        ("optimizer.weight_decay=.inf", r"optimizer.weight_decay: .*finite number"),
+        ("optimizer.betas=[0.9, .nan]", r"optimizer.betas.1: .*finite number"),
+        ("teacher.guidance_scale=inf", r"teacher.guidance_scale: .*finite number"),
+        ("train.steps=2026-13-45", r"--set train.steps=2026-13-45: the value is not YAML"),
         ("train.steps=@champion", r"--set train.steps=@champion: the value is not YAML; put text in quotes"),
     ],
 )  # fmt: skip
@@ -132,11 +142,56 @@ def test_what_cannot_be_is_refused_in_one_sentence(override: str, message: str) 
 @pytest.mark.parametrize("text", [
     "2024", "on", "no", "007", "1e-4", "1_000", "null and void", "photos/set #2", "a: b", "@champion", "[x]", 
     "{y}", "~/photos", "s3://bucket/my runs", "2026-11-28", "0x1f", "1:30", "'quoted", "* all", "% done", "", " ",
+    '"a" and "b"', "'a' 'b'", "'it's'", '"a" # "b"', '"a": "b"', '"', "'' or ''",
 ])  # fmt: skip
 @pytest.mark.parametrize("key", ["data.path", "tracking.experiment", "teacher.path", "train.storage"])
 def test_text_stays_text(key: str, text: str) -> None:
     section, name = key.split(".")
     assert getattr(getattr(load(f"{key}={text}"), section), name) == text
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.steps=010", 10),
+        ("train.steps=08", 8),
+        ("train.steps=1_000", 1000),
+        ("train.steps=1e3", 1000),
+        ("train.seed=-010", -10),
+        ("optimizer.lr=010", 10.0),
+        ("optimizer.lr=1e-4", 1e-4),
+        ("optimizer.lr=.5E1", 5.0),
+        ("sampler.temperature=1e-1", 0.1),
+        ("sampler.more_nfes=[1e1, 010, 2]", (10, 10, 2)),
+        ("optimizer.betas=[9e-1, 0.95]", (0.9, 0.95)),
+        ("sampler.h=.inf", float("inf")),
+        ("sampler.h=inf", float("inf")),
+        ("train.gpu=on", True),
+        ("train.compile=null", None),
+    ],
+)
+def test_numbers_are_those_that_are_written_alone_in_lists_and_in_sections(
+    override: str, value: object
+) -> None:
+    key, _, text = override.partition("=")
+    section, name = key.split(".")
+    for written in (override, f"{section}={{{name}: {text}}}"):
+        assert getattr(getattr(load(written), section), name) == value
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_recipe_is_read_by_its_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes("name: mine\ndata: {path: bücher}\n".encode(encoding))
+    assert load(source=str(file)).data.path == "bücher"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+def test_a_recipe_that_is_no_text_is_refused(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes("name: mine\ndata: {path: bücher}\n".encode(encoding))
+    with pytest.raises(UserError, match=r"^--recipe: .*mine.yaml holds .*UTF-"):
+        load(source=str(file))
 
 
 def test_text_may_be_quoted_or_absent_and_stays_text_in_a_section() -> None:

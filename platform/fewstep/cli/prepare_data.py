@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,15 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--autoencoder", metavar="NAME", help="pixel (latents are pixels), grey (one channel), or a folder or hub id "
         "of a diffusers AutoencoderKL or that of Qwen-Image or FLUX.2 (PIPELINE:vae for a pipeline's); default: pixel "
         "(fashion-mnist: grey)")  # fmt: skip
-    add("--max-tokens", type=int, metavar="N", help="longer captions are rejected; default: 64")
-    add("--held-out", type=float, default=0.02, metavar="F", help="fraction of own data kept out of training "
-        "by a hash of the file name or prompt (the emoji set and fashion-mnist have their own split)")  # fmt: skip
-    add("--shard-rows", type=int, metavar="N", help="most rows a shard holds; a split needs at least as many shards "
-        "as there are training workers; default: 256 (fashion-mnist: 1024)")  # fmt: skip
-    add("--max-pixels", type=int, metavar="N", help="larger images are rejected; default: 178956970")
+    add("--max-tokens", type=_from(int, 1), metavar="N", help="longer captions are rejected; default: 64")
+    add("--held-out", type=_from(float, 0, 1), default=0.02, metavar="F", help="fraction of own data kept out of "
+        "training by a hash of the file name or prompt (the emoji set and fashion-mnist have their "
+        "own split)")  # fmt: skip
+    add("--shard-rows", type=_from(int, 1), metavar="N", help="most rows a shard holds; a split needs at least as "
+        "many shards as there are training workers; default: 256 (fashion-mnist: 1024)")  # fmt: skip
+    add(
+        "--max-pixels", type=_from(int, 1), metavar="N", help="larger images are rejected; default: 178956970"
+    )
     add("--seed", type=int, default=0, help="of the shuffle of rows over shards")
-    add("--encoders", type=int, default=1, metavar="N", help="actors of each encoder")
-    add("--gpus", type=float, default=0.0, metavar="F", help="GPUs of each actor")
+    add("--encoders", type=_from(int, 1), default=1, metavar="N", help="actors of each encoder")
+    add("--gpus", type=_from(float, 0), default=0.0, metavar="F", help="GPUs of each actor")
     add("--cache", type=Path, metavar="DIR", help="of the emoji packages; default: ~/.cache/fewstep/emoji")
     add("--bundle", action="store_true", help="maintainers: rebuild the 16-pixel file shipped with fewstep")
     parser.set_defaults(error=parser.error)
@@ -118,6 +123,25 @@ def run(options: argparse.Namespace) -> None:
         source, options.out, config, encoders=options.encoders, gpus=options.gpus,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
+
+
+def _from(kind: type[float], least: float, most: float | None = None) -> Callable[[str], float]:
+    """What reads an option's number: whole or not, from `least` on, and at most `most` where that is given."""
+
+    def read(text: str) -> float:
+        number = "a whole number" if kind is int else "a number"
+        wanted = f"{number} from {least} to {most}" if most is not None else f"{number} of at least {least}"
+        try:
+            value = kind(text)
+            # NaN fails every comparison; infinity is no number of anything.
+            fits = least <= value < math.inf and (most is None or value <= most)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return read
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -11,10 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.data.text import read_settings
 from fewstep.errors import UserError
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+    from ray.serve.schema import ServeDeploySchema
 
 GENERATOR = "Generator"
 """The deployment whose replicas hold the models."""
@@ -68,12 +70,13 @@ def run(options: argparse.Namespace) -> None:
 
     from fewstep.cluster import connect_ray
 
+    checked = _checked(config, options.config)
     dashboard = connect_ray(show_logs=False, keep_node=options.detach)
     names = [application["name"] for application in config["applications"]]
     ours: list[str] = []  # what ends with this command
     try:
         client = _serve_client(dashboard)
-        address = _address(config, client.get_serve_details())
+        address = _address(checked, client.get_serve_details())
         before = serve.status().applications
         ours = [name for name in names if name not in before]  # as long as it is not ready, another's goes on
         _deploy(config, client)
@@ -96,10 +99,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _text(file: Path | None) -> str:
-    try:
-        return (file or files("fewstep_serve") / "config.yaml").read_text()
-    except OSError as error:
-        raise UserError(f"--config: {file} can't be read: {error.strerror}.") from None
+    if file is None:
+        return (files("fewstep_serve") / "config.yaml").read_text(encoding="utf-8")
+    return read_settings(file, "--config")
 
 
 def _parse(text: str, file: Path | None) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _parse(text: str, file: Path | None) -> dict[str, Any]:
 
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}.") from None
     applications = config.get("applications") if isinstance(config, dict) else None
     if not isinstance(applications, list) or not all(isinstance(one, dict) for one in applications):
@@ -118,6 +120,24 @@ def _parse(text: str, file: Path | None) -> dict[str, Any]:
     for application in applications:
         application.setdefault("name", "default")  # Ray Serve's own
     return config
+
+
+def _checked(config: dict[str, Any], file: Path | None) -> ServeDeploySchema:
+    """The configuration as Serve will read it.
+
+    Raises:
+        UserError: a value is none that Serve takes.
+    """
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        return ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]  # messages are one sentence; the others come up once this one is corrected
+        key = ".".join(str(part) for part in first["loc"])
+        message = " ".join(first["msg"].removeprefix("Value error, ").split()).rstrip(".")
+        raise UserError(f"--config: {file}: {key}: {message} (got {str(first['input'])[:200]!r}).") from None
 
 
 def _serve_client(dashboard: str | None) -> ServeSubmissionClient:
@@ -133,7 +153,7 @@ def _serve_client(dashboard: str | None) -> ServeSubmissionClient:
     return ServeSubmissionClient(dashboard)
 
 
-def _address(config: dict[str, Any], running: dict[str, Any]) -> str:
+def _address(config: ServeDeploySchema, running: dict[str, Any]) -> str:
     """Where the first application will answer.
 
     Args:
@@ -143,25 +163,26 @@ def _address(config: dict[str, Any], running: dict[str, Any]) -> str:
     Raises:
         UserError: Serve runs with other options, which it can't change.
     """
-    from ray.serve.config import ProxyLocation
-
-    asked, has = config.get("http_options") or {}, running.get("http_options") or {}
     # Serve would take the configuration, and go on with the options that it has.
-    pairs = [(f"http_options.{name}", value, has[name]) for name, value in asked.items() if name in has]
-    if has and config.get("proxy_location") in [
-        one.value for one in ProxyLocation
-    ]:  # others Serve refuses itself
-        pairs.append(("proxy_location", config["proxy_location"], running.get("proxy_location")))
+    pairs = []
+    for section in ("http_options", "grpc_options"):
+        asked = getattr(config, section).model_dump(mode="json", exclude_unset=True)
+        has = running.get(section) or {}
+        pairs += [(f"{section}.{name}", asked[name], has[name]) for name in asked if name in has]
+    if running.get("http_options") and "proxy_location" in config.model_fields_set:
+        pairs.append(("proxy_location", config.proxy_location.value, running.get("proxy_location")))
     for name, value, present in pairs:
         if value != present:
             raise UserError(
                 f"{name}: {value} is asked for, but Serve already runs here with {present} and can't change it: keep "
                 f"{present}, or run `serve shutdown` first, which ends all that it serves."
             )
-    http = has | asked
+    http = (running.get("http_options") or {}) | config.http_options.model_dump(exclude_unset=True)
     host = http.get("host", "127.0.0.1")
-    prefix = config["applications"][0].get("route_prefix") or "/" if config["applications"] else "/"
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port', 8000)}{prefix.rstrip('/')}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # of all addresses, this machine's own
+    host = f"[{host}]" if ":" in host else host
+    prefix = config.applications[0].route_prefix or "/" if config.applications else "/"
+    return f"http://{host}:{http.get('port', 8000)}{prefix.rstrip('/')}"
 
 
 def _deploy(config: dict[str, Any], client: ServeSubmissionClient) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import codecs
+from pathlib import Path
+
+from fewstep.errors import UserError
 
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first.
 _MARKS = (
@@ -38,6 +41,27 @@ def decode(content: bytes) -> str:
         if content.startswith(mark):
             return content[len(mark) :].decode(encoding, _MARKING)
     return decode_utf8(content)
+
+
+def read_settings(file: Path, option: str) -> str:
+    """Read a file of settings, decoded by its byte-order mark and without one as UTF-8.
+
+    PowerShell's `>` writes UTF-16.
+
+    Args:
+        file: which one.
+        option: that named it, for the message.
+
+    Raises:
+        UserError: it can't be read, or is not text.
+    """
+    try:
+        text = decode(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{option}: {file} can't be read: {error.strerror}.") from None
+    if wrong := trouble(text):
+        raise UserError(f"{option}: {file} {wrong}.")
+    return text
 
 
 def decode_utf8(content: bytes) -> str:

@@ -32,7 +32,7 @@ class SamplerConfig(Config):
     more_nfes: tuple[PositiveInt, ...] = ()
     """Further numbers of evaluations that the same student learns, so that one model serves 2 to 8. One of all of them
     is drawn at random per sample; with imitation.data_free they take turns over the optimizer steps."""
-    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"] = 3.2
+    shift: Annotated[float, Field(gt=0)] | Literal["dynamic"] = 3.2
     """Time shift m of the student's segments, which need not be the teacher's: 3.2 suits images of one megapixel, 1 is
     no shift. "dynamic" grows with the number of image tokens, from 1.65 at 256 to 3.16 at 4,096."""
     final_step_scale: float = Field(0.5, gt=0)
@@ -46,7 +46,7 @@ class SamplerConfig(Config):
     final_temperature_below: float = Field(1.0, gt=0, le=1)
     """σ below which the last step has that temperature. Above it, where the composition of the image is decided, the
     mixture stays as predicted: sharpening it there would make images less varied."""
-    h: float = Field(0.0, ge=0)
+    h: float = Field(0.0, ge=0, allow_inf_nan=True)
     """How much noise is renewed between segments at inference: 0 is none (deterministic), .inf is all of it."""
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -11,6 +12,9 @@ from pydantic import BaseModel
 from fewstep.errors import UserError
 
 _TEXT_TAG = "tag:yaml.org,2002:str"
+_INT_TAG = "tag:yaml.org,2002:int"
+_FLOAT_TAG = "tag:yaml.org,2002:float"
+_BOOL_TAG = "tag:yaml.org,2002:bool"
 _NULLS = ("null", "~", "")
 
 
@@ -56,39 +60,52 @@ def _value(text: str, wanted: tuple[Any, ...], change: str) -> Any:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-        _keep_texts(node, wanted)
+        _keep_types(node, wanted)
         value = loader.construct_document(node) if node is not None else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a date such as 2026-13-45, or 5,000 digits
         raise UserError(f"--set {change}: the value is not YAML; put text in quotes.") from None
     finally:
         loader.dispose()
-    # YAML 1.1 reads 1e-4, a common way to write learning rates, as a text.
-    return value if _is_text(wanted) or not isinstance(value, str) else _number(value)
+    return value
 
 
-def _keep_texts(node: yaml.Node | None, wanted: tuple[Any, ...]) -> None:
-    """Mark the parts of a YAML value of which the recipe wants texts as such, in place."""
+def _keep_types(node: yaml.Node | None, wanted: tuple[Any, ...]) -> None:
+    """Mark texts and numbers in a YAML value as what the recipe wants, in place."""
     if isinstance(node, yaml.MappingNode):
         for key, child in node.value:
-            _keep_texts(child, _inside(wanted, key.value))
+            _keep_types(child, _inside(wanted, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            _keep_texts(child, _inside(wanted, None))
-    elif isinstance(node, yaml.ScalarNode) and _is_text(wanted) and not _is_null(node.value, wanted):
+            _keep_types(child, _inside(wanted, None))
+    elif isinstance(node, yaml.ScalarNode):
+        if _is_text(wanted) and not _is_null(node.value, wanted):
+            node.tag = _TEXT_TAG
+        elif node.style is None:  # not quoted
+            _keep_number(node, wanted)
+
+
+def _keep_number(node: yaml.ScalarNode, wanted: tuple[Any, ...]) -> None:
+    """Mark a value as the number that everybody but YAML 1.1 reads, in place.
+
+    There, 1e-4 is a text, 010 is 8 and 1:30 is 90. Where a number is wanted, all but numbers stays text, also `true`,
+    which would count as 1: validation refuses it.
+    """
+    if re.fullmatch(r"[-+]?[0-9][0-9_]*", node.value):
+        node.tag, node.value = _INT_TAG, str(int(node.value.replace("_", "")))
+    elif re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", node.value, re.IGNORECASE):
+        node.tag = _FLOAT_TAG
+    elif _is_number(wanted) and (node.tag == _BOOL_TAG or ":" in node.value):
         node.tag = _TEXT_TAG
 
 
-def _number(text: str) -> str | float:
-    """The number that a text stands for, or the text itself."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def _is_quoted(text: str) -> bool:
-    """Whether a text stands in quotation marks, which users put around what YAML would misread."""
-    return len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    """Whether all of a text stands in quotation marks, which users put around what YAML would misread."""
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return False
+    # Not `"a" and "b"`, nor `"a" # "b"`.
+    return isinstance(node, yaml.ScalarNode) and node.style in ("'", '"') and node.end_mark.index == len(text)
 
 
 def _is_null(text: str, wanted: tuple[Any, ...]) -> bool:
@@ -100,6 +117,11 @@ def _is_text(wanted: tuple[Any, ...]) -> bool:
     """Whether all types but None's are texts."""
     kinds = [kind for kind in wanted if kind is not types.NoneType]
     return bool(kinds) and all(kind is str or isinstance(kind, str) for kind in kinds)
+
+
+def _is_number(wanted: tuple[Any, ...]) -> bool:
+    """Whether a number may stand there, and no truth value."""
+    return bool not in wanted and any(kind in (int, float) for kind in wanted)
 
 
 def _inside(wanted: tuple[Any, ...], key: str | None) -> tuple[Any, ...]:

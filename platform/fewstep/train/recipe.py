@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fewstep.config import Config
 from fewstep.data.datasets import EMOJI_DATA
+from fewstep.data.text import read_settings
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
@@ -405,8 +406,8 @@ def _read(source: str, folder: Path, seen: tuple[str, ...], renamed: dict[str, s
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
         raise UserError(f"--recipe: there is no recipe {source!r} ({file}); {hint}")
     try:
-        tree = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(read_settings(file, "--recipe")) or {}
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--recipe: {file} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise UserError(
