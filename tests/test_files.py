@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewstep.errors import UserError
 from fewstep.files import save_weights, shared_weights
 
 
@@ -55,6 +56,30 @@ def test_a_link_stays_and_its_target_is_written(write: Callable[[Path, float], N
         assert str(link.readlink()) == "../store/weights.bin"
         assert load_file(target)["weight"].tolist() == [value] * 2
         assert target.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+LINKS = {
+    "store/missing/weights.bin": "leads to .*store/missing/weights.bin, whose folder does not exist",
+    "store/file/weights.bin": "leads to .*store/file/weights.bin, whose folder does not exist",
+    "store": "leads to the folder .*store",
+    "inner/model.safetensors": "leads in a circle",
+}
+"""Target of a link → why it can't be written."""
+
+
+@pytest.mark.parametrize("write", [with_function, within_context])
+@pytest.mark.parametrize(("target", "why"), LINKS.items(), ids=LINKS)
+def test_a_link_that_leads_nowhere_is_named(
+    write: Callable[[Path, float], None], target: str, why: str, tmp_path: Path
+) -> None:
+    (folder := tmp_path / "inner").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "file").write_text("")
+    (link := folder / "model.safetensors").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=f"can't be written to .*model.safetensors, a link that {why}"):
+        write(link, 1.0)
+    assert link.readlink() == tmp_path / target
+    assert sorted(os.listdir(tmp_path / "store")) == ["file"], "no folder is made on what may be another disk"
 
 
 def test_files_that_were_not_written_keep_their_permissions(tmp_path: Path) -> None:

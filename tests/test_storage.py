@@ -47,6 +47,34 @@ def test_an_s3_address_that_pyarrow_or_ray_would_read_otherwise_is_refused(addre
     assert address in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("s3:/b/x", r"did you mean s3://b/x\?"),
+        ("s3:b/x", r"did you mean s3://b/x\?"),
+        ("S3:/b/x", r"did you mean s3://b/x\?"),
+        ("gs:/b/x", "use a local folder"),
+        ("https:/host/x", "use a local folder"),
+        ("models:/name@champion", "use a local folder"),
+        ("C:\\data", "path of Windows"),
+        ("d:/data", "path of Windows"),
+        ("\\\\host\\share", "path of Windows"),
+    ],
+)
+def test_what_is_nearly_an_address_does_not_become_a_folder(address: str, hint: str) -> None:
+    for opened in (Storage.at, Storage.of_file):
+        with pytest.raises(UserError, match=hint) as caught:
+            opened(address)
+        assert f"the address {address} can't be opened" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a:b", "run:1/x", "./s3:/b", "./C:\\data", "C", "s3", "a/b:/c"])
+def test_a_folder_s_name_may_have_a_colon(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Storage.at(name).write("o.txt", b"caption")
+    assert (tmp_path / name / "o.txt").read_bytes() == b"caption"
+
+
 @pytest.mark.parametrize("name", ["plain", "my runs", "my%20runs", "a+b", "what?x=1", "no#1", "é"])
 def test_a_file_address_names_the_folder_s_own_storage(name: str, tmp_path: Path) -> None:
     (folder := tmp_path / name).mkdir()

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewstep.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,10 +33,13 @@ def save_weights(
         tensors: contiguous ones by name.
         file: in a folder that exists.
         metadata: texts for the file's header.
+
+    Raises:
+        UserError: `file` is a link to a place where no file can be made.
     """
     from safetensors.torch import save_file
 
-    file = file.resolve()
+    file = _target(file)
     save_file(dict(tensors), file, metadata=dict(metadata) if metadata else None)
     file.chmod(_mode_of_new_files(file.parent))
 
@@ -45,9 +50,12 @@ def shared_weights(folder: Path) -> Iterator[None]:
 
     Args:
         folder: need not exist before.
+
+    Raises:
+        UserError: a file there is a link to a place where no file can be made.
     """
     before = {file: _identity(file) for file in folder.rglob(WEIGHTS_PATTERN)}
-    links = {file: (file.readlink(), file.resolve()) for file in before if file.is_symlink()}
+    links = {file: (file.readlink(), _target(file)) for file in before if file.is_symlink()}
     yield
     written = [file for file in folder.rglob(WEIGHTS_PATTERN) if before.get(file) != _identity(file)]
     mode = _mode_of_new_files(folder) if written else 0
@@ -57,6 +65,31 @@ def shared_weights(folder: Path) -> Iterator[None]:
             link, target = links[file]
             shutil.move(file, target)
             file.symlink_to(link)
+
+
+def _target(file: Path) -> Path:
+    """The file that a path stands for, through links.
+
+    Raises:
+        UserError: it is a link in a circle, to a folder, or into a folder that does not exist. No folder is made, as by
+            `open`: it may lie on a disk that is not mounted.
+    """
+    try:
+        target = file.resolve()
+        # Python 3.13 leaves a circle as it is, where older versions raise.
+        fault = "leads in a circle" if target.is_symlink() else None
+    except (OSError, RuntimeError):
+        target, fault = file, "leads in a circle"
+    if fault is None and file.is_symlink():
+        if target.is_dir():
+            fault = f"leads to the folder {target}"
+        elif not target.parent.is_dir():
+            fault = f"leads to {target}, whose folder does not exist"
+    if fault is not None:
+        raise UserError(
+            f"weights can't be written to {file}, a link that {fault}: correct the link or delete it."
+        )
+    return target
 
 
 def _identity(file: Path) -> tuple[int, int]:

@@ -19,6 +19,7 @@ no listing shows those, only a lifecycle rule of the bucket deletes them (docs/t
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -63,6 +64,7 @@ class Storage:
             UserError: the address is of a kind that can't be opened.
         """
         address = str(root)
+        _refuse_unclear(address)
         if address.startswith(S3):
             return cls._on_s3(address)
         if address.startswith("file:"):
@@ -90,6 +92,7 @@ class Storage:
             UserError: as for `at`.
         """
         text = str(address)
+        _refuse_unclear(text)
         if text.startswith("file:"):
             text = _local_path(text)
         folder, slash, name = text.rpartition("/")
@@ -220,6 +223,28 @@ def _s3() -> fs.S3FileSystem:
         # Objects of one part (10 MB) go in one request, of which nothing is left when the writer is killed.
         allow_delayed_open=True,
     )
+
+
+def _refuse_unclear(address: str) -> None:
+    """Refuse what is meant as an address or a path of Windows, and would be taken for a folder of this machine.
+
+    Raises:
+        UserError: it is such.
+    """
+    if re.match(r"[A-Za-z]:[\\/](?!/)|\\\\", address):
+        raise UserError(
+            f"the address {address} can't be opened: it is a path of Windows; use a folder of this machine "
+            "(on WSL, C:\\data is /mnt/c/data) or s3://bucket/prefix."
+        )
+    local = f"if it is a folder of this machine, write ./{address}"
+    if match := re.match(r"s3:/?(?!/)", address, re.IGNORECASE):
+        raise UserError(
+            f"the address {address} can't be opened: did you mean {S3}{address[match.end() :]}? ({local})"
+        )
+    if re.match(r"(?!file:)[a-z][\w+.-]+:/(?!/)", address, re.IGNORECASE):
+        raise UserError(
+            f"the address {address} can't be opened: use a local folder ({local}) or s3://bucket/prefix."
+        )
 
 
 def _local_path(address: str) -> str:

@@ -176,8 +176,33 @@ def test_latest_of_nothing_says_what_exists(database, export, toy_script, tmp_pa
     with pytest.raises(UserError, match="no registered model 'absent': use one that exists"):
         resolve("models:/absent/latest", database)
     connect(database).create_registered_model("hollow")
-    with pytest.raises(UserError, match="'hollow' has no version: use one of the versions none"):
-        look_up("models:/hollow/latest", database)
+    for asked in ("/latest", "/1", f"/{2**80}", "@champion"):
+        with pytest.raises(UserError, match="'hollow' has no versions at all: register its first"):
+            look_up(f"models:/hollow{asked}", database)
+
+
+def test_a_model_without_aliases_is_not_said_to_have_some(database):
+    (client := connect(database)).create_registered_model("plain")
+    client.create_model_version("plain", source="s3://models/plain")
+    with pytest.raises(UserError, match=r"'plain' has no alias 'best': use one of the versions 1$"):
+        look_up("models:/plain@best", database)
+
+
+def test_an_empty_registry_lists_no_models(tmp_path):
+    with pytest.raises(UserError, match="no registered model 'absent': register it, or correct the address"):
+        look_up("models:/absent/1", f"sqlite:///{tmp_path}/empty.db")
+
+
+@pytest.mark.parametrize("version", [2**31 - 1, 2**31, 2**63, 99999999999999999999, "9" * 5000, "0"])
+def test_a_version_larger_than_any_is_one_that_does_not_exist(version, uri):
+    name = f"few-{str(version)[:25]}-{len(str(version))}"
+    (client := connect(uri)).create_registered_model(name)
+    client.create_model_version(name, source="s3://models/few")
+    with pytest.raises(UserError, match=rf"has no version {version}: use one of the versions 1$"):
+        look_up(f"models:/{name}/{version}", uri)
+    with pytest.raises(UserError, match="no registered model 'few'"):
+        look_up(f"models:/few/{version}", uri)
+    assert look_up(f"models:/{name}/{'0' * 30}1", uri).version == 1
 
 
 @pytest.mark.parametrize("name", ["my runs", "a%20b", "a+b", "what?x=1#2", "é"])

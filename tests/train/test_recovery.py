@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +21,11 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from fewstep.cli.common import chosen_recipe
 from fewstep.errors import UserError
 from fewstep.storage import Storage
+from fewstep.train.checkpoint import saved_checkpoints
 from fewstep.train.recipe import DistillRecipe, load_recipe
 from fewstep.train.recovery import RAYS_LIST, recover
-from fewstep.train.runs import last_state
-from fewstep.train.trainer import fit
+from fewstep.train.runs import RECORDS, RunRecord, last_state
+from fewstep.train.trainer import _mlflow_run, fit
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -87,6 +90,18 @@ def in_old_run(damage: Damage) -> Damage:
     return both
 
 
+def change_state(run: Storage, name: str, **changed: object) -> None:
+    state = json.loads(run.read(f"{name}/state.json") or b"")
+    run.write(f"{name}/state.json", json.dumps(state | changed, indent=1).encode())
+
+
+WRONG_FIELDS: list[dict[str, object]] = [
+    {"ranks": None}, {"ranks": "a"}, {"ranks": 1.5}, {"ranks": []}, {"step": None}, {"step": "3"}, {"seed": {}},
+    {"mlflow_run": None}, {"mlflow_run": 1}, {"recipe": None}, {"recipe": []}, {"metrics": None}, {"metrics": "a"},
+]  # fmt: skip
+"""Fields of a state that are there, but of another type."""
+
+
 DAMAGES: dict[str, tuple[int, str, Damage]] = {
     "nothing": (3, "", lambda run, newest: None),
     "all empty": (2, "state.json is empty or torn", lambda run, newest: shorten(run, f"^{newest}/", 0)),
@@ -109,6 +124,16 @@ DAMAGES: dict[str, tuple[int, str, Damage]] = {
     "oldest damaged": (3, "", lambda run, newest: shorten(run, "^step-0000001.*/state.json", 0)),
     "list and newest empty": (
         2, "state.json is empty", lambda run, newest: shorten(run, f"^{newest}/|^{RAYS_LIST}", 0),
+    ),
+    **{
+        f"state with {changed}": (
+            2, "state.json is empty or torn", lambda run, newest, changed=changed: change_state(run, newest, **changed),
+        )
+        for changed in WRONG_FIELDS
+    },
+    "state of a later version": (3, "", lambda run, newest: change_state(run, newest, later=1)),
+    "more ranks than can be": (
+        2, "manifest-2.json is missing", lambda run, newest: change_state(run, newest, ranks=10**15),
     ),
     "old": (3, "", in_old_run(lambda run, newest: None)),
     "old, shard cut": (2, "__1_0.distcp has", in_old_run(lambda run, newest: shorten(run, f"^{newest}/__1", 0.5))),
@@ -161,6 +186,55 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(
     assert recover(run) == state, "and again"
 
 
+def copy_folder(run: Storage, name: str, new: str) -> None:
+    for path in run.list():
+        if path.startswith(f"{name}/"):
+            run.write(new + path.removeprefix(name), run.read(path) or b"")
+
+
+@pytest.mark.parametrize(
+    "new", ["step-backup", "step-final", "step-9999999", "step-0000009-copy", "{}.bak", "{} (copy)", "old-{}", "step-"]
+)  # fmt: skip
+def test_a_folder_of_the_user_s_own_is_no_checkpoint(
+    new: str, run: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, _, newest = checkpoints(run)
+    copy_folder(run, first, new.format(newest))
+    run.write(
+        f"{new.format(first)}/notes.txt", b""
+    )  # and one without a state, which is not to be deleted either
+    state = recover(run)
+    assert state is not None
+    assert state.step == 3
+    assert latest_for_ray(run) == newest
+    assert last_state(run.root.rpartition("/")[0], RUN) == state
+    assert capsys.readouterr().out == ""
+    delete(run, "/state.json")
+    with pytest.raises(UserError, match="delete these folders") as caught:
+        recover(run)
+    assert str(caught.value).count("state.json is missing") == 3, "only ours are said to be deletable"
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_step(run: Storage) -> None:
+    first, second, newest = checkpoints(run)
+    copy_folder(run, first, "step-0000009-abcd")
+    assert [one.name for one in saved_checkpoints(run)] == [
+        newest,
+        second,
+        *sorted([first, "step-0000009-abcd"])[::-1],
+    ]
+    # Of more than seven digits, which as a text come before those of seven.
+    change_state(run, second, step=9_999_999)
+    change_state(run, newest, step=10_000_000)
+    copy_folder(run, newest, "step-10000000-abcd")
+    copy_folder(run, second, "step-9999999-abcd")
+    delete(run, f"^{second}/|^{newest}/")
+    state = recover(run)
+    assert state is not None
+    assert state.step == 10_000_000
+    assert latest_for_ray(run) == "step-10000000-abcd"
+
+
 def test_an_untouched_list_is_left_as_ray_wrote_it(run: Storage) -> None:
     before = run.read(RAYS_LIST)
     recover(run)
@@ -200,6 +274,90 @@ def resumed(*overrides: str) -> DistillRecipe:
     return chosen_recipe(
         DistillRecipe, Namespace(recipe=None, resume=RUN, set=list(overrides)), "emoji_qwen_4nfe"
     )
+
+
+def cut(file: Path, content: bytes | float) -> None:
+    """Leave a share of a file's bytes, or other content."""
+    whole = file.read_bytes()
+    file.write_bytes(content if isinstance(content, bytes) else whole[: int(content * len(whole))])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", bytes(100), b"{}", b"[]", b"null", b'{"mlflow_run": null, "storage": "a"}', b"\xff\xfe", 0.5],
+)
+def test_a_torn_record_leaves_the_checkpoints_to_tell(
+    content: bytes | float, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlflow_run = json.loads((RECORDS / f"{RUN}.json").read_text())["mlflow_run"]
+    cut(RECORDS / f"{RUN}.json", content)
+    begun = last_state("runs", RUN)
+    recipe = resumed()
+    assert recipe.train.steps == 3
+    assert _mlflow_run(recipe, RUN, begun) == mlflow_run
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert f"{RUN}.json is empty or torn: the run goes on in MLflow run {mlflow_run}" in said
+    with pytest.raises(
+        UserError, match=r"run.json is empty or torn, and there are no checkpoints of run 'run' in"
+    ):
+        resumed("train.storage=elsewhere")
+
+
+def test_a_record_of_a_later_version_is_read(home: Path) -> None:
+    record = json.loads((RECORDS / f"{RUN}.json").read_text())
+    (RECORDS / f"{RUN}.json").write_text(json.dumps(record | {"later": 1}))
+    assert RunRecord.of(RUN) == RunRecord(**record)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", bytes(100), b"{}", b"[]\n", b"null\n", b"name: [\n", b"\xff\xfe\n", 0.5, 0.9]
+)
+def test_a_torn_recipe_of_the_record_leaves_the_checkpoint_s(
+    content: bytes | float, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if isinstance(content, float):  # in the middle of a line
+        content = (RECORDS / f"{RUN}.yaml").read_bytes()[: int(content * 1000)].rstrip(b"\n")
+    whole = resumed()
+    RunRecord("id", str(home / "runs")).save(RUN, whole)  # it names the folder of which this is a copy
+    assert capsys.readouterr().out == ""
+    cut(RECORDS / f"{RUN}.yaml", content)
+    recipe = resumed()
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert f"{RUN}.yaml is empty or torn: the recipe is that of the checkpoint of step 3" in said
+    assert recipe.student == whole.student
+    assert recipe.train == whole.train
+    shutil.rmtree(home / "runs")
+    with pytest.raises(
+        UserError, match=r"run.yaml is empty or torn, and there is no whole .*with --recipe"
+    ) as caught:
+        resumed()
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_are_looked_for_where_the_record_says(home: Path) -> None:
+    shutil.move(home / "runs", home / "elsewhere")
+    RunRecord("id", str(home / "elsewhere")).save(RUN, resumed("train.storage=elsewhere"))
+    (RECORDS / f"{RUN}.yaml").write_bytes(b"")
+    with pytest.raises(UserError, match=r"its checkpoints are in \S*elsewhere: add --set train.storage"):
+        resumed()  # the checkpoint's recipe has the storage in which it was made
+    assert resumed("train.storage=elsewhere").train.steps == 3
+
+
+def test_a_record_is_written_whole_or_not_at_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, record = resumed("train.steps=9"), RunRecord("another", "elsewhere")
+    before = {file.name: file.read_bytes() for file in RECORDS.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(UserError, match="can't be reached or used"):
+            record.save(RUN, recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {name: (RECORDS / name).read_bytes() for name in before} == before
 
 
 def test_altered_content_is_found_and_the_run_goes_on_without_that_checkpoint(

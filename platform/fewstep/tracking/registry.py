@@ -33,6 +33,9 @@ LOOK_UP_SECONDS = 5
 LISTED = 5
 """Most names, versions or aliases that an error message lists."""
 
+LARGEST_VERSION = 2**31 - 1
+"""The largest number of a version that MLflow's databases can hold, and be asked for."""
+
 PAGE = 1000
 """Registered models that are asked for at a time, the most that MLflow gives."""
 
@@ -282,6 +285,8 @@ def _find_version(
         assert version is not None, "an address has an alias or a version"
         if not version.isdigit():
             return _newest_version(client, uri, name)
+        if _too_large(version):
+            raise UserError(_what_exists(client, uri, name, f"version {version}"))
         return client.get_model_version(name, version)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -291,6 +296,13 @@ def _find_version(
             ) from error
         what = f"alias {alias!r}" if alias is not None else f"version {version}"
         raise UserError(_what_exists(client, uri, name, what)) from error
+
+
+def _too_large(version: str) -> bool:
+    """Whether digits are a number that no version can have."""
+    digits = version.lstrip("0")
+    # By their count first: Python converts no more than some thousand digits.
+    return len(digits) > len(str(LARGEST_VERSION)) or int(digits or "0") > LARGEST_VERSION
 
 
 def _newest_version(client: MlflowClient, uri: str, name: str) -> ModelVersion:
@@ -323,17 +335,19 @@ def _what_exists(client: MlflowClient, uri: str, name: str, missing: str) -> str
             ) from error
         names = _names(client)
         near = difflib.get_close_matches(name, names, n=LISTED, cutoff=0)
-        return (
-            f"MLflow at {uri} has no registered model {name!r}: "
-            f"use one that exists ({_few(sorted(near), len(names))}) or register it"
+        others = f"use one that exists ({_few(sorted(near), len(names))}) or register it"
+        return f"MLflow at {uri} has no registered model {name!r}: " + (
+            others if names else "register it, or correct the address, as there are no models at all"
         )
     quoted = name.replace("'", "\\'")
     numbers = sorted(int(one.version) for one in client.search_model_versions(f"name = '{quoted}'"))
+    if not numbers:
+        return f"registered model {name!r} has no versions at all: register its first, or use another model"
     aliases = [f"{alias} (version {number})" for alias, number in sorted(model.aliases.items())]
     return (
         f"registered model {name!r} has no {missing}: use one of the versions "
-        f"{_few([str(number) for number in numbers[-LISTED:]], len(numbers))}, "
-        f"or of the aliases {_few(aliases[:LISTED], len(aliases))}"
+        f"{_few([str(number) for number in numbers[-LISTED:]], len(numbers))}"
+        + (f", or of the aliases {_few(aliases[:LISTED], len(aliases))}" if aliases else "")
     )
 
 
@@ -350,7 +364,7 @@ def _names(client: MlflowClient) -> list[str]:
 def _few(listed: Sequence[str], total: int) -> str:
     """Names for a message, and how many there are beside them."""
     more = f" and {total - len(listed)} more" if total > len(listed) else ""
-    return f"{', '.join(listed)}{more}" if listed else "none"
+    return f"{', '.join(listed)}{more}"
 
 
 def _files_of(client: MlflowClient, version: ModelVersion) -> str:

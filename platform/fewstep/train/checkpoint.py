@@ -15,16 +15,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from fewstep.storage import Storage
@@ -38,6 +40,9 @@ STATE = "state.json"
 
 FOLDER = "step-"
 """Prefix of the names of checkpoints' folders, before the step in seven digits."""
+
+_NAME = re.compile(rf"{FOLDER}(?P<step>\d{{7,}})-[0-9a-f]{{4}}")
+"""Names that `Checkpoints` gives to folders; other folders there, such as copies of these, are the user's own."""
 
 INDEX = ".metadata"
 """Name of the file in a checkpoint in which torch lists the tensors."""
@@ -62,9 +67,12 @@ class TrainState:
 
     @classmethod
     def parse(cls, content: bytes) -> TrainState:
-        """Read a checkpoint's JSON; fields that only other versions of fewstep know are left out."""
-        known = {entry.name for entry in fields(cls)}
-        return cls(**{key: value for key, value in json.loads(content).items() if key in known})
+        """Read a checkpoint's JSON; fields that only other versions of fewstep know are left out.
+
+        Raises:
+            ValueError: it is no JSON, or a field is missing or of another type.
+        """
+        return TypeAdapter(cls).validate_json(content, strict=True)
 
 
 class Checkpoints:
@@ -156,6 +164,8 @@ class SavedCheckpoint:
 def saved_checkpoints(run: Storage) -> Iterator[SavedCheckpoint]:
     """The checkpoints of a run, newest first. Their tensors are not read.
 
+    The newest is that of the latest step, which is taken from its state, or, if that can't be read, from its name.
+
     Args:
         run: the run's folder.
 
@@ -165,16 +175,31 @@ def saved_checkpoints(run: Storage) -> Iterator[SavedCheckpoint]:
     sizes: dict[str, dict[str, int]] = {}
     for path, size in run.list().items():
         name, _, file = path.partition("/")
-        if name.startswith(FOLDER) and file:
+        if file and _NAME.fullmatch(name):
             sizes.setdefault(name, {})[file] = size
-    # Names begin with the step in seven digits, so that the largest is the newest.
-    for name in sorted(sizes, reverse=True):
-        try:
-            state = TrainState.parse(run.read(f"{name}/{STATE}") or b"")
-        except (ValueError, TypeError, AttributeError):  # no JSON, or not with the wanted content
+    states = {name: _state_in(run, name) for name in sizes}
+    for name in sorted(sizes, key=lambda name: (_step(name, states[name]), name), reverse=True):
+        if (state := states[name]) is None:
             yield SavedCheckpoint(name, None, _unreadable(STATE, sizes[name]))
         else:
             yield SavedCheckpoint(name, state, _fault(run, name, state.ranks, sizes[name]))
+
+
+def _state_in(run: Storage, name: str) -> TrainState | None:
+    """The state in a checkpoint of a run; None if it can't be read."""
+    try:
+        return TrainState.parse(run.read(f"{name}/{STATE}") or b"")
+    except ValueError:
+        return None
+
+
+def _step(name: str, state: TrainState | None) -> int:
+    """The step of a checkpoint: as its state has it, or else as the name of its folder."""
+    if state is not None:
+        return state.step
+    match = _NAME.fullmatch(name)
+    assert match is not None, "folders of other names are no checkpoints"
+    return int(match["step"])
 
 
 def _fault(run: Storage, name: str, ranks: int, sizes: Mapping[str, int]) -> str | None:
@@ -188,7 +213,7 @@ def _fault(run: Storage, name: str, ranks: int, sizes: Mapping[str, int]) -> str
     """
     wanted: dict[str, int] = {}
     # Before there were manifests: torch's own list of what lies where in the files.
-    for listing in [_manifest(rank) for rank in range(ranks)] or [INDEX]:
+    for listing in map(_manifest, range(ranks)) if ranks else [INDEX]:
         content = run.read(f"{name}/{listing}") or b""
         try:
             wanted |= _sizes_in_manifest(content) if ranks else _sizes_in_index(content)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from fewstep.errors import UserError
 from fewstep.storage import Storage
@@ -37,16 +39,28 @@ class RunRecord:
 
     @classmethod
     def of(cls, run_name: str) -> RunRecord | None:
-        """The record of a run in the current folder; None if there is none."""
-        file = RECORDS / f"{run_name}.json"
-        return cls(**json.loads(file.read_text())) if file.exists() else None
+        """The record of a run in the current folder; None if there is none, or if it is empty or torn."""
+        # Older versions wrote it in place, where a power cut may leave anything.
+        with suppress(ValueError, FileNotFoundError):
+            return TypeAdapter(cls).validate_json(record_file(run_name).read_bytes(), strict=True)
+        return None
 
     def save(self, run_name: str, recipe: DistillRecipe | TeacherRecipe) -> None:
-        """Write the record and the recipe into `RECORDS`."""
-        RECORDS.mkdir(parents=True, exist_ok=True)
-        (RECORDS / f"{run_name}.json").write_text(json.dumps(asdict(self)))
+        """Write the record and the recipe into `RECORDS`, each whole or not at all.
+
+        Raises:
+            UserError: they can't be written.
+        """
+        folder = Storage.at(RECORDS)
+        # The recipe first: a run with a record would otherwise be resumed with the defaults.
         resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (RECORDS / f"{run_name}.yaml").write_text(resolved)
+        folder.write(f"{run_name}.yaml", resolved.encode())
+        folder.write(f"{run_name}.json", json.dumps(asdict(self)).encode())
+
+
+def record_file(run_name: str) -> Path:
+    """The file of a run's `RunRecord` in the current folder, which need not exist."""
+    return RECORDS / f"{run_name}.json"
 
 
 def run_folder(storage: str, run_name: str) -> Storage:
@@ -80,12 +94,42 @@ def last_state(storage: str, run_name: str) -> ckpt.TrainState | None:
 
 
 def recipe_of(run_name: str, storage: str) -> str | dict[str, Any] | None:
-    """A run's own recipe, as `load_recipe` takes it: from the current folder's record, or from its checkpoints."""
+    """A run's own recipe, as `load_recipe` takes it: from the current folder's record, or from its checkpoints.
+
+    Args:
+        run_name: name of the run.
+        storage: folder or `s3://…` of all runs' checkpoints; those in the record's storage count too.
+
+    Returns:
+        None if nothing tells of a recipe.
+
+    Raises:
+        UserError: the record's recipe is empty or torn, and no checkpoint has it; or the storage can't be reached.
+    """
     # The record first: it also knows runs that have no checkpoint yet.
-    if (file := RECORDS / f"{run_name}.yaml").exists():
+    if (file := RECORDS / f"{run_name}.yaml").exists() and _is_whole(file):
         return str(file)
-    state = last_state(storage, run_name)
-    return None if state is None else state.recipe
+    state, record = last_state(storage, run_name), RunRecord.of(run_name)
+    if state is None and record is not None:
+        state = last_state(record.storage, run_name)
+    if not file.exists():
+        return None if state is None else state.recipe
+    if state is None:
+        raise UserError(
+            f"--resume: the run's recipe in {file} is empty or torn, and there is no whole checkpoint of it in "
+            f"{record.storage if record else storage}: name the recipe with --recipe, or begin a new run."
+        )
+    print(f"{file} is empty or torn: the recipe is that of the checkpoint of step {state.step}", flush=True)
+    return state.recipe
+
+
+def _is_whole(recipe: Path) -> bool:
+    """Whether a recipe of a record is as it was written, as far as that can be told."""
+    content = recipe.read_bytes()
+    with suppress(yaml.YAMLError):
+        # YAML ends with a line's end; without it the last value may be the start of another.
+        return content.endswith(b"\n") and isinstance(yaml.safe_load(content), dict)
+    return False
 
 
 def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> None:
@@ -100,6 +144,11 @@ def check_resumable(recipe: DistillRecipe | TeacherRecipe, run_name: str) -> Non
     if run_folder(storage, run_name).list():
         if (state := last_state(storage, run_name)) is not None:
             _check_same_tensors(recipe, run_name, state)
+    elif record is None and record_file(run_name).exists():
+        raise UserError(
+            f"--resume: {record_file(run_name)} is empty or torn, and there are no checkpoints of run {run_name!r} in "
+            f"{storage}: add --set train.storage=… if they are elsewhere, or begin a new run."
+        )
     elif record is None:
         near = difflib.get_close_matches(run_name, [record.stem for record in RECORDS.glob("*.json")], 1)
         raise UserError(

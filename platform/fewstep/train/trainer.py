@@ -22,7 +22,7 @@ from fewstep.tracking.version import run_tags
 from fewstep.train.checkpoint import TrainState
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainConfig, network_section
 from fewstep.train.recovery import recover
-from fewstep.train.runs import RunRecord, last_checkpoint, run_folder
+from fewstep.train.runs import RunRecord, last_checkpoint, record_file, run_folder
 from fewstep.train.validation import check
 from fewstep.train.worker import EXPORT, SamplePlan, WorkerJob, train_worker
 
@@ -111,7 +111,11 @@ def _mlflow_run(recipe: DistillRecipe | TeacherRecipe, run_name: str, begun: Tra
     """Id of the MLflow run to continue: from the current folder's record, or else from the checkpoints; or None."""
     if (record := RunRecord.of(run_name)) is not None:
         return record.mlflow_run
-    return begun.mlflow_run if begun is not None and has_run(recipe.tracking.uri, begun.mlflow_run) else None
+    known = begun.mlflow_run if begun is not None and has_run(recipe.tracking.uri, begun.mlflow_run) else None
+    if (file := record_file(run_name)).exists():
+        goes_on = f"in MLflow run {known}, which its checkpoint names" if known else "in a new MLflow run"
+        print(f"{file} is empty or torn: the run goes on {goes_on}", flush=True)
+    return known
 
 
 def _way_on(recipe: DistillRecipe | TeacherRecipe, run_name: str, begun: TrainState | None) -> str:
