@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 
+from fewstep.encoders.base import half_surrogate
+
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -61,8 +63,4 @@ def trouble(text: str) -> str | None:
         return None
     if _UNDECODABLE in text:
         return "holds bytes that can't be decoded: save the file as UTF-8"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "holds half a surrogate pair, an emoji that was cut in two"
-    return None
+    return half_surrogate(text)
