@@ -23,7 +23,15 @@ from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
-from fewstep.student.adapter import CONFIG, WEIGHTS, check_adapter, load_adapter, read_adapter, save_adapter
+from fewstep.student.adapter import (
+    CONFIG,
+    SCALING,
+    WEIGHTS,
+    check_adapter,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from fewstep.student.diffusers import merge
 
 ADAPTERS = Path(__file__).parents[1] / "conformance" / "adapters"
@@ -341,6 +349,30 @@ def test_names_in_kohyas_form_are_refused_with_the_conversion(begin: str, tmp_pa
         UserError, match=rf"in kohya's form, such as '{begin}.*convert it to diffusers' names"
     ):
         load_adapter(*teacher("qwen"), folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 4, "lora_alpha": 4, "use_dora": False, "alpha_pattern": {}}, None),
+        ({"r": 4, "rank_pattern": {"to_q": 8}, "lora_alpha": 4, "alpha_pattern": {"to_q": 8}}, None),
+        ({"r": 4, "lora_alpha": 8}, "lora_alpha 8 for r 4"),
+        ({"r": 4, "lora_alpha": 4, "use_rslora": True}, "use_rslora True"),
+        ({"r": 4, "lora_alpha": 4, "use_dora": True}, "use_dora True"),
+        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 2}}, "alpha_pattern"),
+    ],
+)
+def test_a_factor_that_stands_in_the_metadata_is_not_passed_over(
+    settings: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    folder = rewritten("qwen_gm", tmp_path, state=renamed(inner="transformer."))
+    metadata = {SCALING: json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata=metadata)  # as diffusers writes it
+    if message is None:
+        assert_recorded(load_adapter(*teacher("qwen"), folder), "qwen_gm")
+    else:
+        with pytest.raises(UserError, match=f"that its adapters are scaled .*{message}"):
+            load_adapter(*teacher("qwen"), folder)
 
 
 def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:

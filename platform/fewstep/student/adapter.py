@@ -58,6 +58,9 @@ PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "
 KOHYA = "lora_"
 """Begin of the names in kohya's form, such as `lora_unet_blocks_0_attn.lora_down.weight`."""
 
+SCALING = "lora_adapter_metadata"
+"""Key of safetensors' metadata under which diffusers' `save_lora_weights` puts peft's settings of an adapter."""
+
 ALPHA = ".alpha"
 """End of the name of the number that, over the rank, is the factor of a layer's LoRA."""
 
@@ -263,9 +266,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
     try:
         config = json.loads((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            policy = json.loads((file.metadata() or {}).get("policy_config", "{}"))
+            metadata = file.metadata() or {}
+            policy = json.loads(metadata.get("policy_config", "{}"))
+            scaling = json.loads(metadata.get(SCALING, "{}"))
             read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
-        if not (isinstance(config, dict) and isinstance(policy, dict)):
+        if not all(isinstance(part, dict) for part in (config, policy, scaling)):
             raise ValueError("the configuration is no table of names and values")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable adapter ({CONFIG} and {WEIGHTS}): {error}.") from None
@@ -274,9 +279,34 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
             f"{folder} has names in kohya's form, such as {kohya[0]!r}, from which the layers can't be told: convert "
             "it to diffusers' names (in kohya's musubi-tuner by convert_lora.py --target other)."
         )
+    _check_scaling(scaling, folder)
     state = _renamed(read, lambda name: LORA.sub(_matrix, name), folder)
     _check_weights(state, folder)
     return config, policy, _scaled(state, folder)
+
+
+def _check_scaling(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse an adapter that is, by peft's settings beside it, more than the product of its two matrices.
+
+    Args:
+        settings: by peft's names, which may have a prefix.
+        folder: for messages.
+
+    Raises:
+        UserError: it is scaled by another factor than 1, or of another kind.
+    """
+    by_name = {name.rpartition(".")[2]: value for name, value in settings.items() if value}
+    rank, alpha = by_name.get("r"), by_name.get("lora_alpha")
+    faults = [f"{name} {by_name[name]!r}" for name in ("use_dora", "use_rslora") if name in by_name]
+    if alpha != rank and None not in (alpha, rank):
+        faults.append(f"lora_alpha {alpha!r} for r {rank!r}")
+    if by_name.get("alpha_pattern", {}) != by_name.get("rank_pattern", {}):
+        faults.append("an alpha_pattern other than its rank_pattern")
+    if faults:
+        raise UserError(
+            f"{folder} says in {SCALING} that its adapters are scaled ({', '.join(faults)}), which is not read from "
+            f"there: multiply the factor into the weights, or add LAYER{ALPHA}, and leave {SCALING} out."
+        )
 
 
 def _matrix(end: re.Match[str]) -> str:
