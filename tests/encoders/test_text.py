@@ -98,6 +98,18 @@ def test_a_caption_too_long_is_refused_with_its_length(encoder):
             refuse(["fine", "word " * 100])
 
 
+@pytest.mark.parametrize("cut", ["owl \ud83d", "\udd89", "owl \udced\udca0\udcbd"])
+def test_half_a_surrogate_pair_is_refused_in_a_sentence_wherever_captions_are_taken(encoder, cut):
+    for call in (encoder.check, encoder.encode, encoder.conditioning, encoder.states, encoder.token_counts):
+        with pytest.raises(UserError, match="holds half a surrogate pair") as caught:
+            call(["an owl", cut])
+        str(caught.value).encode()  # can be printed
+    assert encoder.refusals(["an owl", cut]) == [
+        None, ("no text", "the caption holds half a surrogate pair, an emoji that was cut in two")
+    ]  # fmt: skip
+    assert encoder.refusals(["an owl \U0001f989"]) == [None]
+
+
 def test_changed_weights_of_the_packaged_encoder_are_refused(monkeypatch):
     monkeypatch.setattr(text, "MINILM_SHA256", "0" * 64)
     text._minilm_folder.cache_clear()

@@ -23,7 +23,15 @@ from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher
-from fewstep.student.adapter import CONFIG, WEIGHTS, check_adapter, load_adapter, read_adapter, save_adapter
+from fewstep.student.adapter import (
+    CONFIG,
+    SCALING,
+    WEIGHTS,
+    check_adapter,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from fewstep.student.diffusers import merge
 
 ADAPTERS = Path(__file__).parents[1] / "conformance" / "adapters"
@@ -109,6 +117,9 @@ def test_a_dx_adapter_that_does_not_say_its_points_is_read_by_weights_and_metada
         ({"n_grid": 1, "p_order": 5}, {}, "polynomial"),
         ({"n_grid": 5, "p_order": 1}, {"mode": "polynomial"}, "polynomial"),  # as fewstep 0.2 wrote it
         ({"n_grid": 5}, {}, "grid"),
+        ({"n_grid": None}, {}, "grid"),
+        ({"n_grid": 5, "p_order": None, "num_layers": None}, {}, "grid"),
+        ({"n_grid": None, "p_order": 5}, {}, "polynomial"),
         ({"p_order": 5}, {}, "polynomial"),
     ],
 )
@@ -129,6 +140,10 @@ def test_the_points_of_a_dx_adapter_stand_under_either_key(
     [
         ({"n_grid": 5, "p_order": 3}, DX_POLICY, "n_grid 5 and p_order 3 together"),
         ({}, DX_POLICY | {"mode": "spline"}, "can't be used .*mode.*'grid' or 'polynomial'"),
+        ({"n_grid": "5"}, DX_POLICY, "can't be used .*n_grid '5', which is no whole number"),
+        ({"n_grid": 0}, DX_POLICY, "can't be used .*n_grid 0, which is no whole number"),
+        ({"p_order": True}, DX_POLICY, "can't be used .*p_order True, which is no whole number"),
+        ({"num_layers": "2"}, DX_POLICY, r"not an adapter for this base: num_layers \('2' for 2\)"),
         ({}, DX_POLICY | {"segment_size": 0}, "can't be used .*segment_size"),
         ({}, ["DX"], "no readable adapter"),
         ({"_class_name": "GMQwenImageTransformer2DModel"}, {}, r"num_gaussians is missing"),
@@ -208,6 +223,164 @@ def test_what_is_no_plain_lora_is_refused_by_name(
     folder = rewritten("qwen_gm", tmp_path, state=lambda state: state | change)
     with pytest.raises(UserError, match=f"not an adapter for this base: .*{message}"):
         load_adapter(*teacher("qwen"), folder)
+
+
+def renamed(**ends: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Weights with other ends of the names of LoRA's matrices, and another begin of those or of all names."""
+    begin, inner = ends.pop("begin", ""), ends.pop("inner", "")
+
+    def name(own: str) -> str:
+        if ".lora_" not in own:
+            return begin + own
+        layer, _, matrix = own.removesuffix(".weight").rpartition(".lora_")
+        return begin + inner + layer + ends.get(matrix, f".lora_{matrix}.weight")
+
+    return lambda state: {name(own): tensor for own, tensor in state.items()}
+
+
+DOWN_UP = {"A": ".lora.down.weight", "B": ".lora.up.weight"}
+PEFT = {"A": ".lora_A.default.weight", "B": ".lora_B.default.weight"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inner": "transformer."},
+        {"begin": "transformer."},
+        {"begin": "diffusion_model."},
+        {"inner": "model.diffusion_model."},
+        {"begin": "base_model.model."},
+        {"inner": "base_model.model.transformer."},
+        PEFT,
+        {"A": ".lora_A.student.weight", "B": ".lora_B.student.weight"},
+        DOWN_UP,
+        {"A": ".lora_down.weight", "B": ".lora_up.weight"},
+        {"inner": "transformer.", **DOWN_UP},
+        {"inner": "base_model.model.", **PEFT},
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen_gm", "qwen_dx", "flux_gm"])
+def test_names_of_other_makers_are_read(name: str, change: dict[str, str], tmp_path: Path) -> None:
+    folder = rewritten(name, tmp_path, state=renamed(**change))
+    network = load_adapter(*teacher(name.partition("_")[0]), folder)
+    assert_recorded(network, name)
+
+
+def test_alphas_count_under_other_makers_names(tmp_path: Path) -> None:
+    def other(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return renamed(begin="diffusion_model.", **DOWN_UP)(of_many_ranks(state, alphas=True))
+
+    assert_recorded(load_adapter(*teacher("qwen"), rewritten("qwen_gm", tmp_path, state=other)), "qwen_gm")
+
+
+def test_training_goes_on_from_an_adapter_with_other_makers_names(tmp_path: Path) -> None:
+    network = load_adapter(*teacher("qwen"), ADAPTERS / "qwen_gm_adapter")
+    plain = check_adapter(network, ADAPTERS / "qwen_gm_adapter")
+    given = check_adapter(
+        network, rewritten("qwen_gm", tmp_path, state=renamed(begin="transformer.", **PEFT))
+    )
+    assert given.keys() == plain.keys()
+    assert all(torch.equal(given[name], tensor) for name, tensor in plain.items())
+
+
+LAYER = "transformer_blocks.0.img_mlp.net.2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{LAYER}.lora_A.weight": torch.ones(4, 192, dtype=torch.int8)}, r"A.weight \(int8, not floating-point\)"),
+        ({"proj_out_means.weight": torch.ones(48, 48, dtype=torch.int64)}, r"weight \(int64, not floating-point\)"),
+        ({f"{LAYER}.lora_B.weight": torch.full((48, 4), float("nan"))}, r"lora_B.weight \(not finite\)"),
+        ({"proj_out_means.bias": torch.full((48,), float("inf"))}, r"means.bias \(not finite\)"),
+        (
+            {f"{LAYER}.lora_B.weight": torch.full((48, 4), float("nan")).to(torch.float8_e4m3fn)},
+            r"lora_B.weight \(not finite\)",
+        ),
+        (
+            {f"{LAYER}.lora_A.weight": torch.ones(0, 192), f"{LAYER}.lora_B.weight": torch.ones(48, 0)},
+            r"lora_A.weight \(shape \(0, 192\), without a rank\)",
+        ),
+        ({f"{LAYER}.lora_A.weight": torch.ones(())}, r"lora_A.weight \(shape \(\), without a rank\)"),
+        (
+            {f"{LAYER}.lora_A.weight": torch.ones(0, 192), f"{LAYER}.alpha": torch.ones(())},
+            r"lora_A.weight \(shape \(0, 192\), without a rank\)",
+        ),
+    ],
+)  # fmt: skip
+def test_weights_that_can_t_be_used_are_refused_by_name(
+    change: dict[str, Tensor], message: str, tmp_path: Path
+) -> None:
+    folder = rewritten("qwen_gm", tmp_path, state=lambda state: state | change)
+    with pytest.raises(UserError, match=f"has weights that can't be used: .*{message}"):
+        load_adapter(*teacher("qwen"), folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"constant_logstd": -1.0}, r"constant_logstd -1\.0"),
+        ({"constant_logstd": 0}, r"constant_logstd 0"),
+        ({"gm_num_logstd_layers": 1}, r"gm_num_logstd_layers 1"),
+        ({"gm_num_logstd_layers": 3}, r"gm_num_logstd_layers 3"),
+        ({"num_gaussians": None}, r"num_gaussians is missing"),
+    ],
+)
+def test_a_gm_head_of_another_form_is_refused_by_name(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = rewritten("qwen_gm", tmp_path, config=lambda own: own | config)
+    with pytest.raises(UserError, match=message) as caught:
+        load_adapter(*teacher("qwen"), folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("begin", ["lora_unet_", "lora_te1_", "lora_transformer_"])
+def test_names_in_kohyas_form_are_refused_with_the_conversion(begin: str, tmp_path: Path) -> None:
+    def kohya(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            begin + n.replace(".lora_A", "@lora_down").replace(".lora_B", "@lora_up").removesuffix(".weight")
+            .replace(".", "_").replace("@", ".") + ".weight" if ".lora_" in n else n: tensor
+            for n, tensor in state.items()
+        }  # fmt: skip
+
+    folder = rewritten("qwen_gm", tmp_path, state=kohya)
+    with pytest.raises(
+        UserError, match=rf"in kohya's form, such as '{begin}.*convert it to diffusers' names"
+    ):
+        load_adapter(*teacher("qwen"), folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 4, "lora_alpha": 4, "use_dora": False, "alpha_pattern": {}}, None),
+        ({"r": 4, "rank_pattern": {"to_q": 8}, "lora_alpha": 4, "alpha_pattern": {"to_q": 8}}, None),
+        ({"r": 4, "lora_alpha": 8}, "lora_alpha 8 for r 4"),
+        ({"r": 4, "lora_alpha": 4, "use_rslora": True}, "use_rslora True"),
+        ({"r": 4, "lora_alpha": 4, "use_dora": True}, "use_dora True"),
+        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 2}}, "alpha_pattern"),
+    ],
+)
+def test_a_factor_that_stands_in_the_metadata_is_not_passed_over(
+    settings: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    folder = rewritten("qwen_gm", tmp_path, state=renamed(inner="transformer."))
+    metadata = {SCALING: json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata=metadata)  # as diffusers writes it
+    if message is None:
+        assert_recorded(load_adapter(*teacher("qwen"), folder), "qwen_gm")
+    else:
+        with pytest.raises(UserError, match=f"that its adapters are scaled .*{message}"):
+            load_adapter(*teacher("qwen"), folder)
+
+
+def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
+    def twice(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state | {f"{LAYER}.lora_A.other.weight": state[f"{LAYER}.lora_A.weight"].clone()}
+
+    with pytest.raises(UserError, match=rf"has two weights for {LAYER}.lora_A.weight"):
+        load_adapter(*teacher("qwen"), rewritten("qwen_gm", tmp_path, state=twice))
 
 
 def test_training_goes_on_from_an_adapter_with_alphas_and_refuses_other_ranks(tmp_path: Path) -> None:

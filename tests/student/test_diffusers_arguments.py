@@ -198,6 +198,19 @@ def test_diffusers_own_callback_objects_say_what_they_want(pipe: Any) -> None:
             "effect: true_cfg_scale 9, negative_prompt, because",
         ),
         ({"negative_prompt": ["blurry"]}, "without effect: negative_prompt, because"),
+        ({"negative_prompt": ["", ""], "negative_prompt_2": ("",)}, None),
+        ({"negative_prompt": ["", "blurry"]}, "without effect: negative_prompt, because"),
+        ({"negative_prompt_2": "blurry"}, "without effect: negative_prompt_2, because"),
+        ({"negative_prompt_embeds": torch.ones(1, 2, 384)}, "effect: negative_prompt_embeds, because"),
+        (
+            {
+                "negative_pooled_prompt_embeds": torch.ones(1, 2),
+                "negative_prompt_embeds_mask": torch.ones(1, 2),
+            },
+            "effect: negative_pooled_prompt_embeds, negative_prompt_embeds_mask, because",
+        ),
+        ({"attention_kwargs": {}, "joint_attention_kwargs": {"scale": 1.0}, "prompt_2": OWL}, None),
+        ({"attention_kwargs": None, "sigmas": None, "timesteps": None, "prompt_2": None}, None),
     ],
 )
 def test_guidance_that_is_distilled_in_changes_nothing_and_a_warning_says_so(
@@ -281,6 +294,55 @@ def test_a_network_that_takes_the_scale_gets_it(caplog: pytest.LogCaptureFixture
         (OWL, {"callback_on_step_end_tensor_inputs": ["noise_pred"]}, "noise_pred is not among latents, prompt_embeds"),
         (OWL, {"callback_on_step_end": lambda *_: {"sigma": 1}}, "callback_on_step_end returned sigma"),
         (OWL, {"callback_on_step_end": lambda *_: {"latents": torch.ones(2)}}, "callback_on_step_end returned latents"),
+        (OWL, {"callback_on_step_end": lambda *_: 5}, "callback_on_step_end returned 5: it may return None, or a dict"),
+        (OWL, {"callback_on_step_end": lambda *_: False}, "callback_on_step_end returned False: it may"),
+        (OWL, {"callback_on_step_end": lambda *_: torch.ones(2, 3)}, r"step_end returned \(2, 3\) of .*a dict"),
+        (OWL, {"callback_on_step_end": lambda *_: {"latents": torch.ones(1, 3, 16, 16, device="meta")}},
+         "callback_on_step_end returned latents"),
+        (OWL, {"callback_on_step_end": "x"}, "callback_on_step_end must be a function or a callback object, got 'x'"),
+        (OWL, {"callback_on_step_end_tensor_inputs": 5}, "tensor_inputs must be a list of names, got 5"),
+        (OWL, {"negative_prompt": torch.ones(2, 3)}, "negative_prompt must be a text"),
+        (OWL, {"negative_prompt": [3]}, r"negative_prompt must be a text or a list of texts, got \[3\]"),
+        (OWL, {"negative_prompt_2": torch.ones(2, 3)}, "negative_prompt_2 must be a text"),
+        (OWL, {"prompt_2": "a cat"}, "prompt_2 must be left out or repeat prompt, got 'a cat'"),
+        (OWL, {"prompt_2": torch.ones(2, 3)}, "prompt_2 must be left out or repeat prompt"),
+        (OWL, {"attention_kwargs": {"scale": 0.5}}, "attention_kwargs must be empty.*set_adapters"),
+        (OWL, {"joint_attention_kwargs": {"scale": torch.ones(2)}}, "joint_attention_kwargs must be empty"),
+        (OWL, {"attention_kwargs": {"ip_adapter_masks": 1}}, "attention_kwargs must be empty"),
+        (torch.ones(2, 3), {}, r"prompt must be a caption .*\(2, 3\)"),
+        (np.ones((2, 3)), {}, "prompt must be a caption"),
+        (OWL, {"attention_kwargs": 5}, "attention_kwargs must be empty"),
+        (OWL, {"sigmas": [1.0, 0.5]}, "sigmas: a few-step student has its own schedule"),
+        (OWL, {"timesteps": torch.tensor([999, 500])}, "timesteps: a few-step student has its own schedule"),
+        (OWL, {"latents": torch.full((1, 3, 16, 16), float("nan"))}, "latents must be finite"),
+        (OWL, {"latents": torch.full((1, 3, 16, 16), float("inf"))}, "latents must be finite"),
+        (OWL, {"latents": torch.ones(1, 3, 16, 16, device="meta")}, "latents is on the meta device"),
+        (OWL, {"prompt_embeds_mask": torch.ones(1, 2)}, "prompt_embeds_mask belongs to prompt_embeds"),
+        (OWL, {"pooled_prompt_embeds": torch.ones(1, 2)}, "pooled_prompt_embeds belongs to prompt_embeds"),
+        (None, {"prompt_embeds": torch.ones(1, 2, 384, dtype=torch.int64)}, "prompt_embeds must .*floating-point"),
+        (None, {"prompt_embeds": torch.ones(1, 0, 384)}, r"prompt_embeds must .*at least one of each.*\(1, 0, 384\)"),
+        (None, {"prompt_embeds": torch.ones(0, 2, 384)}, r"prompt_embeds must .*at least one of each.*\(0, 2, 384\)"),
+        (None, {"prompt_embeds": torch.ones(1, 2, 384, device="meta")}, "prompt_embeds is on the meta device"),
+        (None, {"prompt_embeds": torch.full((1, 2, 384), float("nan"))}, "prompt_embeds must be finite"),
+        (
+            None,
+            {"prompt_embeds": torch.ones(1, 2, 384), "prompt_embeds_mask": torch.zeros(1, 2)},
+            "prompt_embeds_mask must be nonzero for at least one token",
+        ),
+        (
+            None,
+            {"prompt_embeds": torch.ones(1, 2, 384), "prompt_embeds_mask": torch.ones(1, 2, device="meta")},
+            "prompt_embeds_mask is on the meta device",
+        ),
+        (OWL, {"height": 0}, "height must be a positive number of pixels, got 0"),
+        (OWL, {"width": -16}, "width must be a positive number of pixels, got -16"),
+        (OWL, {"temperature": "0.5"}, "temperature must be a number above 0 and at most 1, or 'auto'; got '0.5'"),
+        (OWL, {"temperature": True}, "temperature must be a number .*got True"),
+        (OWL, {"temperature": torch.ones(2)}, "temperature must be a number"),
+        (OWL, {"temperature": 1.5}, "temperature must be above 0 and at most 1"),
+        ("owl \ud83d", {}, r"the caption 'owl \\ud83d' holds half a surrogate pair"),
+        ([OWL, "owl \udced\udca0\udcbd"], {}, r"the caption 'owl .* or bytes that are no UTF-8"),
+        ("owl \ud83d", {"max_sequence_length": 9}, "holds half a surrogate pair"),
         (OWL, {"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent"),
     ],
 )  # fmt: skip
@@ -315,6 +377,17 @@ def test_the_exported_call_says_its_arguments_by_name(student: FewStepPipeline, 
     assert own - theirs == {"seed", "on_step"}
     assert not theirs - own
     assert "callback_on_step_end_tensor_inputs" in theirs
+
+
+def test_an_argument_that_no_pipeline_has_is_still_a_type_error(pipe: Any) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'guidence_scale'"):
+        pipe(OWL, guidence_scale=1.0)
+
+
+def test_a_pipeline_made_of_another_s_parts_draws_the_same(exported: Any) -> None:
+    again = type(exported).from_pipe(exported)
+    assert again.transformer is exported.transformer
+    assert_near(latent(again), latent(exported))
 
 
 def test_saved_in_half_and_loaded_again_it_draws_the_same(exported: Any, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fewstep.errors import UserError
 
+from fewstep.encoders.base import half_surrogate
+
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -85,8 +87,4 @@ def trouble(text: str) -> str | None:
         return None
     if _UNDECODABLE in text:
         return "holds bytes that can't be decoded: save the file as UTF-8"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "holds half a surrogate pair, an emoji that was cut in two"
-    return None
+    return half_surrogate(text)

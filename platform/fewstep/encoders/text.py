@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fewstep.assets import expanded
 from fewstep.config import MAX_TOKENS
-from fewstep.encoders.base import MINILM, ConditionEncoder, as_stored, of_pipeline
+from fewstep.encoders.base import MINILM, ConditionEncoder, as_stored, half_surrogate, of_pipeline
 from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
 
@@ -83,23 +83,32 @@ class TextEncoder(ConditionEncoder):
         return cls(name, tokenizer, model.eval().requires_grad_(False).to(device), max_tokens)
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
-        """Length of each caption in tokens, with start and end marks; also of captions that are too long."""
+        """Length of each caption in tokens, with start and end marks; also of captions that are too long.
+
+        Raises:
+            UserError: a caption is no text.
+        """
+        _check_texts(captions)
         return [len(ids) for ids in self._tokenize(captions)]
 
     def refusals(self, captions: Sequence[str]) -> list[tuple[str, str] | None]:
         """For each caption None if it can be encoded, otherwise the reason and details why not."""
+        faults = [half_surrogate(caption) for caption in captions]
+        counts = self.token_counts(["" if fault else c for c, fault in zip(captions, faults, strict=True)])
         return [
-            ("caption too long", f"{count} tokens, at most {self.max_tokens}")
+            ("no text", f"the caption {fault}")
+            if fault
+            else ("caption too long", f"{count} tokens, at most {self.max_tokens}")
             if count > self.max_tokens
             else None
-            for count in self.token_counts(captions)
+            for fault, count in zip(faults, counts, strict=True)
         ]
 
     def check(self, captions: Sequence[str]) -> None:
-        """Refuse captions that are too long, before any work is done for them.
+        """Refuse captions that are no text or too long, before any work is done for them.
 
         Raises:
-            UserError: some are; the message names the first of them, its length and the limit.
+            UserError: some are; the message names the first of them, and what is wrong or its length and the limit.
         """
         self._checked_ids(captions)
 
@@ -186,6 +195,7 @@ class TextEncoder(ConditionEncoder):
 
     def _checked_ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption, none of which is too long: tokenizing and `check` in one."""
+        _check_texts(captions)
         ids = self._tokenize(captions)
         for caption, tokens in zip(captions, ids, strict=True):
             if len(tokens) > self.max_tokens:
@@ -205,6 +215,19 @@ class TextEncoder(ConditionEncoder):
         states = self._model(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
         # Without the padding: what is left are the (L_i, D) of each caption.
         return [state[: len(tokens)] for state, tokens in zip(states.float().cpu(), ids, strict=True)]
+
+
+def _check_texts(captions: Sequence[str]) -> None:
+    """Refuse captions that a tokenizer can't read.
+
+    Raises:
+        UserError: there is one; the message is about the first.
+    """
+    for caption in captions:
+        if fault := half_surrogate(caption):
+            raise UserError(
+                f"the caption {caption!r:.60} {fault} or bytes that are no UTF-8: write it in whole characters."
+            )
 
 
 def text_width(name: str) -> int:

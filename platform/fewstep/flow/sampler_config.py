@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -103,11 +103,15 @@ class SamplerConfig(Config):
             raise UserError(f"num_inference_steps must be a whole number from 1 to {MAX_NFE}, got {nfe!r}.")
         if nfe is not None and not 1 <= nfe <= MAX_NFE:
             raise UserError(f"num_inference_steps must be 1 to {MAX_NFE}, got {nfe}.")
-        named = temperature is None or temperature == "auto"
-        if not named and not (isinstance(temperature, Real) and 0 < temperature <= 1):
+        named = temperature is None or (isinstance(temperature, str) and temperature == "auto")
+        if not named and not _is_number(temperature):
+            raise UserError(
+                f"temperature must be a number above 0 and at most 1, or 'auto'; got {temperature!r}, which is none."
+            )
+        if not named and not 0 < cast(float, temperature) <= 1:
             raise UserError(f"temperature must be above 0 and at most 1, or 'auto'; got {temperature}.")
-        if h is not None and not (isinstance(h, Real) and h >= 0):
-            raise UserError(f"h must be 0 or more, got {h}.")
+        if h is not None and not (_is_number(h) and h >= 0):
+            raise UserError(f"h must be 0 or more, got {h!r}.")
         # model_copy does not validate again, which is why values were checked above.
         given = {"nfe": nfe, "temperature": temperature, "h": h}
         changes = {name: value for name, value in given.items() if value is not None}
@@ -162,6 +166,11 @@ class SamplerConfig(Config):
             table[index].expand(batch) for table in (s.raw_src, s.raw_dst, s.sigma_src, s.sigma_to, s.renoise)
         ]
         return NextStep(*rows, *(torch.full((batch,), float(value)) for value in (temperature, raw_tempered)))
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a real number, and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def auto_temperature(nfe: int) -> float:

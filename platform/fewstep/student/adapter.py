@@ -8,7 +8,9 @@ own (`norm_out`, `proj_out_means`, …). For a student whose weights are all tra
 base's names.
 
 Adapters of others are read, too, where each layer has a rank of its own, or a file says by `….alpha` that its adapters
-are scaled by alpha/rank. We write adapters whose factor is 1, without `….alpha`.
+are scaled by alpha/rank; where names begin with what others call the network (`transformer.`, `diffusion_model.`,
+`base_model.model.`), and where the two matrices are called down and up or have peft's name of the adapter in theirs. We
+write adapters whose factor is 1, without `….alpha`.
 
 A DX head is one output projection with a velocity for each of its N points or coefficients. Its configuration is that
 of a base with so many outputs, and says `n_grid` = N of a grid, `p_order` = N of a polynomial. Some published ones say
@@ -18,7 +20,8 @@ neither, and have the base's own class name; then the rows of the projection and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -45,6 +48,18 @@ LORA_A = ".lora_A.weight"
 
 LORA_B = ".lora_B.weight"
 """End of the name of its second matrix."""
+
+LORA = re.compile(r"\.lora[_.](A|B|down|up)(\.[^.]+)?\.weight$")
+"""Ends that others give the names of the two matrices; between, peft has the adapter's name."""
+
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+"""What others put before the names of a network's layers, in the order in which it is taken off."""
+
+KOHYA = "lora_"
+"""Begin of the names in kohya's form, such as `lora_unet_blocks_0_attn.lora_down.weight`."""
+
+SCALING = "lora_adapter_metadata"
+"""Key of safetensors' metadata under which diffusers' `save_lora_weights` puts peft's settings of an adapter."""
 
 ALPHA = ".alpha"
 """End of the name of the number that, over the rank, is the factor of a layer's LoRA."""
@@ -133,6 +148,7 @@ def load_adapter(transformer: Transformer, family: Family, folder: Path) -> Poli
         UserError: there is no adapter, or it is one for another base; the message lists what does not fit.
     """
     config, policy, state = read_adapter(folder)
+    state = _unprefixed(state, transformer, folder)
     _check_layers(transformer, config, state, folder)
     settings = _policy_config(config, policy, state, transformer.proj_out.out_features, folder)
     # The file itself does not say so, but only a full student has weights of the base's inner layers.
@@ -163,6 +179,7 @@ def check_adapter(network: PolicyNetwork, folder: Path) -> dict[str, Tensor]:
         UserError: there is no adapter, or it has another base, rank or head; the message lists what does not fit.
     """
     config, policy, state = read_adapter(folder)
+    state = _unprefixed(state, network.transformer, folder)
     state = _fitting(network, state, folder)
     given = _policy_config(config, policy, state, network.head.outputs, folder)
     if given != network.policy_config:
@@ -205,9 +222,9 @@ def _check_layers(
     """
     own = transformer.config
     misfits = [
-        f"{key} ({config[key]} for {own[key]})"
+        f"{key} ({config[key]!r} for {own[key]!r})"
         for key in ("num_layers", "num_single_layers")
-        if key in config and key in own and config[key] != own[key]
+        if config.get(key) is not None and key in own and config[key] != own[key]
     ]
     layers = {name for name, _ in transformer.named_modules()}
     misfits += [
@@ -221,11 +238,15 @@ def _check_layers(
 def _refuse(misfits: list[str], folder: Path) -> None:
     """Raise a UserError that lists what does not fit, if anything."""
     if misfits:
-        more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise UserError(
-            f"{folder} is not an adapter for this base: {', '.join(misfits[:5])}{more}; give the teacher (and the "
+            f"{folder} is not an adapter for this base: {_some(misfits)}; give the teacher (and the "
             "adapters' settings) that it was trained with."
         )
+
+
+def _some(names: list[str]) -> str:
+    """The first five of a list, and how many more there are."""
+    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _fill(network: PolicyNetwork, state: dict[str, Tensor]) -> None:
@@ -240,24 +261,114 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
     The factor alpha/rank of a LoRA is multiplied into its second matrix, and `….alpha` left out.
 
     Raises:
-        UserError: files are missing or broken.
+        UserError: files are missing or broken, names are in kohya's form, or weights can't be used.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            policy = json.loads((file.metadata() or {}).get("policy_config", "{}"))
-            # Others call the two matrices of a LoRA down and up.
-            state = {
-                name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): file.get_tensor(
-                    name
-                )
-                for name in file.keys()  # noqa: SIM118 — not a dict
-            }
-        if not (isinstance(config, dict) and isinstance(policy, dict)):
+            metadata = file.metadata() or {}
+            policy = json.loads(metadata.get("policy_config", "{}"))
+            scaling = json.loads(metadata.get(SCALING, "{}"))
+            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
+        if not all(isinstance(part, dict) for part in (config, policy, scaling)):
             raise ValueError("the configuration is no table of names and values")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable adapter ({CONFIG} and {WEIGHTS}): {error}.") from None
+    if kohya := [name for name in read if name.startswith(KOHYA)]:
+        raise UserError(
+            f"{folder} has names in kohya's form, such as {kohya[0]!r}, from which the layers can't be told: convert "
+            "it to diffusers' names (in kohya's musubi-tuner by convert_lora.py --target other)."
+        )
+    _check_scaling(scaling, folder)
+    state = _renamed(read, lambda name: LORA.sub(_matrix, name), folder)
+    _check_weights(state, folder)
     return config, policy, _scaled(state, folder)
+
+
+def _check_scaling(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse an adapter that is, by peft's settings beside it, more than the product of its two matrices.
+
+    Args:
+        settings: by peft's names, which may have a prefix.
+        folder: for messages.
+
+    Raises:
+        UserError: it is scaled by another factor than 1, or of another kind.
+    """
+    by_name = {name.rpartition(".")[2]: value for name, value in settings.items() if value}
+    rank, alpha = by_name.get("r"), by_name.get("lora_alpha")
+    faults = [f"{name} {by_name[name]!r}" for name in ("use_dora", "use_rslora") if name in by_name]
+    if alpha != rank and None not in (alpha, rank):
+        faults.append(f"lora_alpha {alpha!r} for r {rank!r}")
+    if by_name.get("alpha_pattern", {}) != by_name.get("rank_pattern", {}):
+        faults.append("an alpha_pattern other than its rank_pattern")
+    if faults:
+        raise UserError(
+            f"{folder} says in {SCALING} that its adapters are scaled ({', '.join(faults)}), which is not read from "
+            f"there: multiply the factor into the weights, or add LAYER{ALPHA}, and leave {SCALING} out."
+        )
+
+
+def _matrix(end: re.Match[str]) -> str:
+    """Our end of the name of a LoRA's matrix, for another one."""
+    return LORA_A if end[1] in ("A", "down") else LORA_B
+
+
+def _unprefixed(state: dict[str, Tensor], transformer: Transformer, folder: Path) -> dict[str, Tensor]:
+    """An adapter's weights by the names that the base has for its layers, without others' prefixes.
+
+    Raises:
+        UserError: two weights are of one name then.
+    """
+    # A network may have a part of that name itself.
+    parts = dict(transformer.named_children())
+    prefixes = [prefix for prefix in PREFIXES if prefix.partition(".")[0] not in parts]
+
+    def bare(name: str) -> str:
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        return name
+
+    return _renamed(state, bare, folder)
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str], folder: Path) -> dict[str, Tensor]:
+    """An adapter's weights by other names.
+
+    Raises:
+        UserError: two weights get one name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if (new := rename(name)) in renamed:
+            raise UserError(
+                f"{folder} has two weights for {new}, one of them called {name}: leave in one adapter only."
+            )
+        renamed[new] = tensor
+    return renamed
+
+
+def _check_weights(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse weights that would give no images, or others than the adapter's.
+
+    Raises:
+        UserError: some are quantised to whole numbers or not finite, or a LoRA has rank 0.
+    """
+    faults = []
+    for name, tensor in state.items():
+        if name.endswith(ALPHA):
+            continue  # a number, for which `_scaled` has a message of its own
+        if not tensor.is_floating_point():
+            faults.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')}, not floating-point)")
+        elif not tensor.float().isfinite().all():  # float32, because types of 8 bits have no such check
+            faults.append(f"{name} (not finite)")
+        elif name.endswith(LORA_A) and (tensor.ndim < 2 or not len(tensor)):
+            faults.append(f"{name} (shape {tuple(tensor.shape)}, without a rank)")
+    if faults:
+        raise UserError(
+            f"{folder} has weights that can't be used: {_some(faults)}; export it again with finite floating-point "
+            "weights, and only layers of rank 1 or more."
+        )
 
 
 def _scaled(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -307,8 +418,16 @@ def _policy_config(
     Raises:
         UserError: the configuration is not that of a student, or of one with a head that is not known here.
     """
+    # null says as much as nothing.
+    config = {key: value for key, value in config.items() if value is not None}
     try:
         if str(config.get("_class_name")).startswith("GM"):
+            if "constant_logstd" in config:
+                raise ValueError(
+                    f"constant_logstd {config['constant_logstd']!r}, where logstds are predicted here"
+                )
+            if (layers := config.get("gm_num_logstd_layers", 2)) != 2:
+                raise ValueError(f"gm_num_logstd_layers {layers!r}, where there are 2 here")
             return GMFlowConfig(components=config["num_gaussians"], logstd_width=config["logstd_inner_dim"])
         return _dx_config(config, policy, state, outputs)
     except KeyError as error:
@@ -336,6 +455,9 @@ def _dx_config(
     if not is_dx and "n_grid" not in config:
         raise KeyError("n_grid")
     grid, order = config.get("n_grid", 1), config.get("p_order", 1)
+    for key, number in (("n_grid", grid), ("p_order", order)):
+        if type(number) is not int or number < 1:  # JSON's true is no number
+            raise ValueError(f"{key} {number!r}, which is no whole number of at least 1")
     if grid > 1 and order > 1:
         raise ValueError(
             f"n_grid {grid} and p_order {order} together, which is neither a grid nor a polynomial"

@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import (
+    DiffusionPipeline,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    ImagePipelineOutput,
+    QwenImageTransformer2DModel,
+)
 from diffusers.loaders import Flux2LoraLoaderMixin, FluxLoraLoaderMixin, QwenImageLoraLoaderMixin
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
@@ -173,7 +179,12 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ("head",)
     _callback_tensor_inputs = CALLBACK_TENSORS
 
-    def __init__(self, transformer: Transformer, head: StudentHead) -> None:
+    # The classes by name: `from_pipe` passes on only components of exactly a class that stands here.
+    def __init__(
+        self,
+        transformer: QwenImageTransformer2DModel | FluxTransformer2DModel | Flux2Transformer2DModel,
+        head: StudentHead,
+    ) -> None:
         super().__init__()
         # diffusers' own base class has the method through a mixin that carries no types.
         cast(Any, self).register_modules(transformer=transformer, head=head)
@@ -221,6 +232,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
         true_cfg_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         max_sequence_length: int | None = None,
+        **others: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images of one or several prompts.
 
@@ -247,9 +259,11 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
                 is distilled into them, it has no effect, and a warning says so.
             true_cfg_scale, negative_prompt: of classifier-free guidance, for which the same holds.
             max_sequence_length: tokens that a caption may have, beside the student's own limit.
+            others: further arguments of diffusers' pipelines, see `fewstep.student.arguments.check_others`.
 
         Raises:
             UserError: a size, number, prompt or tensor that the model can't take.
+            TypeError: an argument that no pipeline has.
         """
         self._student.device = self.head.device  # the pipeline may have been moved since the last call
         nfe = self.head.card.sampler.override(num_inference_steps).nfe
@@ -288,6 +302,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
                 true_cfg_scale=true_cfg_scale,
                 negative_prompt=negative_prompt,
                 max_sequence_length=max_sequence_length,
+                **others,
             ).images
         cast(Any, self).maybe_free_model_hooks()  # as diffusers asks of every pipeline that can be offloaded
         return ImagePipelineOutput(images) if return_dict else (images,)

@@ -46,6 +46,7 @@ from fewstep.student.arguments import (
     asked_tensors,
     changed_by,
     check_latents,
+    check_others,
     check_output_type,
     embedded,
     generators_for,
@@ -181,6 +182,7 @@ class FewStepPipeline:
         callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        **others: Any,
     ) -> Any:
         """Generate images of one or several prompts.
 
@@ -211,15 +213,18 @@ class FewStepPipeline:
             callback_on_step_end_tensor_inputs: names of these tensors: "latents", the state (B, C, h, w), and
                 "prompt_embeds", the captions' states (B, L, D).
             return_dict: whether the result is a `FewStepOutput`, or else a tuple with the images.
+            others: further arguments of diffusers' pipelines, see `check_others`.
 
         Returns:
             The images, in a `FewStepOutput` or a tuple.
 
         Raises:
             UserError: a size, number, prompt or tensor that the model can't take.
+            TypeError: an argument that no pipeline has.
         """
         check_output_type(output_type)
-        prompts = prompt_list(prompt, prompt_embeds)
+        prompts = prompt_list(prompt, prompt_embeds, prompt_embeds_mask, pooled_prompt_embeds)
+        ignored = check_others(others, prompts)
         # diffusers' pipelines take None for 1.
         per_prompt = (
             1
@@ -230,7 +235,12 @@ class FewStepPipeline:
         sampler = self.sampler_for(shape, num_inference_steps, temperature, h)
         family, transformer = self.network.family, self.network.transformer
         guidance = network_guidance(
-            guidance_scale, true_cfg_scale, negative_prompt, self.card, family.takes_guidance(transformer)
+            guidance_scale,
+            true_cfg_scale,
+            negative_prompt,
+            self.card,
+            family.takes_guidance(transformer),
+            ignored,
         )
         tensors = asked_tensors(callback_on_step_end_tensor_inputs, callback_on_step_end)
         given = (
@@ -406,6 +416,8 @@ class FewStepPipeline:
         for name, side in (("height", height), ("width", width)):
             if side is not None and (isinstance(side, bool) or not isinstance(side, Integral)):
                 raise UserError(f"{name} must be a whole number of pixels, got {side!r}.")
+            if side is not None and side < 1:
+                raise UserError(f"{name} must be a positive number of pixels, got {side}.")
         # Not by way of the size in pixels, so that the autoencoder is not loaded only for this.
         if height is None and width is None:
             return self.card.latent_shape
