@@ -5,9 +5,8 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from fewstep.errors import UserError
-
 from fewstep.encoders.base import half_surrogate
+from fewstep.errors import UserError
 
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first.
 _MARKS = (
