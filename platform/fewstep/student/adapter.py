@@ -277,7 +277,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
     if kohya := [name for name in read if name.startswith(KOHYA)]:
         raise UserError(
             f"{folder} has names in kohya's form, such as {kohya[0]!r}, from which the layers can't be told: convert "
-            "it to diffusers' names (in kohya's musubi-tuner by convert_lora.py --target other)."
+            "it to diffusers' names."
         )
     _check_scaling(scaling, folder)
     state = _renamed(read, lambda name: LORA.sub(_matrix, name), folder)
