@@ -117,7 +117,7 @@ def test_widths_are_known_without_the_weights(name, encoder):
 
 def test_the_encoding_stage_adds_the_vectors(name, encoder):
     settings = PreparationConfig(sizes=(Size(8, 8),), text_encoder=name, max_tokens=FLUX_TOKENS)
-    rows = pa.table({"key": list("abcd"), "caption": CAPTIONS})
+    rows = pa.table({"key": list("abcd"), "caption": CAPTIONS, "where": list("abcd")})
     stage = EncodeText(settings)
     stage.__dict__["encoder"] = encoder
     item = stage(ShardPlan("part", "train", Size(8, 8), (3, 8, 8), rows).as_item())
