@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "platform", ROOT / "serve")
 
-FOUNDATION = {"fewstep", "assets", "config", "errors", "files", "recipes"}
+FOUNDATION = {"fewstep", "assets", "config", "errors", "files", "recipes", "text"}
 """What everybody may use."""
 
 KNOWS: dict[str, set[str]] = {
@@ -130,3 +132,9 @@ def test_no_packages_import_each_other_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" → ".join(error.args[1]))
+
+
+def test_reading_settings_and_tables_needs_no_torch() -> None:
+    """Commands that only read such files begin at once, and so do processes that only read shards."""
+    code = "import sys, fewstep.cli.serve, fewstep.data.tables, fewstep.data.order; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

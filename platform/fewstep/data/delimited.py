@@ -13,8 +13,8 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
-from fewstep.data.text import lines_of, trouble
 from fewstep.errors import UserError
+from fewstep.text import lines_of, trouble
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 """Separators of cells that are recognised, and their names."""

@@ -12,9 +12,9 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fewstep.data.delimited import SEPARATORS, DelimitedText, column_key
-from fewstep.data.text import decode, decode_utf8, lines_of, trouble
 from fewstep.errors import UserError
 from fewstep.storage import Storage
+from fewstep.text import decode, decode_utf8, lines_of, trouble
 
 if TYPE_CHECKING:
     import pyarrow as pa

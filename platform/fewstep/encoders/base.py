@@ -62,15 +62,6 @@ class ConditionEncoder(ABC):
         """The empty caption as a batch of one: the null condition of guidance, rounded as shards are."""
 
 
-def half_surrogate(text: str) -> str | None:
-    """What is wrong with a text that can't be written in UTF-8, which tokenizers need; None if it can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "holds half a surrogate pair, an emoji that was cut in two"
-    return None
-
-
 def as_stored(states: Tensor) -> Tensor:
     """Token states as shards store them: float32 rounded to float16 and back, clamped to float16's range.
 

@@ -24,9 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fewstep.assets import expanded
 from fewstep.config import MAX_TOKENS
-from fewstep.encoders.base import MINILM, ConditionEncoder, as_stored, half_surrogate, of_pipeline
+from fewstep.encoders.base import MINILM, ConditionEncoder, as_stored, of_pipeline
 from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
+from fewstep.text import half_surrogate
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Hash of the package's model.safetensors, which is checked because the package is a third party's upload."""

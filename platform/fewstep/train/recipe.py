@@ -22,12 +22,12 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fewstep.config import Config
 from fewstep.data.datasets import EMOJI_DATA
-from fewstep.data.text import read_settings
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.heads import GMFlowConfig, PolicyConfig
+from fewstep.text import read_settings
 from fewstep.train.overrides import override
 
 RECIPES = Path(str(files("fewstep.recipes")))

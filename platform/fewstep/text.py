@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from fewstep.encoders.base import half_surrogate
 from fewstep.errors import UserError
 
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first.
@@ -87,3 +86,12 @@ def trouble(text: str) -> str | None:
     if _UNDECODABLE in text:
         return "holds bytes that can't be decoded: save the file as UTF-8"
     return half_surrogate(text)
+
+
+def half_surrogate(text: str) -> str | None:
+    """What is wrong with a text that can't be written in UTF-8, which tokenizers need; None if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair, an emoji that was cut in two"
+    return None
