@@ -52,5 +52,7 @@ class FoldedLoRALinear(Linear):
         if dropout.training and not isinstance(dropout, nn.Identity):
             return False  # dropout acts on the adapter's input alone, not on the layer's
         layer = cast(nn.Linear, self.get_base_layer())
+        if layer.weight.dtype != torch.float32:
+            return False  # the sum would be rounded as the weight is
         beside = 3 * self.r[adapter] * (layer.in_features + layer.out_features)
         return beside > layer.in_features * layer.out_features

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fewstep.models.adapters import LoRAConfig, add_adapters
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, PolicyHead, Unpack, build_head
-from fewstep.models.pretrained import read_weights
+from fewstep.models.precision import Precision, compute_in_bfloat16, lowered_layers, set_weight
+from fewstep.models.pretrained import read_weights, stream_weights
 from fewstep.models.sharded import fill
 from fewstep.policies import Policy
 
@@ -45,6 +46,12 @@ class _SwitchedProjection(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden if self.student else self.teacher(hidden)
+
+
+def replace_parameter(network: nn.Module, name: str, value: Tensor, requires_grad: bool = False) -> None:
+    """Put a value in the place of a parameter, by its whole name."""
+    path, _, last = name.rpartition(".")
+    setattr(network.get_submodule(path), last, nn.Parameter(value, requires_grad=requires_grad))
 
 
 class PolicyNetwork(nn.Module):
@@ -76,6 +83,7 @@ class PolicyNetwork(nn.Module):
         super().__init__()
         self.family, self.policy_config, self.lora_config, self.seed = family, policy, lora, seed
         self.channels = family.latent_channels(transformer)
+        self.precision: Precision = "float32"
         transformer.requires_grad_(False).eval()
         # Names of the teacher's parameters in its files, before adapters and head change the structure.
         base = dict(transformer.named_parameters())
@@ -147,6 +155,48 @@ class PolicyNetwork(nn.Module):
         if self.teacher is not None:
             read_weights(dict(self.teacher.named_parameters()), weights)
         self._begin()
+
+    def fill_lowered(self, weights: Path, device: torch.device, precision: Precision) -> None:
+        """`fill` in one process, with the base in a lower precision from the moment that its weights are read.
+
+        Neither a float32 copy of the base is made, nor a second copy on the host.
+
+        Args:
+            weights: the teacher's folder of safetensors.
+            device: where the values go.
+            precision: of the linear layers in the base's blocks; those compute in bfloat16 from now on.
+        """
+        layers = lowered_layers(self.family.blocks(self.transformer))
+        base = {name: self.get_parameter(place) for name, place in self._base.items()}
+        for name, value in stream_weights(weights):
+            if name not in base:
+                continue
+            if (layer := layers.get(id(base[name]))) is not None:
+                set_weight(layer, value, precision, device)
+            else:
+                replace_parameter(self, self._base[name], value.to(device, torch.float32, copy=True))
+        # Adapters and head, to which `_begin` gives values.
+        for name, parameter in [(n, p) for n, p in self.named_parameters() if p.is_meta]:
+            replace_parameter(
+                self, name, torch.empty(parameter.shape, device=device), parameter.requires_grad
+            )
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+        self._begin()
+        self._compute_lowered(precision, device)
+
+    def lower(self, precision: Precision) -> None:
+        """Put the linear layers of all blocks into a lower precision, in place; for generating only."""
+        for transformer in self.transformers():
+            for layer in lowered_layers(self.family.blocks(transformer)).values():
+                set_weight(layer, layer.weight, precision, layer.weight.device)
+        self._compute_lowered(precision, next(self.parameters()).device)
+
+    def _compute_lowered(self, precision: Precision, device: torch.device) -> None:
+        for transformer in self.transformers():
+            compute_in_bfloat16(self.family.blocks(transformer), device.type)
+        self.precision = precision
 
     def _begin(self) -> None:
         """Initialise the student: adapters that change nothing, and a head that starts from the teacher's output.

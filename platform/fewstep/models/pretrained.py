@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from fewstep.models.family import Transformer
 
 PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
 """Files that are fetched of a hub repository: a network's own, or those of a pipeline's transformer and scheduler."""
+
+STREAMED_BYTES = 2**28
+"""Bytes that are read of a file before it is opened anew."""
 
 VARIANTS = ("*.fp16*", "*.bf16*")
 """Files that are not fetched or read: copies of the same weights in other precisions."""
@@ -136,6 +139,26 @@ def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
     except dcp.api.CheckpointException as error:
         [(rank, (cause, _)), *_] = error.failures.items()
         raise ValueError(f"{folder}: {cause} (rank {rank})") from error
+
+
+def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The names and weights in a folder's safetensors, one after the other, on the CPU.
+
+    A file is opened anew for each 256 MB of it: pages of an open file that were read count as memory of the process.
+    """
+    for path in _WithoutVariants().ls(folder):
+        if not str(path).endswith(".safetensors"):
+            continue
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        while names:
+            read = 0
+            with safe_open(path, framework="pt") as file:
+                while names and read < STREAMED_BYTES:
+                    tensor = file.get_tensor(names[0])
+                    read += tensor.nbytes
+                    yield names.pop(0), tensor
+                    del tensor
 
 
 class _WithoutVariants(FileSystem):

@@ -36,6 +36,7 @@ from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork
 from fewstep.models.packing import PackedTransformer
+from fewstep.models.precision import Precision
 from fewstep.models.sharded import fill
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -136,13 +137,23 @@ def _base_config(network: PolicyNetwork, points: int) -> dict[str, Any]:
     return base
 
 
-def load_adapter(transformer: Transformer, family: Family, folder: Path) -> PolicyNetwork:
+def load_adapter(
+    transformer: Transformer,
+    family: Family,
+    folder: Path,
+    base: Path | None = None,
+    precision: Precision = "float32",
+    device: torch.device | str = "cpu",
+) -> PolicyNetwork:
     """Make a student of a loaded teacher and an adapter's weights.
 
     Args:
         transformer: the teacher's; modified in place.
         family: of the teacher.
         folder: the adapter's.
+        base: folder with the values of a transformer on the meta device; None for one that has them.
+        precision: in which the base is held.
+        device: where values that are read from `base` go.
 
     Raises:
         UserError: there is no adapter, or it is one for another base; the message lists what does not fit.
@@ -159,7 +170,13 @@ def load_adapter(transformer: Transformer, family: Family, folder: Path) -> Poli
     # The file does not say which layers were adapted: the names of its weights do.
     lora = LoRAConfig(rank=mode(ranks.values()), dropout=0.0, targets=tuple(ranks)) if ranks else None
     network = PolicyNetwork(transformer, family, settings, lora, full=full, ranks=ranks)
+    if base is not None and precision != "float32" and not full:
+        network.fill_lowered(base, torch.device(device), precision)
+    elif base is not None:
+        network.fill(base, torch.device(device))
     _fill(network, _fitting(network, state, folder))
+    if precision != network.precision:  # weights that the adapter has itself, or that were there already
+        network.lower(precision)
     return network
 
 

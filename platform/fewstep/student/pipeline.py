@@ -38,7 +38,8 @@ from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.teacher import check_reference, load_teacher
+from fewstep.models.precision import precision_of
+from fewstep.models.teacher import check_reference, load_teacher, open_teacher, reference_to
 from fewstep.student.adapter import load_adapter, save_adapter
 from fewstep.student.arguments import (
     OutputType,
@@ -101,7 +102,8 @@ class FewStepPipeline:
         self.card, self.device = card, torch.device(device)
         self._interrupt, self.num_timesteps = False, 0  # of the last call, by the names that callbacks know
         self.network = network.to(self.device).eval().requires_grad_(False)
-        if isinstance(network, PolicyNetwork):
+        # On a lowered base adapters stay apart: folded ones would be rounded with it.
+        if isinstance(network, PolicyNetwork) and network.precision == "float32":
             network.keep_folded()  # the weights don't change any more
 
     # Encoder, autoencoder and teacher are loaded when first used: a server may run them elsewhere, or not need them.
@@ -132,6 +134,8 @@ class FewStepPipeline:
         teacher: str | None = None,
         device: torch.device | str = "cpu",
         tracking_uri: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        quantization: str | None = None,
     ) -> FewStepPipeline:
         """Load a student and its teacher.
 
@@ -140,6 +144,8 @@ class FewStepPipeline:
             teacher: the teacher's folder or hub id on this machine, if it differs from that in the student's card.
             device: where to generate.
             tracking_uri: address of MLflow, for students that it holds; by default `MLFLOW_TRACKING_URI`.
+            torch_dtype: of the base's weights, float32 (the default) or bfloat16.
+            quantization: of the base's weights, "int8" or "int4"; None for none.
 
         Raises:
             UserError: there is no such student; its teacher is not found, or has other weights; or the teacher's family
@@ -149,12 +155,20 @@ class FewStepPipeline:
         card = read_student_card(folder)
         # First, because loading the teacher needs its family.
         find_code(card.teacher.family, card.teacher.code_sha256, folder)
-        transformer, family, reference = load_teacher(
-            teacher or card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
+        named = (
+            teacher or card.teacher.path,
+            card.teacher.family,
+            card.teacher_sampler.embedded_guidance_scale,
         )
-        check_reference(reference, card.teacher)
-        # `load_adapter` modifies the transformer: it is the student's from here on.
-        return cls(load_adapter(transformer, family, folder), card, device)
+        precision = precision_of(torch_dtype, quantization)
+        if precision == "float32":
+            transformer, family, reference = load_teacher(*named)
+            check_reference(reference, card.teacher)
+            # `load_adapter` modifies the transformer: it is the student's from here on.
+            return cls(load_adapter(transformer, family, folder), card, device)
+        check_reference(reference_to(named[0], named[1]), card.teacher)
+        transformer, family, base = open_teacher(*named)
+        return cls(load_adapter(transformer, family, folder, base, precision, device), card, device)
 
     @torch.no_grad()
     def __call__(
