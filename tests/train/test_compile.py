@@ -21,6 +21,7 @@ def test_compiled_blocks_learn_the_same(tiny_data: Path, tiny_teacher: Path) -> 
         recipe = load_recipe(DistillRecipe, None, overrides)
         objective = build_objective(recipe, null, torch.device("cpu"))
         shard(objective, recipe.train, world_size=1)
+        objective.read_weights(torch.device("cpu"))
         [result] = objective.losses(batch, torch.Generator().manual_seed(0), 1)
         result.loss.backward()
         results.append([result.loss.detach(), *(p.grad for p in objective.parameters().values())])

@@ -77,6 +77,7 @@ torch.set_num_threads(1)
 with torch.profiler.profile(profile_memory=True) as profile:
     null = TextConditioning.collate([torch.randn(2, 384)])
     objective = Distillation(recipe, null, torch.device("cpu"))
+    objective.read_weights(torch.device("cpu"))
     if recipe.train.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
     parameters = objective.parameters()

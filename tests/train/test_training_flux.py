@@ -30,7 +30,9 @@ def objective(teacher: Path, *overrides: str) -> Distillation:
         "imitation.mixing_steps=10", "sampler.nfe=2",
     ]  # fmt: skip
     recipe = load_recipe(DistillRecipe, None, [*settings, *overrides])
-    return Distillation(recipe, TextConditioning.collate([torch.zeros(2, 384)]), torch.device("cpu"))
+    objective = Distillation(recipe, TextConditioning.collate([torch.zeros(2, 384)]), torch.device("cpu"))
+    objective.read_weights(torch.device("cpu"))
+    return objective
 
 
 def batch(size: int = 4) -> Batch:

@@ -110,6 +110,13 @@ class Family(ABC):
     def blocks(self, transformer: Transformer) -> list[nn.Module]:
         """The modules that FSDP shards one by one, and gathers only while they run."""
 
+    def trunk(self, transformer: Transformer) -> list[nn.Module]:
+        """The modules with nearly all weights, whose linear layers may be held and computed in a lower precision.
+
+        What is outside stays in float32: input layers, embeddings of time and position, and what follows the blocks.
+        """
+        return self.blocks(transformer)
+
     @abstractmethod
     def unused_parameters(self, transformer: Transformer) -> list[str]:
         """Names of parameters that never reach the output, and so never get a gradient."""

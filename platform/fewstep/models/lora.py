@@ -9,6 +9,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.models.precision import is_quantised
+
 FOLDED = "folded"
 """Name of the buffer that holds a folded weight."""
 
@@ -38,12 +40,14 @@ class FoldedLoRALinear(Linear):
         """
         # Not persistent: state dicts, which adapters are saved from, hold the parameters alone.
         if self._folds():
-            self.register_buffer(FOLDED, self._fold(), persistent=False)
+            # In the weight's own type: a network that computes in bfloat16 would round it so at each call.
+            dtype = cast(nn.Linear, self.get_base_layer()).weight.dtype
+            self.register_buffer(FOLDED, self._fold().to(dtype), persistent=False)
 
     def _fold(self) -> Tensor:
-        """W + B·A, (out, in), with gradient to the adapter."""
+        """W + B·A, (out, in), float32, with gradient to the adapter."""
         [adapter] = self.active_adapters
-        return cast(nn.Linear, self.get_base_layer()).weight + self.get_delta_weight(adapter)
+        return cast(nn.Linear, self.get_base_layer()).weight.float() + self.get_delta_weight(adapter)
 
     def _folds(self) -> bool:
         """Whether folding is less work than the adapter beside the layer, and gives the same result."""
@@ -52,7 +56,7 @@ class FoldedLoRALinear(Linear):
         if dropout.training and not isinstance(dropout, nn.Identity):
             return False  # dropout acts on the adapter's input alone, not on the layer's
         layer = cast(nn.Linear, self.get_base_layer())
-        if layer.weight.dtype != torch.float32:
-            return False  # the sum would be rounded as the weight is
+        if is_quantised(layer.weight):
+            return False  # the sum would have to be quantised again
         beside = 3 * self.r[adapter] * (layer.in_features + layer.out_features)
         return beside > layer.in_features * layer.out_features

@@ -140,6 +140,10 @@ class ModuleFamily(Family):
         """None, so that FSDP gathers the network as one piece; families of large networks name their blocks here."""
         return []
 
+    def trunk(self, transformer: Transformer) -> list[nn.Module]:
+        """Its blocks, or the network as a whole if it names none."""
+        return self.blocks(transformer) or [transformer.network]
+
     def unused_parameters(self, transformer: Transformer) -> list[str]:
         """None; families whose networks have such parameters name them here."""
         return []
@@ -183,7 +187,8 @@ class OwnNetwork(nn.Module):
         if not self._checked and not x.is_meta:
             self._check(answer, caught)
         assert caught is not None, "`_check` has refused networks that don't call their last layer"
-        tokens = self.projection.tokens(caught[0])
+        # In float32 again, also where the network computes in bfloat16.
+        tokens = self.projection.tokens(caught[0].float())
         if self.prediction is not None:
             a, b = (per_latent(c, tokens).to(tokens) for c in self.prediction.coefficients(t))
             packed = self.family.pack(x).to(tokens)

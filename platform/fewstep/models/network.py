@@ -12,15 +12,16 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fewstep.models.adapters import LoRAConfig, add_adapters
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, PolicyHead, Unpack, build_head
-from fewstep.models.precision import Precision, compute_in_bfloat16, lowered_layers, set_weight
+from fewstep.models.precision import Precision, compute_in_bfloat16, frozen_layers, set_weight
 from fewstep.models.pretrained import read_weights, stream_weights
 from fewstep.models.sharded import fill
 from fewstep.policies import Policy
@@ -48,12 +49,6 @@ class _SwitchedProjection(nn.Module):
         return hidden if self.student else self.teacher(hidden)
 
 
-def replace_parameter(network: nn.Module, name: str, value: Tensor, requires_grad: bool = False) -> None:
-    """Put a value in the place of a parameter, by its whole name."""
-    path, _, last = name.rpartition(".")
-    setattr(network.get_submodule(path), last, nn.Parameter(value, requires_grad=requires_grad))
-
-
 class PolicyNetwork(nn.Module):
     """A frozen teacher transformer with a student's LoRA adapters and policy head.
 
@@ -68,6 +63,9 @@ class PolicyNetwork(nn.Module):
         seed: of the initialisation of head and adapters.
         full: train all weights, and keep a copy of them as the teacher; otherwise only adapters and head.
         ranks: ranks of single layers' adapters, by the layers' full names, where they differ from `lora.rank`.
+
+    Attributes:
+        precision: of the weights that are not trained, see `lower`.
     """
 
     def __init__(
@@ -84,6 +82,7 @@ class PolicyNetwork(nn.Module):
         self.family, self.policy_config, self.lora_config, self.seed = family, policy, lora, seed
         self.channels = family.latent_channels(transformer)
         self.precision: Precision = "float32"
+        self._lowered: set[int] = set()  # ids of the layers whose weights are held in it
         transformer.requires_grad_(False).eval()
         # Names of the teacher's parameters in its files, before adapters and head change the structure.
         base = dict(transformer.named_parameters())
@@ -133,11 +132,31 @@ class PolicyNetwork(nn.Module):
             layer.lora_dropout.train(mode)
         return self
 
+    def lower(self, precision: Precision) -> None:
+        """Hold the frozen linear layers of the trunk in a lower precision, and have the trunk compute in bfloat16.
+
+        Called once, before the network is sharded. Layers whose weights are trained keep float32. On the meta device
+        only the type changes, and `fill` reads values straight into it.
+
+        Args:
+            precision: of the weights; "float32" changes nothing.
+        """
+        if precision == "float32":
+            return
+        self.precision = precision
+        for transformer in self.transformers():
+            trunk = self.family.trunk(transformer)
+            for layer in frozen_layers(trunk):
+                set_weight(layer, layer.weight, precision, layer.weight.device)
+                self._lowered.add(id(layer))
+            compute_in_bfloat16(trunk)
+
     def fill(self, weights: Path, device: torch.device) -> None:
         """Give a network that was built on the meta device its values: the teacher's, and the student's initial ones.
 
         The network may be sharded already: each rank reads its own rows of each weight. Every rank has to call this at
-        the same time.
+        the same time. Otherwise weights are read one after the other, each into the precision and to the device where
+        it stays: no second copy of the network is made anywhere.
 
         Args:
             weights: the teacher's folder of safetensors.
@@ -146,6 +165,34 @@ class PolicyNetwork(nn.Module):
         Raises:
             ValueError: the folder lacks a parameter, or has another shape of it.
         """
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            self._read_shards(weights, device)
+        else:
+            self._read_stream(weights, device)
+        self._begin()
+
+    def assign(self, name: str, value: Tensor, device: torch.device) -> None:
+        """Give a parameter of a network that is not sharded its value, in the precision and on the device it has then.
+
+        Args:
+            name: of the parameter.
+            value: of its shape, of any floating-point type.
+            device: where it goes.
+        """
+        path, _, last = name.rpartition(".")
+        module = self.get_submodule(path)
+        if last == "weight" and id(module) in self._lowered:
+            set_weight(cast(nn.Linear, module), value, self.precision, device)
+            return
+        trained = self.get_parameter(name).requires_grad
+        # It may be a view of a mapped file, which can't be trained; and which would stay in memory as a whole where
+        # the large weights, being converted, no longer need it.
+        copied = trained or self.precision != "float32"
+        setattr(
+            module, last, nn.Parameter(value.to(device, torch.float32, copy=copied), requires_grad=trained)
+        )
+
+    def _read_shards(self, weights: Path, device: torch.device) -> None:
         # to_empty also empties buffers, which the constructors have computed and no file has.
         computed = {name: buffer.clone() for name, buffer in self.named_buffers()}
         self.to_empty(device=device)
@@ -154,49 +201,20 @@ class PolicyNetwork(nn.Module):
         read_weights({name: self.get_parameter(here) for name, here in self._base.items()}, weights)
         if self.teacher is not None:
             read_weights(dict(self.teacher.named_parameters()), weights)
-        self._begin()
 
-    def fill_lowered(self, weights: Path, device: torch.device, precision: Precision) -> None:
-        """`fill` in one process, with the base in a lower precision from the moment that its weights are read.
-
-        Neither a float32 copy of the base is made, nor a second copy on the host.
-
-        Args:
-            weights: the teacher's folder of safetensors.
-            device: where the values go.
-            precision: of the linear layers in the base's blocks; those compute in bfloat16 from now on.
-        """
-        layers = lowered_layers(self.family.blocks(self.transformer))
-        base = {name: self.get_parameter(place) for name, place in self._base.items()}
+    def _read_stream(self, weights: Path, device: torch.device) -> None:
+        teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
         for name, value in stream_weights(weights):
-            if name not in base:
-                continue
-            if (layer := layers.get(id(base[name]))) is not None:
-                set_weight(layer, value, precision, device)
-            else:
-                replace_parameter(self, self._base[name], value.to(device, torch.float32, copy=True))
+            if name in self._base:
+                self.assign(self._base[name], value, device)
+            if name in teacher:
+                self.assign(f"teacher.{name}", value, device)
         # Adapters and head, to which `_begin` gives values.
         for name, parameter in [(n, p) for n, p in self.named_parameters() if p.is_meta]:
-            replace_parameter(
-                self, name, torch.empty(parameter.shape, device=device), parameter.requires_grad
-            )
+            self.assign(name, torch.empty(parameter.shape), device)
         for module in self.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
-        self._begin()
-        self._compute_lowered(precision, device)
-
-    def lower(self, precision: Precision) -> None:
-        """Put the linear layers of all blocks into a lower precision, in place; for generating only."""
-        for transformer in self.transformers():
-            for layer in lowered_layers(self.family.blocks(transformer)).values():
-                set_weight(layer, layer.weight, precision, layer.weight.device)
-        self._compute_lowered(precision, next(self.parameters()).device)
-
-    def _compute_lowered(self, precision: Precision, device: torch.device) -> None:
-        for transformer in self.transformers():
-            compute_in_bfloat16(self.family.blocks(transformer), device.type)
-        self.precision = precision
 
     def _begin(self) -> None:
         """Initialise the student: adapters that change nothing, and a head that starts from the teacher's output.

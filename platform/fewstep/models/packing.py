@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fewstep.models.family import Family, Transformer
-from fewstep.models.pretrained import from_pretrained, skeleton
+from fewstep.models.pretrained import from_pretrained, network_folder, skeleton
 
 PATCH = 2
 """Side of a patch in latent cells."""
@@ -41,9 +41,11 @@ class PackedTransformer(Family):
         """The network of a diffusers folder or hub id, in float32."""
         return from_pretrained(self._class(), path)
 
-    def skeleton(self, path: str) -> tuple[Transformer, Path]:
-        """The network with its parameters on the meta device, and the folder that has them."""
-        return skeleton(self._class(), path)
+    def skeleton(self, path: str) -> tuple[Transformer, Path | None]:
+        """The network with its parameters on the meta device, and the folder of safetensors that has them."""
+        folder = network_folder(path)
+        # Older repositories have only pickled weights, which diffusers reads.
+        return skeleton(self._class(), path) if any(folder.glob("*.safetensors")) else (self.load(path), None)
 
     def build(self, config: dict[str, Any]) -> Transformer:
         """A new network, from the keyword arguments of its class."""

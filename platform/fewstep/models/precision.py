@@ -1,39 +1,43 @@
-"""Precision of a frozen base's weights: float32, bfloat16, or quantised to 8 or 4 bits; the one place that knows them.
+"""Precision of frozen weights: float32, bfloat16, or quantised to 8 or 4 bits; the one place that knows them.
 
-What is lowered are the weights of the linear layers in a network's blocks, which are nearly all of a large network.
-Norms, embeddings of time and position, the output layers, adapters and the policy head keep float32. Blocks then
-compute their matrix products in bfloat16 and hand on float32: so times and positions stay exact, and every route
-(training, pipeline, server) rounds in the same places.
+What is lowered are the weights of linear layers in a network's trunk (`Family.trunk`), which are nearly all of a large
+network. Norms, embeddings of time and position, input and output layers, adapters and the policy head keep float32.
+The trunk then computes its products in bfloat16 and hands on float32. So times and positions stay exact, and every
+route (training, pipeline, server) rounds in the same places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, Literal, get_args
+from importlib.util import find_spec
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fewstep.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
-"""How a base's weights are held: in floating point, or as integers of 8 bits with a scale per row (torchao), or as
-NormalFloat numbers of 4 bits with a scale per 64 (bitsandbytes)."""
+"""How weights are held: in floating point; as integers of 8 bits with a scale per row (torchao); or as 4-bit
+NormalFloat numbers with a scale per 64 (bitsandbytes)."""
 
-BYTES: dict[str, float] = {
-    "float32": 4,
-    "bfloat16": 2,
-    "int8": 1 + 4 / 3072,
-    "int4": 0.5 + 1 / 64 + 4 / 16384,
-}
-"""Bytes per weight, with scales."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+"""All of them, the most exact first."""
 
-QUANTISED = ("int8", "int4")
-"""Precisions whose weights are no longer floating-point tensors."""
+NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that warn, when the libraries are imported (peft does), of parts that are not used here."""
+
+for _name in NOISY:
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+LIBRARIES = {"int8": "torchao", "int4": "bitsandbytes"}
+"""Precisions whose weights are quantised → the library that does it."""
 
 
 def precision_of(torch_dtype: torch.dtype | None, quantization: str | None) -> Precision:
@@ -44,50 +48,89 @@ def precision_of(torch_dtype: torch.dtype | None, quantization: str | None) -> P
         quantization: "int8", "int4" or None.
 
     Raises:
-        UserError: there is no such precision.
+        UserError: there is no such precision, or it needs a library that is not installed.
     """
-    if quantization is not None:
-        return check_precision(quantization)
-    return check_precision(str(torch_dtype or torch.float32).removeprefix("torch."))
+    if quantization is None:
+        return check_precision(str(torch_dtype or torch.float32).removeprefix("torch."), "torch_dtype")
+    if quantization not in LIBRARIES:
+        raise UserError(
+            f"quantization {quantization!r} is not known: give {' or '.join(LIBRARIES)}, or None."
+        )
+    return check_precision(quantization, "quantization")
 
 
-def check_precision(name: str) -> Precision:
+def check_precision(name: str, field: str = "precision") -> Precision:
     """The precision of that name.
 
+    Args:
+        name: one of `PRECISIONS`.
+        field: name of the setting, for error messages.
+
     Raises:
-        UserError: there is none, or the library for it is not installed.
+        UserError: there is no such precision, or it needs a library that is not installed.
     """
-    if name not in get_args(Precision):
-        raise UserError(f"precision {name!r} is not known: use one of {', '.join(get_args(Precision))}.")
-    library = {"int8": "torchao", "int4": "bitsandbytes"}.get(name)
-    if library is not None:
-        try:
-            __import__(library)
-        except ImportError as error:
-            raise UserError(
-                f"precision {name} needs {library}: pip install 'fewstep[quantization]'."
-            ) from error
-    return name  # type: ignore[return-value]
+    if name not in PRECISIONS:
+        raise UserError(f"{field} {name!r} is not known: give one of {', '.join(PRECISIONS)}.")
+    library = LIBRARIES.get(name)
+    if library is not None and find_spec(library) is None:
+        raise UserError(f"{field} {name} needs {library}: pip install 'fewstep[quantization]'.")
+    return cast(Precision, name)
 
 
-def lowered_layers(blocks: Iterable[nn.Module]) -> dict[int, nn.Linear]:
-    """The linear layers whose weights may be lowered, by the identity of their weights."""
+def check_arithmetic(precision: Precision, device: torch.device | str, field: str = "precision") -> None:
+    """Refuse a precision that a device computes far more slowly than float32.
+
+    Args:
+        precision: any; all but float32 compute in bfloat16.
+        device: where.
+        field: name of the setting, for error messages.
+
+    Raises:
+        UserError: the device has no bfloat16 arithmetic.
+    """
+    if precision == "float32":
+        return
+    if torch.device(device).type == "cpu" and not cpu_has_bfloat16():
+        raise UserError(
+            f"{field} {precision}: this CPU has no bfloat16 arithmetic, and would be 50 to 100 times slower than in "
+            "float32: choose float32, or a GPU."
+        )
+    if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"{field} {precision}: {torch.cuda.get_device_name(device)} has no bfloat16 arithmetic: choose float32, "
+            "or a newer GPU."
+        )
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware; others take 50 to 100 times as long."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def bytes_of(numbers: int, precision: Precision) -> int:
+    """Bytes that a linear layer's weight of so many numbers takes, with the scales of a quantised one (for rows of a
+    few thousand)."""
+    # nf4 has an 8-bit scale per 64 numbers, and of those again a float32 one per 256.
+    each = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 1 / 1024, "int4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+    return int(numbers * each[precision])
+
+
+def frozen_layers(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
+    """The linear layers in modules whose weights are not trained, without those of adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapters = {
-        id(part)
-        for block in blocks
-        for layer in block.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for name in layer.adapter_layer_names
-        for part in getattr(layer, name).modules()
-    }
-    return {
-        id(layer.weight): layer
-        for block in blocks
-        for layer in block.modules()
-        if isinstance(layer, nn.Linear) and id(layer) not in adapters
-    }
+    for module in modules:
+        adapters = {
+            id(part)
+            for layer in module.modules()
+            if isinstance(layer, BaseTunerLayer)
+            for name in layer.adapter_layer_names
+            for part in getattr(layer, name).modules()
+        }
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear) and id(layer) not in adapters and not layer.weight.requires_grad:
+                yield layer
 
 
 @torch.no_grad()
@@ -96,60 +139,75 @@ def set_weight(layer: nn.Linear, weight: Tensor, precision: Precision, device: t
 
     Args:
         layer: its weight is replaced.
-        weight: (out, in), of any floating-point type, on the CPU.
+        weight: (out, in), of any floating-point type. On the meta device, a bfloat16 weight without values stands for
+            any lower precision.
         precision: how it is held from now on.
         device: where.
     """
-    if precision == "int4":
+    if precision == "int4" and not weight.is_meta:
         import bitsandbytes
 
-        packed = bitsandbytes.nn.Params4bit(
-            weight.to(torch.bfloat16), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-        layer.weight = packed.to(device)
-        layer.__class__ = _layer_of_4_bits()
+        numbers = weight.to(device, torch.bfloat16)
+        packed: Any = bitsandbytes.nn.Params4bit(numbers, requires_grad=False, quant_type="nf4")
+        layer.weight = packed.to(device)  # quantises
+        layer.__class__ = Linear4Bit
         return
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    layer.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
-    if precision == "int8":
+    # Not copied where it is right already: mapped pages of a file are shared by processes, and read when needed.
+    layer.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+    if precision == "int8" and not weight.is_meta:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(layer, Int8WeightOnlyConfig())
 
 
-def compute_in_bfloat16(blocks: Iterable[nn.Module], device: str) -> None:
-    """Have blocks compute their products in bfloat16, in place; what they take and give stays float32.
+class Linear4Bit(nn.Linear):
+    """A linear layer with a 4-bit weight of bitsandbytes, which is unpacked for each product."""
 
-    Args:
-        blocks: of a network.
-        device: "cpu" or "cuda".
-    """
-    for block in blocks:
-        block.forward = _bfloat16_products(block.forward, device)
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out), bfloat16."""
+        import bitsandbytes
 
-
-def _layer_of_4_bits() -> type[nn.Linear]:
-    """The class of linear layers whose weight is one of bitsandbytes' of 4 bits."""
-    import bitsandbytes
-
-    class Linear4Bit(nn.Linear):
-        """x·Wᵀ + b with a weight of 4 bits, which is unpacked for the product."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            half = x.to(torch.bfloat16)
-            bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-            weight: Any = self.weight
-            return bitsandbytes.matmul_4bit(half, weight.data.t(), weight.quant_state, bias=bias)
-
-    return Linear4Bit
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        weight: Any = self.weight
+        return bitsandbytes.matmul_4bit(x.to(torch.bfloat16), weight.t(), weight.quant_state, bias=bias)
 
 
-def _bfloat16_products(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is one that torchao or bitsandbytes has quantised."""
+    return is_traceable_wrapper_subclass(weight) or not weight.is_floating_point()
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes that a module's parameters and buffers take, quantised ones with their scales."""
+    return sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _bytes(tensor: Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):  # torchao's, which says of itself the size before quantising
+        names, _ = cast(Any, tensor).__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes': beside the numbers, their scales
+    scales = () if state is None else state.as_dict(packed=True).values()
+    return tensor.nbytes + sum(part.nbytes for part in scales if isinstance(part, Tensor))
+
+
+def compute_in_bfloat16(modules: Iterable[nn.Module]) -> None:
+    """Have modules compute their products in bfloat16, in place; what they take and give stays as it is."""
+    for module in modules:
+        module.forward = _bfloat16_products(module.forward)
+
+
+def _bfloat16_products(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` with autocast to bfloat16; on CPUs with AVX512-BF16 it is 1.3 times as fast as in float32."""
 
     @wraps(forward)
     def mixed(*args: Any, **kwargs: Any) -> Any:
+        device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         # Entered at each call: modes and autocast hold for the thread that enters them.
+        if device == "meta":
+            with _PlannedProducts():
+                return forward(*args, **kwargs)
         attention = _Float32Attention() if device == "cpu" else nullcontext()
         with torch.autocast(device, torch.bfloat16), attention:
             return forward(*args, **kwargs)
@@ -175,9 +233,29 @@ class _Float32Attention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            return func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+            wide = {name: _cast(value, torch.float32) for name, value in kwargs.items()}
+            return func(*(_cast(value, torch.float32) for value in args), **wide)
 
 
-def _widened(value: Any) -> Any:
-    """A floating-point tensor in float32; anything else as it is."""
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+class _PlannedProducts(TorchFunctionMode):
+    """What autocast does, for the meta device, which autocast does not know."""
+
+    PRODUCTS = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in self.PRODUCTS:
+            return func(*args, **kwargs)
+        half = {name: _cast(value, torch.bfloat16) for name, value in kwargs.items()}
+        return func(*(_cast(value, torch.bfloat16) for value in args), **half)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor in another type; anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

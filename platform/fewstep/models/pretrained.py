@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from fewstep.models.family import Transformer
 PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
 """Files that are fetched of a hub repository: a network's own, or those of a pipeline's transformer and scheduler."""
 
-STREAMED_BYTES = 2**28
+STREAMED_BYTES = 2**24
 """Bytes that are read of a file before it is opened anew."""
 
 VARIANTS = ("*.fp16*", "*.bf16*")
@@ -144,7 +146,7 @@ def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
 def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The names and weights in a folder's safetensors, one after the other, on the CPU.
 
-    A file is opened anew for each 256 MB of it: pages of an open file that were read count as memory of the process.
+    A file is opened anew for each 16 MB of it: pages of an open file that were read count as memory of the process.
     """
     for path in _WithoutVariants().ls(folder):
         if not str(path).endswith(".safetensors"):
@@ -159,6 +161,13 @@ def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     read += tensor.nbytes
                     yield names.pop(0), tensor
                     del tensor
+            return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Return memory that this process has freed on the host to the system, where its allocator (glibc) would keep it."""
+    with suppress(OSError, AttributeError):  # another system, or another allocator
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class _WithoutVariants(FileSystem):

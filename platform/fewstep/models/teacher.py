@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -123,6 +124,21 @@ def open_teacher(
     with _refusing(path, family):
         transformer, weights = get_family(family).skeleton(locate(path))
     return transformer, told_guidance(get_family(family), transformer, embedded_guidance_scale, path), weights
+
+
+@contextmanager
+def checked_meanwhile(path: str, wanted: TeacherReference) -> Iterator[None]:
+    """Compare a teacher's weights with those that are wanted while they are loaded in a `with` block.
+
+    Hashing takes as long as reading: done at the same time, it costs nothing where there is another core.
+
+    Raises:
+        UserError: at the end of the block, as `check_reference`.
+    """
+    with ThreadPoolExecutor(1, "fewstep-hash") as thread:
+        hashing = thread.submit(reference_to, path, wanted.family)
+        yield
+        check_reference(hashing.result(), wanted)
 
 
 def reference_to(path: str, family: str) -> TeacherReference:

@@ -152,7 +152,7 @@ def load_adapter(
         family: of the teacher.
         folder: the adapter's.
         base: folder with the values of a transformer on the meta device; None for one that has them.
-        precision: in which the base is held.
+        precision: in which weights are held; in others than float32 the network is for generating alone.
         device: where values that are read from `base` go.
 
     Raises:
@@ -170,13 +170,14 @@ def load_adapter(
     # The file does not say which layers were adapted: the names of its weights do.
     lora = LoRAConfig(rank=mode(ranks.values()), dropout=0.0, targets=tuple(ranks)) if ranks else None
     network = PolicyNetwork(transformer, family, settings, lora, full=full, ranks=ranks)
-    if base is not None and precision != "float32" and not full:
-        network.fill_lowered(base, torch.device(device), precision)
-    elif base is not None:
+    own = list(network.trainable())
+    state = _fitting(network, state, folder)
+    if precision != "float32":
+        network.requires_grad_(False).lower(precision)  # of a student that has all weights itself, those too
+    if base is not None:
         network.fill(base, torch.device(device))
-    _fill(network, _fitting(network, state, folder))
-    if precision != network.precision:  # weights that the adapter has itself, or that were there already
-        network.lower(precision)
+    for name in own:
+        network.assign(name, state[_published(name)], network.get_parameter(name).device)
     return network
 
 

@@ -39,7 +39,7 @@ from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.precision import precision_of
-from fewstep.models.teacher import check_reference, load_teacher, open_teacher, reference_to
+from fewstep.models.teacher import checked_meanwhile, open_teacher
 from fewstep.student.adapter import load_adapter, save_adapter
 from fewstep.student.arguments import (
     OutputType,
@@ -102,8 +102,7 @@ class FewStepPipeline:
         self.card, self.device = card, torch.device(device)
         self._interrupt, self.num_timesteps = False, 0  # of the last call, by the names that callbacks know
         self.network = network.to(self.device).eval().requires_grad_(False)
-        # On a lowered base adapters stay apart: folded ones would be rounded with it.
-        if isinstance(network, PolicyNetwork) and network.precision == "float32":
+        if isinstance(network, PolicyNetwork):
             network.keep_folded()  # the weights don't change any more
 
     # Encoder, autoencoder and teacher are loaded when first used: a server may run them elsewhere, or not need them.
@@ -161,14 +160,11 @@ class FewStepPipeline:
             card.teacher_sampler.embedded_guidance_scale,
         )
         precision = precision_of(torch_dtype, quantization)
-        if precision == "float32":
-            transformer, family, reference = load_teacher(*named)
-            check_reference(reference, card.teacher)
-            # `load_adapter` modifies the transformer: it is the student's from here on.
-            return cls(load_adapter(transformer, family, folder), card, device)
-        check_reference(reference_to(named[0], named[1]), card.teacher)
+        # Without values, which `load_adapter` reads straight to where they stay.
         transformer, family, base = open_teacher(*named)
-        return cls(load_adapter(transformer, family, folder, base, precision, device), card, device)
+        with checked_meanwhile(named[0], card.teacher):
+            network = load_adapter(transformer, family, folder, base, precision, device)
+        return cls(network, card, device)
 
     @torch.no_grad()
     def __call__(

@@ -25,6 +25,7 @@ from fewstep.models.dual_stream import start_from_dual_stream
 from fewstep.models.family import Family, Transformer
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
+from fewstep.models.precision import compute_in_bfloat16
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import (
     TeacherCard,
@@ -72,7 +73,7 @@ class Objective(Protocol):
         ...
 
     def read_weights(self, device: torch.device) -> None:
-        """Fill a model that was built without values, after sharding; every rank has to call it at the same time."""
+        """Fill a model that was built without values, after `shard`; every rank has to call it at the same time."""
         ...
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -87,8 +88,8 @@ class Distillation:
         recipe: what to train.
         null: the null condition (B = 1) of guidance.
         device: of the model.
-        sharded: whether FSDP will shard the model. If so, it is built without weights, and `read_weights` reads each
-            rank's part: no rank ever holds the whole.
+        sharded: whether FSDP will shard the model, so that `read_weights` reads each rank's part and no rank ever
+            holds the whole.
     """
 
     def __init__(
@@ -97,16 +98,13 @@ class Distillation:
         self.recipe = recipe
         student, teacher = recipe.student, recipe.teacher
         named = teacher.path, teacher.family, teacher.embedded_guidance_scale
-        self._weights: Path | None = None
-        if sharded:
-            transformer, self.family, self._weights = open_teacher(*named)
-            self.reference = reference_to(teacher.path, teacher.family)
-        else:
-            transformer, self.family, self.reference = load_teacher(*named)
+        self.reference = reference_to(teacher.path, teacher.family)
+        transformer, self.family, self._weights = open_teacher(*named)
         self.model = PolicyNetwork(
             transformer, self.family, student.policy, student.lora, recipe.train.seed, student.full
         )
-        if not sharded:
+        self.model.lower(recipe.train.precision)
+        if not sharded and self._weights is None:
             # A sharded model may be too large for one device: FSDP moves its parts.
             self.model.to(device)
         self.transformer = self.model.transformer
@@ -207,6 +205,8 @@ class FlowMatching:
         for name in self.dead:
             self.transformer.get_parameter(name).requires_grad_(False)
         self.model = _VelocityNetwork(self.transformer, self.family)
+        if recipe.train.precision == "bfloat16":
+            compute_in_bfloat16(self.family.trunk(self.transformer))
         self.recipe, self.null = recipe, null.to(device)
         self.shift = TimeShift(recipe.flow_matching.shift)
         self.teacher = GuidedTeacher(self.model, self.null, recipe.flow_matching.guidance_scale)

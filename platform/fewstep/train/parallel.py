@@ -1,39 +1,35 @@
-"""How workers share a model (sharded by FSDP2, or whole replicas, DDP), and the precision that they compute in."""
+"""How workers share a model: sharded by FSDP2, or as whole replicas, DDP."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from functools import wraps
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn import functional as F
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.overrides import TorchFunctionMode
 
 from fewstep.train.objectives import Objective
 from fewstep.train.recipe import TrainConfig
 
 
 def is_sharded(settings: TrainConfig, world_size: int) -> bool:
-    """Whether FSDP shards the model: neither replicas nor the model of a lone CPU worker are sharded."""
-    return settings.parallel == "fsdp" and (world_size > 1 or settings.gpu)
+    """Whether FSDP shards the model: neither replicas nor the model of a lone worker are sharded."""
+    return settings.parallel == "fsdp" and world_size > 1
 
 
 def shard(objective: Objective, settings: TrainConfig, world_size: int) -> None:
-    """Prepare the objective's model in place: sharding, precision, checkpointing of activations, compilation.
+    """Prepare the objective's model in place: checkpointing of activations, compilation, sharding.
 
     With `parallel: fsdp` each transformer block is one FSDP group, and the rest of the model another. With
-    `parallel: ddp` every worker keeps the whole model, and `average_gradients` is all that workers exchange. A lone CPU
+    `parallel: ddp` every worker keeps the whole model, and `average_gradients` is all that workers exchange. A lone
     worker keeps its model as it is: it has nothing to share, and FSDP's hooks take 13 % of a small model's step.
 
-    With bfloat16, FSDP on GPUs runs blocks in it; elsewhere only matrix products are computed in it. In all cases
-    weights are kept, and gradients averaged, in float32.
+    Frozen and trained weights of a group are gathered in the types that they are held in. FSDP's own mixed precision is
+    not used: it would also round what the model's root is called with, and so times (0.9987 would be 1.0). Gradients
+    are averaged in float32, as trained weights are float32.
     """
     if settings.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
@@ -42,21 +38,13 @@ def shard(objective: Objective, settings: TrainConfig, world_size: int) -> None:
         # Block by block: FSDP gathers weights between blocks, which would break a graph of the whole anyway.
         for block in blocks:
             block.compile(backend=settings.compile)
-    precision = MixedPrecisionPolicy()  # float32 throughout
-    if settings.precision == "bfloat16" and settings.gpu and settings.parallel == "fsdp":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    elif settings.precision == "bfloat16":
-        for transformer in objective.model.transformers():
-            transformer.forward = _bfloat16_products(transformer.forward, "cuda" if settings.gpu else "cpu")
     if not is_sharded(settings, world_size):
         return
     # One dimension: all workers share one copy of the model.
     mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
-    # A single worker has nothing to gather, so that dropping gathered weights after each use would only take time.
-    reshard = world_size > 1
     # Blocks first: what is left of the parameters when the whole model is sharded becomes its own group.
     for module in (*blocks, objective.model):
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+        fully_shard(module, mesh=mesh)
 
 
 @torch.no_grad()
@@ -81,48 +69,3 @@ def drop_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 matrices in hardware; others take 50 to 100 times as long."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _bfloat16_products(forward: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
-    """`forward` with autocast to bfloat16; on CPUs with AVX512-BF16 it is 1.3 times as fast as in float32."""
-
-    @wraps(forward)
-    def mixed(*args: Any, **kwargs: Any) -> Any:
-        # Entered at each call: modes and autocast hold for the thread that enters them.
-        attention = _Float32Attention() if device == "cpu" else nullcontext()
-        with torch.autocast(device, torch.bfloat16), attention:
-            return forward(*args, **kwargs)
-
-    return mixed
-
-
-class _Float32Attention(TorchFunctionMode):
-    """A mode in which attention is computed in float32, also inside autocast.
-
-    The backward of torch's attention kernel for CPUs is seven times as slow in bfloat16.
-    """
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        # Called for every torch function inside the mode; only attention is changed.
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
-
-
-def _widened(value: Any) -> Any:
-    """A floating-point tensor in float32; anything else as it is."""
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

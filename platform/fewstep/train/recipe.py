@@ -27,6 +27,7 @@ from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.heads import GMFlowConfig, PolicyConfig
+from fewstep.models.precision import Precision
 from fewstep.text import read_settings
 from fewstep.train.overrides import override
 
@@ -201,9 +202,9 @@ class TrainConfig(Config):
     """Logical CPUs that each worker reserves in Ray; leave some for the data pipeline."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of computations (gradients are averaged, and weights kept, in float32); bfloat16 needs a GPU, or a CPU
-    that multiplies it in hardware (AVX512-BF16, AMX)."""
+    precision: Precision = "float32"
+    """How frozen weights are held: float32; bfloat16; int8 or int4, which FSDP does not shard. Blocks compute in
+    bfloat16 with all but the first, for which a CPU needs AVX512-BF16 or AMX; trained weights stay float32."""
     activation_checkpointing: bool = False
     """Compute blocks again in backward instead of keeping their activations."""
     compile: Literal["inductor", "aot_eager"] | None = None

@@ -15,12 +15,13 @@ from fewstep.models.dual_stream import counterparts
 from fewstep.models.family import Family, Transformer
 from fewstep.models.family_code import use_module
 from fewstep.models.network import PolicyNetwork
+from fewstep.models.precision import LIBRARIES, check_arithmetic, check_precision
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import check_guidance, open_teacher
 from fewstep.student.adapter import check_adapter
 from fewstep.student.resolve import resolve_student
 from fewstep.tracking.address import check_reachable
-from fewstep.train.parallel import cpu_has_bfloat16
+from fewstep.train.parallel import is_sharded
 from fewstep.train.recipe import (
     DistillRecipe,
     EvaluationConfig,
@@ -42,7 +43,7 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
         use_module(module)
     info = open_data(recipe.data.path)
     _check_data(info, recipe)
-    _check_precision(recipe.train)
+    _check_precision(recipe)
     if isinstance(recipe, DistillRecipe):
         teacher = recipe.teacher
         # On the meta device: sizes and names are all that is checked, and a large teacher would take minutes to load.
@@ -230,22 +231,26 @@ def _check_optimizer(settings: OptimizerConfig, transformer: Transformer, family
         )
 
 
-def _check_precision(settings: TrainConfig) -> None:
-    """Refuse bfloat16 on CPUs where it is slow, or together with activation checkpointing.
+def _check_precision(recipe: DistillRecipe | TeacherRecipe) -> None:
+    """Refuse a precision that the machine, the number of workers or the recipe's kind can't do.
 
     Raises:
-        UserError: it is asked for there.
+        UserError: it is asked for.
     """
-    if settings.precision == "bfloat16" and not settings.gpu and not cpu_has_bfloat16():
+    settings, field = recipe.train, "train.precision"
+    precision = check_precision(settings.precision, field)
+    if not settings.gpu:  # the driver may be a machine without the workers' GPUs
+        check_arithmetic(precision, "cpu", field)
+    if precision not in LIBRARIES:
+        return
+    if isinstance(recipe, TeacherRecipe):
         raise UserError(
-            "train.precision: this CPU has no bfloat16 arithmetic, and would be 50 to 100 times slower than in "
-            "float32: set train.precision=float32, or train.gpu=true."
+            f"{field} {precision}: a teacher's weights are all trained: set it to bfloat16 or float32."
         )
-    if settings.precision == "bfloat16" and not settings.gpu and settings.activation_checkpointing:
-        # Blocks that are computed again in backward would be outside of the mode that keeps attention in float32.
+    if is_sharded(settings, settings.workers):
         raise UserError(
-            "train.activation_checkpointing: on CPUs it works in float32 alone: set it to false, or "
-            "train.precision=float32."
+            f"{field} {precision}: FSDP does not shard quantised weights: set train.parallel=ddp, with which every "
+            "worker holds all of them."
         )
 
 
