@@ -59,6 +59,13 @@ def precision_of(torch_dtype: torch.dtype | None, quantization: str | None) -> P
     return check_precision(quantization, "quantization")
 
 
+def pipeline_arguments(precision: Precision) -> dict[str, Any]:
+    """The two arguments that stand for a precision; the inverse of `precision_of`."""
+    if precision in LIBRARIES:
+        return {"quantization": precision}
+    return {"torch_dtype": getattr(torch, precision)}
+
+
 def check_precision(name: str, field: str = "precision") -> Precision:
     """The precision of that name.
 

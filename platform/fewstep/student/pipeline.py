@@ -38,7 +38,7 @@ from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.precision import precision_of
+from fewstep.models.precision import check_arithmetic, precision_of
 from fewstep.models.teacher import checked_meanwhile, open_teacher
 from fewstep.student.adapter import load_adapter, save_adapter
 from fewstep.student.arguments import (
@@ -147,8 +147,9 @@ class FewStepPipeline:
             quantization: of the base's weights, "int8" or "int4"; None for none.
 
         Raises:
-            UserError: there is no such student; its teacher is not found, or has other weights; or the teacher's family
-                is code in the student's folder that may not be run yet (see `family_code.py`).
+            UserError: there is no such student; its teacher is not found, or has other weights; the teacher's family is
+                code in the student's folder that may not be run yet (see `family_code.py`); or a precision that the
+                device or the installed libraries can't do.
         """
         folder = resolve_student(path, tracking_uri=tracking_uri).folder
         card = read_student_card(folder)
@@ -160,6 +161,7 @@ class FewStepPipeline:
             card.teacher_sampler.embedded_guidance_scale,
         )
         precision = precision_of(torch_dtype, quantization)
+        check_arithmetic(precision, device)
         # Without values, which `load_adapter` reads straight to where they stay.
         transformer, family, base = open_teacher(*named)
         with checked_meanwhile(named[0], card.teacher):
