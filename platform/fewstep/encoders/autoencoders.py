@@ -207,7 +207,7 @@ class QwenImageAutoencoder(KLAutoencoder):
     """
 
     _tile = 256
-    """A tile takes 0.4 GiB in float32. Its layers normalise each place by itself, so that small tiles differ little."""
+    """A tile takes 0.4 GiB in float32. Norms are of each place by itself: tiles differ by what attention sees."""
 
     def _reduction(self) -> int:
         return 2 ** len(self._config.temperal_downsample)
