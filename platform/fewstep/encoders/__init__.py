@@ -3,6 +3,7 @@
 from fewstep.config import MAX_TOKENS, Shape
 from fewstep.encoders.autoencoders import GREY, PIXEL, Autoencoder, load_autoencoder
 from fewstep.encoders.base import LABELS, MINILM, ConditionEncoder, as_stored
+from fewstep.encoders.memory import Offload
 from fewstep.encoders.registry import encoder_widths, load_encoder
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "PIXEL",
     "Autoencoder",
     "ConditionEncoder",
+    "Offload",
     "Shape",
     "as_stored",
     "encoder_widths",

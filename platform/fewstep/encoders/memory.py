@@ -1,0 +1,100 @@
+"""Memory of devices: what is free, what a model takes of it, and models that are on a GPU only while they work."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+
+Offload = bool | Literal["auto"]
+"""Whether a text encoder waits on the host and visits the device for each batch; "auto" where memory is short."""
+
+log = logging.getLogger(__name__)
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Bytes that this process can still allocate on a device; None on a CPU, where memory is not counted."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for itself and doesn't use is not free to others, but to us.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights and buffers, as they are held (transformers counts 8-bit ones as 16-bit)."""
+    return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def should_offload(setting: Offload, takes: int, free: int | None) -> bool:
+    """Whether a text encoder should wait on the host between its batches.
+
+    Args:
+        setting: True, False, or "auto".
+        takes: bytes that the encoder takes.
+        free: bytes that are free on its device with everything loaded, the encoder included; None on a CPU.
+
+    Returns:
+        For "auto", whether less is free than the encoder takes. On a CPU False, whatever the setting.
+    """
+    if free is None:
+        return False
+    return free < takes if setting == "auto" else setting
+
+
+class DeviceVisits:
+    """Lets models be on a device while they work, and on the host meanwhile.
+
+    Args:
+        name: of the encoder whose models they are, for messages.
+        device: the one that is visited.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._name, self._device = name, device
+        # Two threads that encode take turns: neither may send away a model at which the other works.
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def visit(self, model: Any) -> Iterator[None]:
+        """A context in which a model is on the device.
+
+        Raises:
+            UserError: it does not fit there.
+        """
+        with self._lock:
+            try:
+                model.to(self._device)
+                yield
+            except torch.OutOfMemoryError as error:
+                raise does_not_fit(self._name, self._device) from error
+            finally:
+                model.to("cpu")
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()  # for the processes beside this one
+
+
+def does_not_fit(name: str, device: torch.device | str) -> UserError:
+    """The error about a text encoder that is too large for what is free on a device."""
+    free = free_bytes(device)
+    left = "" if free is None else f", of which {free / 1e9:.1f} GB are free"
+    return UserError(
+        f"the text encoder {name!r} does not fit the memory of {device}{left}: load it in a lower precision "
+        "(bfloat16, int8 or int4), or on another device."
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's weights are made of several tensors
+        parts, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, part)) for part in parts)
+    state = getattr(tensor, "quant_state", None)  # of bitsandbytes' weights: their scales
+    return tensor.nbytes + (0 if state is None else state.absmax.nbytes)
