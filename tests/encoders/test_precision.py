@@ -16,11 +16,11 @@ import torch
 from test_pipelines import CAPTIONS, name, pipeline, tokenizer  # noqa: F401 (fixtures)
 from transformers import T5Config, T5EncoderModel
 
+from fewstep.config import Precision
 from fewstep.encoders import load_encoder
 from fewstep.encoders.memory import should_offload
 from fewstep.encoders.text import TextEncoder
 from fewstep.errors import UserError
-from fewstep.models.precision import Precision
 
 LOWERED: tuple[Precision, ...] = ("bfloat16", "int8", "int4")
 ERROR = {"bfloat16": 0.02, "int8": 0.05, "int4": 0.3}

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.assets import expanded
-from fewstep.config import Shape
-from fewstep.encoders.memory import free_bytes
+from fewstep.config import Precision, Shape
 from fewstep.errors import UserError
-from fewstep.models.precision import QUANTISED, Precision
+from fewstep.models.device_memory import free_bytes
+from fewstep.models.precision import LIBRARIES
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ def load_autoencoder(
     """
     if name in (PIXEL, GREY):
         return PixelAutoencoder(name)
-    if precision in QUANTISED:
+    if precision in LIBRARIES:
         raise UserError(
             f"the autoencoder {name!r} can't be held in {precision}, because convolutions aren't quantised: "
             "use float32 or bfloat16."

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep.config import Precision
 from fewstep.models.conditioning import Conditioning
-from fewstep.models.precision import Precision
 
 MINILM = "minilm"
 """Name of the text encoder that is installed as a package: all-MiniLM-L6-v2, 22.7M parameters, D = 384, Apache-2.0."""

@@ -1,4 +1,4 @@
-"""Memory of devices: what is free, what a model takes of it, and models that are on a GPU only while they work."""
+"""Text encoders that are on a GPU only while they work."""
 
 from __future__ import annotations
 
@@ -6,32 +6,15 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from fewstep.config import Offload
 from fewstep.errors import UserError
-
-Offload = bool | Literal["auto"]
-"""Whether a text encoder waits on the host and visits the device for each batch; "auto" where memory is short."""
+from fewstep.models.device_memory import free_bytes
 
 log = logging.getLogger(__name__)
-
-
-def free_bytes(device: torch.device | str) -> int | None:
-    """Bytes that this process can still allocate on a device; None on a CPU, where memory is not counted."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    # What torch keeps for itself and doesn't use is not free to others, but to us.
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights and buffers, as they are held (transformers counts 8-bit ones as 16-bit)."""
-    return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
 
 
 def should_offload(setting: Offload, takes: int, free: int | None) -> bool:
@@ -90,11 +73,3 @@ def does_not_fit(name: str, device: torch.device | str) -> UserError:
         f"the text encoder {name!r} does not fit the memory of {device}{left}: load it in a lower precision "
         "(bfloat16, int8 or int4), or on another device."
     )
-
-
-def _bytes(tensor: Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):  # torchao's weights are made of several tensors
-        parts, _ = tensor.__tensor_flatten__()
-        return sum(_bytes(getattr(tensor, part)) for part in parts)
-    state = getattr(tensor, "quant_state", None)  # of bitsandbytes' weights: their scales
-    return tensor.nbytes + (0 if state is None else state.absmax.nbytes)

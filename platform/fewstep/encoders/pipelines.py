@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.config import Precision
 from fewstep.encoders.base import of_pipeline
 from fewstep.encoders.text import GROUP, TextEncoder, loading
 from fewstep.encoders.weights import load_frozen
 from fewstep.errors import UserError
-from fewstep.models.precision import QUANTISED, Precision
+from fewstep.models.precision import LIBRARIES
 
 FLUX_TOKENS = 512
 """Length in tokens that FLUX pads every caption to; networks were trained with the states of the padding."""
@@ -180,7 +181,7 @@ def load_pipeline_encoder(
         match of_pipeline(name):
             case "flux":
                 # CLIP takes a fortieth of T5's memory, and its vector reaches every layer: it isn't made of integers.
-                clip = part(CLIPTextModel, held="bfloat16" if held in QUANTISED else held)
+                clip = part(CLIPTextModel, held="bfloat16" if held in LIBRARIES else held)
                 return FluxTextEncoder(name, part(T5EncoderModel, "_2"), clip, held)
             case "flux2":
                 return Flux2TextEncoder(name, *part(AutoModel), held)

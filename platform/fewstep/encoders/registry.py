@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.config import MAX_TOKENS
+from fewstep.config import MAX_TOKENS, Offload, Precision
 from fewstep.encoders.base import LABELS, MINILM, ConditionEncoder, of_pipeline
 from fewstep.encoders.labels import LabelEncoder
-from fewstep.encoders.memory import Offload, free_bytes, should_offload
+from fewstep.encoders.memory import should_offload
 from fewstep.encoders.pipelines import load_pipeline_encoder, pipeline_widths
 from fewstep.encoders.text import TextEncoder, text_width
-from fewstep.models.precision import Precision
+from fewstep.models.device_memory import free_bytes
 
 
 def load_encoder(

@@ -26,11 +26,11 @@ from torch.nn.utils.rnn import pad_sequence
 from fewstep.assets import expanded
 from fewstep.config import MAX_TOKENS
 from fewstep.encoders.base import MINILM, ConditionEncoder, as_stored, of_pipeline
-from fewstep.encoders.memory import DeviceVisits, model_bytes
+from fewstep.encoders.memory import DeviceVisits
 from fewstep.encoders.weights import load_frozen
 from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.precision import Precision
+from fewstep.models.precision import Precision, held_bytes
 from fewstep.text import half_surrogate
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -105,7 +105,7 @@ class TextEncoder(ConditionEncoder):
     @property
     def nbytes(self) -> int:
         """Bytes that its weights take on its device, when they are there."""
-        return sum(model_bytes(model) for model in self._models)
+        return sum(held_bytes(model) for model in self._models)
 
     def offload(self) -> None:
         """From now on, have its models wait on the host, and visit the device for each batch, one at a time."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from fewstep.config import Precision
 from fewstep.encoders.memory import does_not_fit
-from fewstep.models.precision import Precision, check_precision
+from fewstep.models.precision import check_precision
 
 PACKED = (32, 64)
 """What the outputs and inputs of a layer must be multiples of for bitsandbytes' fast form of 4 bits on CPUs."""

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.config import Precision
 from fewstep.data.stream import Batch
 from fewstep.evaluate.teacher_images import TeacherImages
 from fewstep.flow import gaussian_noise
 from fewstep.models.family_code import CODE, FamilyCode, find_code
-from fewstep.models.precision import Precision, check_arithmetic, check_precision, pipeline_arguments
+from fewstep.models.precision import check_arithmetic, check_precision, pipeline_arguments
 from fewstep.student.card import read_student_card
 from fewstep.student.pipeline import FewStepPipeline
 

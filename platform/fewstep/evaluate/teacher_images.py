@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fewstep.config import Precision
 from fewstep.data.stream import Batch
-from fewstep.models.precision import Precision
 from fewstep.student.card import StudentCard
 
 FOLDER = Path(".fewstep/teacher_images")

@@ -20,14 +20,13 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from fewstep.config import Config
+from fewstep.config import Config, Precision
 from fewstep.data.datasets import EMOJI_DATA
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.heads import GMFlowConfig, PolicyConfig
-from fewstep.models.precision import Precision
 from fewstep.text import read_settings
 from fewstep.train.overrides import override
 
