@@ -25,6 +25,9 @@ PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/
 STREAMED_BYTES = 2**24
 """Bytes that are read of a file before it is opened anew."""
 
+LOADED_NUMBERS = 2**26
+"""Numbers that are read into sharded weights at a time, by all ranks together."""
+
 VARIANTS = ("*.fp16*", "*.bf16*")
 """Files that are not fetched or read: copies of the same weights in other precisions."""
 
@@ -133,14 +136,28 @@ def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
     Raises:
         ValueError: a parameter is missing there, or has another shape.
     """
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    # The reader lists the folder itself; which of two copies of a weight it would take depends on the files' order.
-    reader.fs = _WithoutVariants()
-    try:
-        dcp.load(dict(parameters), storage_reader=reader)
-    except dcp.api.CheckpointException as error:
-        [(rank, (cause, _)), *_] = error.failures.items()
-        raise ValueError(f"{folder}: {cause} (rank {rank})") from error
+    for group in _groups(parameters):
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        # The reader lists the folder itself; which of two copies of a weight it would take depends on the files' order.
+        reader.fs = _WithoutVariants()
+        try:
+            dcp.load(group, storage_reader=reader)
+        except dcp.api.CheckpointException as error:
+            [(rank, (cause, _)), *_] = error.failures.items()
+            raise ValueError(f"{folder}: {cause} (rank {rank})") from error
+
+
+def _groups(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Parameters in groups of at least `LOADED_NUMBERS` (whole) numbers, the same on every rank."""
+    # Read all at once, the mapped pages of the files would stay in memory until the last one is read.
+    group: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        group[name] = parameter
+        if sum(one.numel() for one in group.values()) >= LOADED_NUMBERS:
+            yield group
+            group = {}
+    if group:
+        yield group
 
 
 def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
