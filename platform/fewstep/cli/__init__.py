@@ -64,6 +64,9 @@ COMMANDS = {
     "benchmark train-step": Command(
         "fewstep.benchmarks.train_step", "time one distillation step: rollouts, data, Ray", "train"
     ),
+    "benchmark full-size": Command(
+        "fewstep.benchmarks.full_size", "generate and train with full-size networks on one GPU", "train"
+    ),
     "benchmark serve": Command(
         "fewstep_loadtest.serve_command", "load the service at several rates", "serve"
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -182,9 +182,35 @@ class PolicyNetwork(nn.Module):
         """
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
             self._read_shards(weights, device)
+            self._begin()
         else:
-            self._read_stream(weights, device)
+            self.fill_from(stream_weights(weights), device)
+
+    def fill_from(self, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
+        """As `fill`, for a network that is not sharded, of the teacher's weights one after the other.
+
+        Args:
+            weights: by their names in the teacher's files; all of them.
+            device: where the values go.
+        """
+        teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
+        for name, value in weights:
+            if name in self._base:
+                self.assign(self._base[name], value, device)
+            if name in teacher:
+                self.assign(f"teacher.{name}", value, device)
+        # Adapters and head, to which `_begin` gives values.
+        for name, parameter in [(n, p) for n, p in self.named_parameters() if p.is_meta]:
+            self.assign(name, torch.empty(parameter.shape), device)
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
         self._begin()
+
+    @property
+    def base_shapes(self) -> dict[str, torch.Size]:
+        """Names of the teacher's weights in its files → their shapes."""
+        return {name: self.get_parameter(here).shape for name, here in self._base.items()}
 
     def assign(self, name: str, value: Tensor, device: torch.device) -> None:
         """Give a parameter of a network that is not sharded its value, in the precision and on the device it has then.
@@ -216,20 +242,6 @@ class PolicyNetwork(nn.Module):
         read_weights({name: self.get_parameter(here) for name, here in self._base.items()}, weights)
         if self.teacher is not None:
             read_weights(dict(self.teacher.named_parameters()), weights)
-
-    def _read_stream(self, weights: Path, device: torch.device) -> None:
-        teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
-        for name, value in stream_weights(weights):
-            if name in self._base:
-                self.assign(self._base[name], value, device)
-            if name in teacher:
-                self.assign(f"teacher.{name}", value, device)
-        # Adapters and head, to which `_begin` gives values.
-        for name, parameter in [(n, p) for n, p in self.named_parameters() if p.is_meta]:
-            self.assign(name, torch.empty(parameter.shape), device)
-        for module in self.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
 
     def _begin(self) -> None:
         """Initialise the student: adapters that change nothing, and a head that starts from the teacher's output.

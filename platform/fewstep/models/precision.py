@@ -9,6 +9,7 @@ route (training, pipeline, server) rounds in the same places.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import wraps
@@ -30,6 +31,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn, when the libraries are imported (peft does), of parts that are not used here."""
 
+# Norms keep float32 weights, for which torch has no fused kernel with a bfloat16 input.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
 for _name in NOISY:
     logging.getLogger(_name).setLevel(logging.ERROR)
 
