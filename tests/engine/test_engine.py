@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 import threading
 from dataclasses import astuple
@@ -20,7 +21,8 @@ from fewstep.engine.generation import EvaluationReport, Generation
 from fewstep.engine.models import ModelStore, UnknownModel
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
-from fewstep.student import resolve_student
+from fewstep.models.precision import cpu_has_bfloat16, pipeline_arguments
+from fewstep.student import FewStepPipeline, resolve_student
 
 PROMPTS = [
     "red heart, noto style",
@@ -497,3 +499,63 @@ def test_a_storage_folder_without_a_model_is_refused(s3_bucket: str) -> None:
     store = ModelStore({"remote": ModelSource(name="remote", source=f"{s3_bucket}/nothing")})
     with pytest.raises(UserError, match="no model lies at"):
         asyncio.run(store.get("remote"))
+
+
+def test_a_new_version_that_does_not_fit_beside_the_old_is_refused_and_the_old_goes_on(
+    model, tmp_path: Path, monkeypatch
+) -> None:
+    from fewstep.models import device_memory
+
+    for file in resolve_student("emoji-student").folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with (tmp_path / "fewstep.json").open("a") as card:
+        card.write("\n")
+
+    async def scenario() -> None:
+        old, new = (ModelSource(name="s", source=str(place)) for place in ("emoji-student", tmp_path))
+        store = ModelStore({"s": old}, precision="float32")
+        served = await store.get("s")
+        monkeypatch.setattr(device_memory, "free_on_host", lambda: model.nbytes // 2)
+        with pytest.raises(UserError, match=r"takes 0\.0 GB, and 0\.0 GB of this machine's memory are free"):
+            await store.offer({"s": new})
+        assert await store.get("s") is served
+        assert (await served_image(served)).pixels.shape == (16, 16, 3)
+        monkeypatch.setattr(device_memory, "free_on_host", lambda: 2 * model.nbytes)
+        await store.offer({"s": new})
+        assert (await store.get("s")).version != served.version
+
+    async def served_image(served):
+        engine = Engine()
+        [image] = await engine.generate([Generation.of(served, PROMPTS[0], 0)])
+        await engine.close()
+        return image
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU emulates bfloat16")
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
+def test_a_store_holds_its_models_in_its_precision(model, precision: str) -> None:
+    store = ModelStore({"s": ModelSource(name="s", source="emoji-student")}, precision=precision)
+    lower = asyncio.run(store.get("s"))
+    assert lower.nbytes < 0.9 * model.nbytes
+    alone = FewStepPipeline.from_pretrained("emoji-student", **pipeline_arguments(precision))
+    [image] = make([Generation.of(lower, PROMPTS[0], 7)])
+    expected = alone(PROMPTS[0], seed=7, output_type="latent").images[0]
+    torch.testing.assert_close(image.latent, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("how", ["blocks", True])
+def test_a_compiled_network_draws_the_same_and_is_compiled_once(model, how) -> None:
+    torch._dynamo.reset()
+    store = ModelStore({"s": ModelSource(name="s", source="emoji-student")}, compile=how)
+    compiled = asyncio.run(store.get("s"))
+    counted = torch._dynamo.utils.counters["stats"]
+    make([Generation.of(compiled, PROMPTS[1], 3)])  # compiled once more, for captions of any length
+    graphs = counted["unique_graphs"]
+    for prompt in (PROMPTS[2], PROMPTS[0]):
+        [image] = make([Generation.of(compiled, prompt, 3)])
+    assert counted["unique_graphs"] == graphs, "nothing else is compiled anew"
+    [plain] = make([Generation.of(model, PROMPTS[0], 3)])
+    same_up_to_rounding(plain, image)

@@ -34,6 +34,10 @@ Compiled = bool | Literal["blocks", "graphs"]
 CUDA graphs of the shapes that repeat."""
 
 
+COMPILED = "_torchdynamo_orig_callable"
+"""Attribute that torch.compile gives to the functions it returns."""
+
+
 class UnknownModel(Exception):
     """No model of that name is configured."""
 
@@ -86,18 +90,17 @@ class Abandoned(Exception):
 class Interruption:
     """Ends an evaluation at the network's next block, by hooks of its blocks.
 
-    Blocks are the elements of its `ModuleList`s. A network without any, or a compiled one, is evaluated to its end.
+    Blocks are the elements of its `ModuleList`s, but not what is inside of other blocks: those may be compiled. A network
+    without any, or a compiled one, is evaluated to its end.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._over: Callable[[], bool] = lambda: False
         # A hook inside a compiled network would break it into pieces.
-        if getattr(module, "_compiled_call_impl", None) is not None:
+        if hasattr(module.forward, COMPILED):
             return
-        for blocks in module.modules():
-            if isinstance(blocks, torch.nn.ModuleList):
-                for block in blocks:
-                    block.register_forward_pre_hook(self._check)
+        for block in _outermost_blocks(module):
+            block.register_forward_pre_hook(self._check)
 
     @contextmanager
     def unless(self, over: Callable[[], bool]) -> Iterator[None]:
@@ -111,6 +114,11 @@ class Interruption:
     def _check(self, *hook_arguments: Any) -> None:
         if self._over():
             raise Abandoned
+
+
+def _outermost_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in module.children():
+        yield from child if isinstance(child, torch.nn.ModuleList) else _outermost_blocks(child)
 
 
 @dataclass(eq=False)
@@ -159,14 +167,13 @@ class LoadedModel:
 def compile_network(pipeline: FewStepPipeline, how: Compiled) -> None:
     """Compile a pipeline's network, in place; it happens at the first call with each shape."""
     transformer = _transformer(pipeline)
+    # Forwards alone: hooks, which measure an evaluation and end it, change from call to call, and stay outside.
     if how == "blocks":
         for block in pipeline.network.family.blocks(transformer):
-            # The forward alone: hooks of a block, by which an evaluation is ended, stay outside.
             block.forward = torch.compile(block.forward)
-    elif how == "graphs":
-        transformer.compile(mode="reduce-overhead")
     elif how:
-        transformer.compile()
+        mode = "reduce-overhead" if how == "graphs" else None
+        transformer.forward = torch.compile(transformer.forward, mode=mode)
 
 
 def _transformer(pipeline: FewStepPipeline) -> torch.nn.Module:
@@ -342,5 +349,8 @@ class ModelStore:
             )
             compile_network(pipeline, self._compile)
             if self._whole:
-                pipeline("", seed=0, num_inference_steps=1)  # loads encoder and autoencoder, and warms up
+                # Loads encoder and autoencoder, and warms up: in the mode of the engine's evaluations, as what was
+                # compiled in another one would be compiled once more.
+                with torch.inference_mode():
+                    pipeline("", seed=0, num_inference_steps=1)
         return LoadedModel(source.name, student.version, pipeline)
