@@ -90,8 +90,8 @@ class Abandoned(Exception):
 class Interruption:
     """Ends an evaluation at the network's next block, by hooks of its blocks.
 
-    Blocks are the elements of its `ModuleList`s, but not what is inside of other blocks: those may be compiled. A network
-    without any, or a compiled one, is evaluated to its end.
+    Blocks are the elements of its `ModuleList`s, but not what is inside of other blocks, which may be compiled. A
+    network without any, or a compiled one, is evaluated to its end.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
