@@ -22,6 +22,7 @@ from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
 from fewstep.data.sources import prompts
 from fewstep.errors import UserError
+from fewstep.models.precision import cpu_has_bfloat16
 from fewstep.student import FewStepPipeline
 from fewstep.student.mlflow_model import PYFUNC_MODEL
 from fewstep.tracking.address import connect
@@ -147,12 +148,14 @@ def test_a_killed_worker_continues_the_same_run_with_the_very_same_losses(
         assert torch.equal(tensor, weights[name])
 
 
-def test_two_sharded_workers_with_adam_of_8_bits_continue_after_a_kill_bit_for_bit(
+def test_two_sharded_workers_in_little_memory_continue_after_a_kill_bit_for_bit(
     tiny_data, tiny_teacher, home, tmp_path_factory, monkeypatch
 ) -> None:
+    """A frozen base in bfloat16, beside float32 adapters in the same FSDP groups, and Adam of 8 bits."""
     settings = [
-        "train.workers=2", "train.steps=8", "student.lora=null", "student.full=true", "optimizer.type=adam8bit",
+        "train.workers=2", "train.steps=8", "student.lora={rank: 64}", "optimizer.type=adam8bit",
         "optimizer.ema_offload=true", "train.sample_every=5",
+        f"train.precision={'bfloat16' if cpu_has_bfloat16() else 'float32'}",
     ]  # fmt: skip
     trained = fit(recipe(tiny_data, tiny_teacher, *settings))
     expected, weights = losses(home, trained.mlflow_run), exported(trained, home)
