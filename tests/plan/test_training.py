@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from fewstep.errors import UserError
-from fewstep.train.plan.architecture import NETWORKS, network_config
-from fewstep.train.plan.planner import Machine, Plan, build_on_meta, count_parameters, make_plan
-from fewstep.train.plan.report import plan_table
+from fewstep.models.architecture import NETWORKS, network_config
+from fewstep.plan.report import plan_table
+from fewstep.plan.training import Machine, Plan, build_on_meta, count_parameters, make_plan
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 

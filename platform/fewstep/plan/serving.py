@@ -1,0 +1,258 @@
+"""Planning a service: what a student takes on a device in each precision, measured without memory and weights.
+
+As for trainings (see `training.py`), the network is built on the meta device. There it is evaluated once, follows its
+policy, and its latents are decoded, under a meter that follows the life of every tensor.
+
+What it leaves out: workspaces of kernels, fragments of the allocator, the CUDA context (about 1 GB), and what a text
+encoder computes with. Leave room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fewstep.config import Shape
+from fewstep.data.schema import DatasetInfo
+from fewstep.errors import UserError
+from fewstep.flow import SamplerConfig, generate_step
+from fewstep.models.network import PolicyNetwork
+from fewstep.models.planned import lower_on_meta, planned_bytes
+from fewstep.models.precision import PRECISIONS, Precision
+from fewstep.models.teacher import read_card
+from fewstep.plan.meter import DispatchMeter, fused_attention
+from fewstep.plan.parts import autoencoder_on_meta, text_encoder_bytes, usual_parts, usual_precision
+from fewstep.plan.training import FULL_SIZE, any_conditioning, new_student
+from fewstep.student.card import StudentCard, read_student_card
+from fewstep.student.weights import student_on_meta
+from fewstep.train.recipe import DistillRecipe
+
+DECODED_PIXELS = 2**19
+"""Most pixels that are decoded at once, unless a single image has more."""
+
+CAPTION_TOKENS = 512
+"""Longest caption in tokens, where no card says otherwise."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What the student is served on."""
+
+    memory_gb: float
+    """Its memory, in 10⁹ bytes."""
+    tflops: float = 989.0
+    """Peak rate in bfloat16, 10¹² operations per second; the default is an H100's."""
+    float32_tflops: float = 67.0
+    """Peak rate in float32."""
+    bandwidth_tb: float = 3.35
+    """Rate at which its memory is read, in 10¹² bytes per second."""
+    utilisation: float = 0.4
+    """Share of the peak rate that a network reaches."""
+    on_cpu: bool = False
+    """Whether it is a CPU, which computes attention in float32."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served: a student, or one that a recipe would make."""
+
+    name: str
+    """Of the student or recipe."""
+    text_encoder: str
+    """Name of its encoder (`load_encoder`)."""
+    autoencoder: str
+    """Name of its autoencoder (`load_autoencoder`)."""
+    latent_shape: Shape | None
+    """(C, H, W) of the latents that it is trained on; None where that is not known."""
+    sampler: SamplerConfig
+    """Its sampler."""
+    max_tokens: int
+    """Longest caption in tokens."""
+    source: Path | DistillRecipe
+    """The student's folder, or the recipe."""
+
+    @classmethod
+    def student(cls, folder: Path, name: str | None = None) -> Served:
+        """An exported student.
+
+        Raises:
+            UserError: there is none in that folder.
+        """
+        card: StudentCard = read_student_card(folder)
+        return cls(
+            name or str(folder), card.text_encoder, card.autoencoder, card.latent_shape, card.sampler,
+            card.max_tokens, folder,
+        )  # fmt: skip
+
+    @classmethod
+    def recipe(cls, recipe: DistillRecipe) -> Served:
+        """The student of a recipe that need not have run: its encoders are those of its data or its teacher's."""
+        shape, tokens = None, CAPTION_TOKENS
+        encoder, autoencoder = usual_parts(recipe.teacher.family, recipe.teacher.path)
+        try:
+            info = DatasetInfo.open(recipe.data.path)
+            encoder, autoencoder = info.encoding.text_encoder, info.encoding.autoencoder
+            shape, tokens = next(iter(info.buckets("train"))), info.encoding.max_tokens
+        except UserError:  # not prepared: the teacher's card tells, if it has one
+            if (card := read_card(recipe.teacher.path)) is not None:
+                encoder, autoencoder, shape = card.text_encoder, card.autoencoder, card.latent_shape
+        return cls(recipe.name, encoder, autoencoder, shape, recipe.sampler, tokens, recipe)
+
+    def network(self, precision: Precision) -> PolicyNetwork:
+        """Its network as a pipeline holds it, on the meta device."""
+        if isinstance(self.source, Path):
+            return student_on_meta(self.source, precision)
+        network = new_student(self.source).eval().requires_grad_(False)
+        lower_on_meta(network, precision)
+        network.keep_folded()
+        return network
+
+
+@dataclass(frozen=True)
+class ServingMemory:
+    """Bytes on one device, by part; None for what is not known."""
+
+    weights: int
+    """The network with adapters and head, as it is held."""
+    text_encoder: int | None
+    """Its weights."""
+    autoencoder: int | None
+    """Its weights, float32."""
+    evaluation: int
+    """The most that is alive at a time besides, in one evaluation of a batch."""
+    decoding: int | None
+    """The most that is alive at a time besides, while latents are decoded."""
+
+    @property
+    def total(self) -> int:
+        """The peak: weights of all parts, and the larger of what evaluating and decoding take."""
+        held = self.weights + (self.text_encoder or 0) + (self.autoencoder or 0)
+        return held + max(self.evaluation, self.decoding or 0)
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """What a student takes in one precision."""
+
+    served: Served
+    """The student."""
+    gpu: GPU
+    """What it is served on."""
+    precision: Precision
+    """Of the network's frozen weights."""
+    encoder_precision: Precision
+    """Of the text encoder's weights."""
+    shape: Shape
+    """(C, H, W) of the latents."""
+    batch: int
+    """Images of a batch."""
+    tokens: int
+    """Token states per caption."""
+    memory: ServingMemory
+    """On the device."""
+    operations: int
+    """Of one evaluation of the batch (a multiply-add is two)."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the device's memory."""
+        return self.memory.total <= self.gpu.memory_gb * 1e9
+
+    @property
+    def seconds(self) -> float:
+        """Of the evaluations per image, at the device's rates; without encoding captions and decoding latents."""
+        peak = self.gpu.float32_tflops if self.precision == "float32" else self.gpu.tflops
+        computing = self.operations / (peak * 1e12 * self.gpu.utilisation)
+        reading = self.memory.weights / (self.gpu.bandwidth_tb * 1e12)
+        return self.served.sampler.nfe * max(computing, reading) / self.batch
+
+
+def plan_serving(
+    served: Served,
+    gpu: GPU,
+    *,
+    side: int | None = None,
+    batch: int = 1,
+    tokens: int | None = None,
+    encoder_precision: Precision | None = None,
+    precisions: Sequence[Precision] = PRECISIONS,
+) -> list[ServingPlan]:
+    """Plan a student in each precision.
+
+    Args:
+        served: the student.
+        gpu: what serves it.
+        side: latent cells per side; by default as trained, or 128.
+        batch: images of a batch.
+        tokens: token states per caption; by default as many as a caption may have.
+        encoder_precision: of the text encoder; by default as it is loaded where none is asked for.
+        precisions: of the network's frozen weights.
+
+    Raises:
+        UserError: the teacher's architecture can't be found, or the size can't be cut into its patches.
+    """
+    held_in = encoder_precision or usual_precision(served.text_encoder, gpu.on_cpu)
+    encoder = text_encoder_bytes(served.text_encoder, held_in)
+    tokens, plans = tokens or served.max_tokens, []
+    decoded: dict[Shape, tuple[int | None, int | None]] = {}
+    for precision in precisions:
+        network = served.network(precision)
+        shape = _latent_shape(served, network, side)
+        if shape not in decoded:
+            decoded[shape] = _decoding(served.autoencoder, shape, batch)
+        weights, decoding = decoded[shape]
+        evaluation, operations = _evaluation(network, served.sampler, shape, batch, tokens, gpu.on_cpu)
+        memory = ServingMemory(planned_bytes(network), encoder, weights, evaluation, decoding)
+        plans.append(ServingPlan(served, gpu, precision, held_in, shape, batch, tokens, memory, operations))
+    return plans
+
+
+def _latent_shape(served: Served, network: PolicyNetwork, side: int | None) -> Shape:
+    if side is None and served.latent_shape is not None:
+        return served.latent_shape
+    family, side = network.family, side or FULL_SIZE
+    if side % (patch := family.patch(network.transformer)):
+        raise UserError(
+            f"--latent-size {side} can't be cut into the network's {patch}-cell patches: give a multiple."
+        )
+    return network.channels, side, side
+
+
+@torch.no_grad()
+def _evaluation(
+    network: PolicyNetwork, sampler: SamplerConfig, shape: Shape, batch: int, tokens: int, on_cpu: bool
+) -> tuple[int, int]:
+    """Most bytes alive beside the weights in one step of a sampler, and its operations."""
+    patch = network.family.patch(network.transformer)
+    sampler = sampler.at_size(shape[1] // patch * (shape[2] // patch))
+    step = sampler.next_step(0, batch)  # on the CPU, as in a pipeline
+    meter = DispatchMeter([*network.parameters(), *network.buffers()])
+    with fused_attention(meter, on_cpu), meter:
+        with torch.device("meta"):
+            x, conditioning = torch.empty(batch, *shape), any_conditioning(network, batch, tokens)
+        policy_at = partial(network.policy, conditioning=conditioning)
+        generate_step(policy_at, x, step, sampler.time_shift, substeps=sampler.substeps)
+    return meter.peak, meter.operations
+
+
+@torch.no_grad()
+def _decoding(name: str, shape: Shape, batch: int) -> tuple[int | None, int | None]:
+    """Bytes of an autoencoder's weights, and the most that decoding a batch takes besides; None if not known."""
+    try:
+        autoencoder = autoencoder_on_meta(name)
+    except LookupError:
+        return None, None
+    if autoencoder is None:
+        return 0, 0
+    model = autoencoder._model
+    height, width = autoencoder.image_size(*shape[1:])
+    together = min(batch, max(1, DECODED_PIXELS // (height * width)))
+    known = [*model.parameters(), *model.buffers()]
+    meter = DispatchMeter(known)
+    with fused_attention(meter), meter:
+        autoencoder._picture(torch.empty(together, *shape, device="meta"))
+    return sum(tensor.nbytes for tensor in known), meter.peak
