@@ -64,7 +64,8 @@ def assemble(config: ServeConfig, **generator_options: Any) -> Application:
     # Deployments get plain data: Serve tells a change of settings by comparing them.
     offer, engine = config.offer.model_dump(mode="json"), config.engine.model_dump(mode="json")
     threads, apart = config.engine.threads, config.engine.stages == "apart"
-    stages = [encoder.bind(threads), decoder.bind(threads)] if apart else []
+    parts = config.engine.parts.model_dump(mode="json")
+    stages = [encoder.bind(threads, parts), decoder.bind(threads, parts)] if apart else []
     generators = generator.options(user_config=offer, **generator_options).bind(
         engine, config.limits.max_relative_pixels, *stages
     )

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fewstep.assets import expanded
-from fewstep.config import Config
+from fewstep.config import Config, PartsConfig, Precision
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
 
@@ -87,8 +87,13 @@ class EngineConfig(Config):
     """Where networks run; "auto" takes the GPU that Ray gave the replica, if any."""
     threads: int = Field(1, ge=1)
     """Torch threads of a replica on a CPU; leave one core of each node to HTTP."""
-    compile: bool = False
-    """Compile the networks (on a GPU: minutes at the first request of each shape)."""
+    precision: Precision = "float32"
+    """How networks are held: float32, bfloat16, int8 or int4; all but the first compute in bfloat16."""
+    parts: PartsConfig = PartsConfig()
+    """How text encoders and autoencoders are loaded."""
+    compile: bool | Literal["blocks", "graphs"] = False
+    """Compile the networks: as a whole (on a GPU: minutes at the first request of each shape), their blocks (seconds),
+    or as a whole with CUDA graphs. The size that a model was trained at is compiled before a replica is ready."""
     stages: Literal["together", "apart"] = "together"
     """Whether encoder and decoder work inside the generator's replicas, or are deployments of their own, which scale by
     themselves."""

@@ -344,6 +344,8 @@ class Generator:
             device=device,
             memory_bytes=config.model_memory_mb and config.model_memory_mb * 2**20,
             compile=config.compile,
+            precision=config.precision,
+            parts=config.parts,
             whole=self._stages is None,
         )
         engine = Engine(

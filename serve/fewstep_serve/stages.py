@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from fewstep.config import PartsConfig
 from fewstep_serve.config import MAX_ONGOING_REQUESTS
 
 if TYPE_CHECKING:
@@ -28,15 +29,17 @@ class Encoder:
 
     Args:
         threads: torch threads of a replica on a CPU.
+        parts: a `PartsConfig` as plain data.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, parts: dict[str, Any]) -> None:
         import torch
 
         from fewstep.engine.in_flight import InFlight
         from fewstep.engine.stages import PromptEncoder
 
         torch.set_num_threads(threads)
+        self._parts = PartsConfig.model_validate(parts)
         self._loaded: dict[tuple[str, int], ConditionEncoder] = {}
         self._loading, self._prompts = InFlight(self._load), PromptEncoder()
 
@@ -63,7 +66,12 @@ class Encoder:
 
         name, max_tokens = key
         self._loaded[key] = await asyncio.to_thread(
-            load_encoder, name, max_tokens=max_tokens, device=_device()
+            load_encoder,
+            name,
+            max_tokens=max_tokens,
+            device=_device(),
+            precision=self._parts.text_encoder_precision,
+            offload=self._parts.text_encoder_offload,
         )
 
 
@@ -75,12 +83,14 @@ class Decoder:
 
     Args:
         threads: torch threads of a replica on a CPU.
+        parts: a `PartsConfig` as plain data.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, parts: dict[str, Any]) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        self._parts = PartsConfig.model_validate(parts)
         self._loaded: dict[str, Autoencoder] = {}
         self._one_at_a_time = asyncio.Lock()
 
@@ -96,7 +106,12 @@ class Decoder:
         from fewstep.encoders import load_autoencoder
 
         if name not in self._loaded:
-            self._loaded[name] = load_autoencoder(name, device=_device())
+            self._loaded[name] = load_autoencoder(
+                name,
+                device=_device(),
+                precision=self._parts.autoencoder_precision,
+                tiling=self._parts.autoencoder_tiling,
+            )
         return self._loaded[name].decode(torch.tensor(latents)).numpy()
 
 

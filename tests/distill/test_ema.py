@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewstep.distill import PowerEMA
+from fewstep.train.plan.meter import DispatchMeter
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.sampled_from([0.0, 7.0, 16.0]))
@@ -100,9 +101,44 @@ def test_sharded_weights_have_sharded_averages() -> None:
             ema.update(step)
         average = ema.state_dict()["w"]
         assert isinstance(average, DTensor)
-        torch.testing.assert_close(average.to_local(), torch.full((4, 2), 2 - 0.5**8))
+        value = average.to_local().clone()
+        torch.testing.assert_close(value, torch.full((4, 2), 2 - 0.5**8))
         with ema.swapped():
-            assert torch.equal(weight.to_local(), average.to_local())
+            assert torch.equal(weight.to_local(), value)
         assert torch.equal(weight.to_local(), torch.full((4, 2), 2.0))
+        assert torch.equal(ema.state_dict()["w"].to_local(), value)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gpu_offloading_changes_no_bit(dtype: torch.dtype) -> None:
+    def values(offload: bool) -> list[torch.Tensor]:
+        weights = {name: torch.zeros(shape, dtype=dtype) for name, shape in {"a": (5, 3), "b": (7,)}.items()}
+        ema, seen = PowerEMA(weights, 7.0, offload), []
+        generator = torch.Generator().manual_seed(0)
+        for step in range(1, 6):
+            for weight in weights.values():
+                weight.add_(torch.randn(weight.shape, generator=generator))
+            ema.update(step)
+            with ema.swapped():
+                seen += [weight.clone() for weight in weights.values()]
+            seen += [average.clone() for average in ema.state_dict().values()]
+        ema.load_state_dict({name: value + 1 for name, value in ema.state_dict().items()})
+        ema.update(6)
+        return seen + [value.clone() for value in (*weights.values(), *ema.state_dict().values())]
+
+    for offloaded, kept in zip(values(True), values(False), strict=True):
+        assert torch.equal(offloaded, kept)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_float32_weights_are_never_copied_all_together(offload: bool) -> None:
+    weights = {str(index): torch.zeros(1000) for index in range(10)}
+    ema = PowerEMA(weights, offload=offload)
+    with DispatchMeter([*weights.values(), *ema.state_dict().values()]) as meter:
+        ema.update(2)
+        assert meter.peak == 0
+        with ema.swapped():
+            assert meter.now <= 4000
+    assert meter.peak <= 2 * 4000, "one at a time, and the one before it"

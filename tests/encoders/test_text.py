@@ -157,7 +157,8 @@ def test_a_kl_autoencoder_gives_latents_in_the_teacher_s_units(tmp_path, monkeyp
     assert torch.allclose(latents, (mean - 0.25) * 0.5, atol=1e-6)
     expected = ((decoded.movedim(1, -1) + 1) * 127.5).round().clamp(0, 255)
     assert (loaded.decode(latents).float() - expected).abs().max() <= 1
-    monkeypatch.setattr(autoencoder, "PIXELS_TOGETHER", 8 * 12)  # one image at a time
+    for bound in ("PIXELS_ENCODED", "PIXELS_DECODED"):
+        monkeypatch.setattr(autoencoder, bound, 8 * 12)  # one image at a time
     torch.testing.assert_close(loaded.encode(images), latents, atol=1e-5, rtol=0)
     assert (loaded.decode(latents).float() - expected).abs().max() <= 1
     with pytest.raises(UserError, match=r"9x8 pixels doesn't fit .* multiples of 2"):

@@ -13,7 +13,8 @@ import pytest
 from fewstep.errors import UserError
 from fewstep.models.architecture import NETWORKS, network_config
 from fewstep.plan.report import plan_table
-from fewstep.plan.training import Machine, Plan, build_on_meta, count_parameters, make_plan
+from fewstep.plan.training import Machine, Plan, count_parameters, make_plan, new_student
+from fewstep.train.parallel import BUCKET_BYTES
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 
@@ -34,7 +35,7 @@ def recipe(*overrides: str, source: str | None = None) -> DistillRecipe:
     ],
 )
 def test_published_parameter_counts_come_out(hub_id: str, billions: float, settings: list[str]) -> None:
-    network = build_on_meta(recipe(f"teacher.path={hub_id}", *settings))
+    network = new_student(recipe(f"teacher.path={hub_id}", *settings))
     assert count_parameters(network) / 1e9 == pytest.approx(billions, rel=3e-3)
 
 
@@ -47,7 +48,7 @@ def test_the_papers_recipes_can_be_planned(source: str) -> None:
 
 
 def test_the_students_own_weights_are_counted_apart() -> None:
-    network = build_on_meta(recipe(source="qwen_image_4nfe"))
+    network = new_student(recipe(source="qwen_image_4nfe"))
     assert count_parameters(network) / 1e9 == pytest.approx(20.4, rel=3e-3)
     # Adapters of rank 256 on the FFNs: 60 image and 59 text streams × 2 layers × 256·(3072 + 12288).
     adapters = 119 * 2 * 256 * (3072 + 4 * 3072)
@@ -106,14 +107,25 @@ print(peak)
 """
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("guidance", [1, 3])
-def test_planned_memory_is_within_a_tenth_of_a_real_steps_peak(guidance: int, checkpointing: str) -> None:
+ALL_WEIGHTS = ["student.lora=null", "student.full=true"]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "checkpointing", "student"),
+    [
+        *[(guidance, checkpointing, []) for guidance in (1, 3) for checkpointing in ("false", "true")],
+        (1, "false", ["student.lora={rank: 128, targets: [paper]}", "optimizer.type=adam8bit"]),
+    ],
+)
+def test_planned_memory_is_within_a_tenth_of_a_real_steps_peak(
+    guidance: int, checkpointing: str, student: list[str]
+) -> None:
     """Against the CPU allocator's own record of two steps, in a process of its own."""
     overrides = [
         *SMALL,
         f"teacher.guidance_scale={guidance}",
         f"train.activation_checkpointing={checkpointing}",
+        *student,
     ]
     plan = make_plan(recipe(*overrides), Machine(gpus=1, memory_gb=1), side=16, tokens=24)
     done = subprocess.run(
@@ -139,14 +151,32 @@ def test_more_gpus_hold_smaller_shares_and_checkpointing_less() -> None:
 
 
 def test_muon_keeps_one_number_per_weight_of_the_blocks_where_adam_keeps_two() -> None:
-    everything = ["student.lora=null", "student.full=true"]
-    adam, muon = small_plan(*everything), small_plan(*everything, "optimizer.type=muon")
-    network = build_on_meta(recipe(*SMALL, *everything))
+    adam, muon = small_plan(*ALL_WEIGHTS), small_plan(*ALL_WEIGHTS, "optimizer.type=muon")
+    network = new_student(recipe(*SMALL, *ALL_WEIGHTS))
     blocks = network.family.blocks(network.transformer)
     trained = [p for block in blocks for p in block.parameters() if p.requires_grad]
     matrices = sum(p.numel() for p in trained if p.ndim == 2)
     assert adam.memory.optimizer - muon.memory.optimizer == 4 * matrices > 0
     assert replace(adam.memory, optimizer=0) == replace(muon.memory, optimizer=0)
+
+
+def test_adam_of_8_bits_and_an_ema_on_the_host_are_counted_as_such() -> None:
+    wide = [*ALL_WEIGHTS, "train.gpu=true"]
+    adam, less = small_plan(*wide), small_plan(*wide, "optimizer.type=adam8bit")
+    assert less.memory.optimizer / adam.memory.optimizer == pytest.approx(0.25, abs=0.02)
+    assert replace(adam.memory, optimizer=0) == replace(less.memory, optimizer=0)
+    hosted = small_plan(*wide, "optimizer.ema_offload=true").memory
+    assert hosted == replace(adam.memory, ema=0)
+    assert small_plan(*ALL_WEIGHTS, "optimizer.ema_offload=true").memory.ema, (
+        "without a GPU it stays in the same memory"
+    )
+
+
+def test_replicas_average_their_gradients_in_place_but_for_one_message() -> None:
+    alone, replicas = (
+        small_plan(*ALL_WEIGHTS, "train.parallel=ddp", gpus=gpus).memory.gradients for gpus in (1, 4)
+    )
+    assert alone < replicas <= alone + BUCKET_BYTES
 
 
 def test_operations_are_those_of_the_method() -> None:

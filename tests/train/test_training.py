@@ -147,6 +147,30 @@ def test_a_killed_worker_continues_the_same_run_with_the_very_same_losses(
         assert torch.equal(tensor, weights[name])
 
 
+def test_two_sharded_workers_with_adam_of_8_bits_continue_after_a_kill_bit_for_bit(
+    tiny_data, tiny_teacher, home, tmp_path_factory, monkeypatch
+) -> None:
+    settings = [
+        "train.workers=2", "train.steps=8", "student.lora=null", "student.full=true", "optimizer.type=adam8bit",
+        "optimizer.ema_offload=true", "train.sample_every=5",
+    ]  # fmt: skip
+    trained = fit(recipe(tiny_data, tiny_teacher, *settings))
+    expected, weights = losses(home, trained.mlflow_run), exported(trained, home)
+    elsewhere = tmp_path_factory.mktemp("killed")
+    monkeypatch.chdir(elsewhere)
+    killer = kill_worker_after(elsewhere, 3)
+    again = fit(
+        recipe(tiny_data, tiny_teacher, *settings, "train.checkpoint_every=1", "train.keep_checkpoints=20")
+    )
+    killer.join()
+    assert losses(elsewhere, again.mlflow_run) == expected
+    assert int(only_run(elsewhere).data.tags["resumed_from_step"]) >= 1, (
+        "a worker was killed while it trained"
+    )
+    for name, tensor in exported(again, elsewhere).items():
+        assert torch.equal(tensor, weights[name]), name
+
+
 def test_a_run_is_resumed_from_another_folder_by_its_checkpoints_alone(
     uninterrupted, tiny_data, tiny_teacher, home, tmp_path_factory, monkeypatch
 ) -> None:

@@ -28,6 +28,22 @@ def add_student_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_precision_option(
+    parser: argparse.ArgumentParser, flag: str = "--precision", of: str = "its weights"
+) -> None:
+    """Declare `--precision`, or another option for the precision of a model.
+
+    Args:
+        parser: the command's.
+        flag: name of the option.
+        of: what it is the precision of, for the help page.
+    """
+    parser.add_argument(
+        flag, choices=("float32", "bfloat16", "int8", "int4"), default="float32",
+        help=f"of {of}; int8 and int4 need the extra quantization; default: %(default)s",
+    )  # fmt: skip
+
+
 def check_device(device: str) -> None:
     """Check that torch can compute on a device, before anything is loaded.
 

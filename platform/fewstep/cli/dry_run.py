@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+from fewstep.config import Precision
 
 if TYPE_CHECKING:
     from fewstep.plan import Served
 
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")
-"""As in `fewstep.models.precision`, which takes seconds to import."""
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+"""Names of all of them, the most exact first."""
 
 
 def add_machine_options(group: argparse._ArgumentGroup) -> None:
@@ -66,6 +68,10 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--encoder-precision", choices=PRECISIONS,
         help="of the text encoder's weights; default: as it is loaded",
     )  # fmt: skip
+    group.add_argument(
+        "--autoencoder-precision", choices=PRECISIONS[:2], default="float32",
+        help="of the autoencoder; default: %(default)s",
+    )  # fmt: skip
 
 
 def print_serving_plans(
@@ -91,7 +97,7 @@ def print_serving_plans(
     for served in _served(options, models, tracking_uri):
         plans = plan_serving(
             served, gpu, side=options.latent_size, batch=options.batch, tokens=options.tokens,
-            encoder_precision=options.encoder_precision,
+            encoder_precision=options.encoder_precision, autoencoder_precision=options.autoencoder_precision,
         )  # fmt: skip
         tables.append(serving_table(plans))
     print("\n\n".join(tables), flush=True)

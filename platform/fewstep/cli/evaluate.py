@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fewstep.cli.common import BUNDLED_STUDENT
+from fewstep.cli.common import BUNDLED_STUDENT, add_precision_option
 
 DESCRIPTION = """\
 Generate held-out captions with a student and with its teacher's guided Euler sampler at several numbers of steps, from
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which acceptance criteria to check",
     )
     parser.add_argument("--gpu", action="store_true", help="generate on GPUs")
+    add_precision_option(parser, of="the student's weights")
+    add_precision_option(parser, "--teacher-precision", "the teacher's weights")
     parser.add_argument("--tracking-uri", help="where models:/… is looked up")
     parser.add_argument("--out", type=Path, default=Path("out/evaluation"), help="default: %(default)s")
 
@@ -43,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from fewstep.cluster import connect_ray
     from fewstep.data.datasets.bundled import open_data
+    from fewstep.evaluate.generation import Precisions
     from fewstep.student import read_student_card, resolve_student
     from fewstep.train.recipe import DistillRecipe, load_recipe
     from fewstep.workflow.evaluation import evaluate, summary
@@ -61,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     )
     connect_ray()
     data = open_data(recipe.data.path).root
-    report = evaluate(student, data, recipe.evaluation, options.out, gpu=options.gpu)
+    precisions = Precisions(options.precision, options.teacher_precision)
+    report = evaluate(student, data, recipe.evaluation, options.out, gpu=options.gpu, precisions=precisions)
     print(f"\n{summary(report, recipe.evaluation.criteria)}")
     print(f"picture  {(options.out / 'comparison.png').absolute()}")

@@ -31,6 +31,10 @@ EXTRAS = {
         "matplotlib": "matplotlib",
         "yaml": "PyYAML",
     },
+    "quantization": {
+        "torchao": "torchao",
+        "bitsandbytes": "bitsandbytes",
+    },
 }
 """By extra: the modules that its packages provide, and the name that each is called by; the most telling first."""
 

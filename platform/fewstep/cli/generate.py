@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from fewstep.cli.common import add_student_options, check_device, make_folder
+from fewstep.cli.common import add_precision_option, add_student_options, check_device, make_folder
 from fewstep.cli.dry_run import add_serving_options, print_serving_plans
 
 DESCRIPTION = "Write images from prompts with a distilled student."
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="generate with the teacher's guided Euler sampler instead",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: cpu")
+    add_precision_option(parser)
     parser.add_argument(
         "--scale", type=int, default=16, help="enlarge every pixel this often; default: %(default)s"
     )
@@ -81,13 +82,17 @@ def run(options: argparse.Namespace) -> None:
     from fewstep.evaluate.grid import sample_grid
     from fewstep.flow import gaussian_noise
     from fewstep.flow.sampler_config import MAX_NFE
+    from fewstep.models.precision import pipeline_arguments
     from fewstep.student import FewStepPipeline
 
     if options.nfe and options.nfe > MAX_NFE:
         options.error(f"--nfe must be 1 to {MAX_NFE}")
     check_device(options.device)
     pipe = FewStepPipeline.from_pretrained(
-        options.model, device=options.device, tracking_uri=options.tracking_uri
+        options.model,
+        device=options.device,
+        tracking_uri=options.tracking_uri,
+        **pipeline_arguments(options.precision),
     )
     prompts, started = [options.prompt] * options.count, time.perf_counter()
     if options.teacher_steps:

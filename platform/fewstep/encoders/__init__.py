@@ -1,6 +1,6 @@
 """Encoders of texts and classes to conditions, and autoencoders between images and latents."""
 
-from fewstep.config import MAX_TOKENS, Shape
+from fewstep.config import MAX_TOKENS, Offload, Shape
 from fewstep.encoders.autoencoders import GREY, PIXEL, Autoencoder, load_autoencoder
 from fewstep.encoders.base import LABELS, MINILM, ConditionEncoder, as_stored
 from fewstep.encoders.registry import encoder_widths, load_encoder
@@ -13,6 +13,7 @@ __all__ = [
     "PIXEL",
     "Autoencoder",
     "ConditionEncoder",
+    "Offload",
     "Shape",
     "as_stored",
     "encoder_widths",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -9,8 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.assets import expanded
-from fewstep.config import Shape
+from fewstep.config import Precision, Shape
 from fewstep.errors import UserError
+from fewstep.models.device_memory import free_bytes
+from fewstep.models.precision import LIBRARIES
+
+log = logging.getLogger(__name__)
 
 PIXEL = "pixel"
 """Name of the autoencoder whose latents are the pixels."""
@@ -66,10 +71,18 @@ class KLAutoencoder:
 
     Latents are in the units that its pipeline's network was trained with, (mode − shift_factor) · scaling_factor, where
     mode is the encoder's likeliest latent.
+
+    Args:
+        name: as `load_autoencoder` was given it.
+        model: diffusers' model.
+        tiling: as for `load_autoencoder`.
     """
 
-    def __init__(self, name: str, model: Any) -> None:
-        self.name, self._model, self._config = name, model, model.config
+    _tile = 512
+    """Largest side of a tile in pixels; a tile takes 0.8 GiB in float32."""
+
+    def __init__(self, name: str, model: Any, tiling: bool | None = None) -> None:
+        self.name, self._model, self._config, self._tiling = name, model, model.config, tiling
         self._factor = self._reduction()
         self._multiple = self._factor
         """Number that both sides, in pixels, must be multiples of."""
@@ -95,20 +108,58 @@ class KLAutoencoder:
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, H, W, 3) uint8 → latents (B, C, h, w) float32 on the CPU, in the network's units."""
         parts = []
-        for part in images.split(_together(images.shape[1] * images.shape[2])):
+        for part in images.split(max(1, PIXELS_ENCODED // images[0, ..., 0].numel())):
             pixels = _signed(part).to(self._model.device, self._model.dtype)
             parts.append(self._normalised(self._mode(pixels).float()).cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) in the network's units → images (B, H, W, 3) uint8 on the CPU."""
+        """Latents (B, C, h, w) in the network's units → images (B, H, W, 3) uint8 on the CPU.
+
+        Images of more than `PIXELS_DECODED` are decoded one by one, and in tiles where `tiling` asks for it.
+        """
         parts = []
-        for part in latents.split(_together(latents[0, 0].numel() * self._factor**2)):
+        for part in latents.split(max(1, PIXELS_DECODED // (latents[0, 0].numel() * self._factor**2))):
             # Units are converted in float32, also where the model computes in bfloat16.
             raw = self._raw(part.to(self._model.device).float())
-            parts.append(_pixels(self._picture(raw.to(self._model.dtype))))
+            parts.append(_pixels(self._whole_or_tiled(raw.to(self._model.dtype))))
         return torch.cat(parts)
+
+    def decoding_bytes(self, height: int, width: int) -> int:
+        """About the most memory that decoding a whole image of (height, width) pixels takes, beside the weights."""
+        return int(SPARE * height * width * self._live_channels() * self._model.dtype.itemsize)
+
+    def tiles(self, height: int, width: int, free: int | None) -> bool:
+        """Whether an image is decoded in tiles.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+            free: bytes that are free on the device; None on a CPU.
+        """
+        if height * width <= PIXELS_DECODED:
+            return False
+        if self._tiling is None:
+            return free is not None and free < self.decoding_bytes(height, width)
+        return self._tiling
+
+    def _whole_or_tiled(self, raw: Tensor) -> Tensor:
+        """Latents (B, C, h, w) in the autoencoder's own units → pixels (B, 3, H, W) in [−1, 1]."""
+        rows, columns = raw.shape[2:]
+        height, width = self.image_size(rows, columns)
+        if self.tiles(height, width, free_bytes(self._model.device)):
+            if self._tiling is None:
+                log.warning(
+                    "an image of %dx%d pixels is decoded in tiles, whose contrast may differ: decoding it whole takes "
+                    "%.1f GB (in bfloat16 half of what it takes in float32)",
+                    width,
+                    height,
+                    self.decoding_bytes(height, width) / 1e9,
+                )
+            self._set_tiles(_tile_side(rows, columns, self._tile // self._factor))
+            return self._tiled_picture(raw)
+        return self._picture(raw)
 
     def _reduction(self) -> int:
         """Pixels per latent cell, along each side."""
@@ -126,6 +177,20 @@ class KLAutoencoder:
         """Latents (B, C, h, w) in the autoencoder's own units → pixels (B, 3, H, W) in [−1, 1]."""
         return self._model.decode(raw).sample
 
+    def _tiled_picture(self, raw: Tensor) -> Tensor:
+        """As `_picture`, in tiles that overlap by a quarter."""
+        # Not by `enable_tiling`, which would tile images that are encoded, too.
+        return self._model.tiled_decode(raw).sample
+
+    def _set_tiles(self, side: int) -> None:
+        """Set the side of tiles, in latent cells."""
+        self._model.tile_latent_min_size, self._model.tile_sample_min_size = side, side * self._factor
+
+    def _live_channels(self) -> int:
+        """Values per pixel that decoding holds at its peak, which is in the first block at full size."""
+        widths = getattr(self._config, "decoder_block_out_channels", None) or self._config.block_out_channels
+        return 3 * widths[:2][-1]  # what the block is given, this normalised, and activated
+
     def _normalised(self, raw: Tensor) -> Tensor:
         """Latents in the autoencoder's own units → in the network's."""
         return (raw - (self._config.shift_factor or 0.0)) * self._config.scaling_factor
@@ -141,6 +206,9 @@ class QwenImageAutoencoder(KLAutoencoder):
     Each latent channel is normalised by its own mean and standard deviation.
     """
 
+    _tile = 256
+    """A tile takes 0.4 GiB in float32. Norms are of each place by itself: tiles differ by what attention sees."""
+
     def _reduction(self) -> int:
         return 2 ** len(self._config.temperal_downsample)
 
@@ -152,8 +220,20 @@ class QwenImageAutoencoder(KLAutoencoder):
         return super()._mode(pixels.unsqueeze(2)).squeeze(2)
 
     def _picture(self, raw: Tensor) -> Tensor:
-        # (B, C, 1, h, w) → (B, 3, 1, H, W) → (B, 3, H, W)
-        return super()._picture(raw.unsqueeze(2)).squeeze(2)
+        # (B, C, 1, h, w) → (B, 3, 1, H, W) → (B, 3, H, W). As `decode` does for a first frame, but without keeping the
+        # inputs of all layers for a second one, which would take 2.6 times the memory.
+        return self._model.decoder(self._model.post_quant_conv(raw.unsqueeze(2))).squeeze(2)
+
+    def _tiled_picture(self, raw: Tensor) -> Tensor:
+        return super()._tiled_picture(raw.unsqueeze(2)).squeeze(2)
+
+    def _set_tiles(self, side: int) -> None:
+        model = self._model
+        model.tile_sample_min_height = model.tile_sample_min_width = side * self._factor
+        model.tile_sample_stride_height = model.tile_sample_stride_width = side * self._factor * 3 // 4
+
+    def _live_channels(self) -> int:
+        return 7 * self._config.base_dim  # measured; convolutions pad an image to three frames
 
     def _normalised(self, raw: Tensor) -> Tensor:
         mean, std = self._statistics(raw)
@@ -174,8 +254,8 @@ class Flux2Autoencoder(KLAutoencoder):
     Each of the 4·C values of a 2×2 patch is normalised by its own running statistics of a batch norm.
     """
 
-    def __init__(self, name: str, model: Any) -> None:
-        super().__init__(name, model)
+    def __init__(self, name: str, model: Any, tiling: bool | None = None) -> None:
+        super().__init__(name, model, tiling)
         self._multiple = 2 * self._factor  # latents have to divide into patches of 2×2
 
     def _normalised(self, raw: Tensor) -> Tensor:
@@ -193,8 +273,16 @@ class Flux2Autoencoder(KLAutoencoder):
         return norm.running_mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
 
 
-PIXELS_TOGETHER = 4 * 2**20
-"""Most pixels that go through a model at once: each megapixel takes about a GiB in its widest layers."""
+PIXELS_ENCODED = 4 * 2**20
+"""Most pixels that are encoded at once."""
+
+PIXELS_DECODED = 2**19
+"""Most pixels that are decoded at once, unless a single image has more; only such images are decoded in tiles. Decoding
+a megapixel whole takes 3 GiB in float32."""
+
+SPARE = 1.5
+"""How much more memory decoding is expected to take than its tensors do: convolutions need some to work in (a quarter
+more on a CPU), and memory has gaps."""
 
 KINDS = {
     "AutoencoderKL": KLAutoencoder,
@@ -204,18 +292,34 @@ KINDS = {
 """Name of diffusers' class → ours."""
 
 
-def load_autoencoder(name: str = PIXEL, *, device: torch.device | str = "cpu") -> Autoencoder:
+def load_autoencoder(
+    name: str = PIXEL,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision | None = None,
+    tiling: bool | None = None,
+) -> Autoencoder:
     """Load an autoencoder.
 
     Args:
         name: "pixel", "grey", or the folder or hub id of one of `KINDS`; with `:vae` behind it, that of a pipeline.
         device: where it runs.
+        precision: how its weights are held and in what it computes, "float32" (also None) or "bfloat16". Latents are
+            float32 in either. Pixels as latents have no weights, and ignore it.
+        tiling: whether images of more than half a megapixel are decoded in overlapping tiles, which takes a quarter of
+            the memory and 1.5 times as long; None for where a GPU's free memory is too short for the whole image.
+            Normalisation is each tile's own, so that contrast and colours may differ between tiles.
 
     Raises:
-        UserError: nothing loads under that name.
+        UserError: nothing loads under that name, or the precision is none of autoencoders.
     """
     if name in (PIXEL, GREY):
         return PixelAutoencoder(name)
+    if precision in LIBRARIES:
+        raise UserError(
+            f"the autoencoder {name!r} can't be held in {precision}, because convolutions aren't quantised: "
+            "use float32 or bfloat16."
+        )
     import diffusers
 
     location, _, subfolder = name.partition(":")
@@ -237,12 +341,30 @@ def load_autoencoder(name: str = PIXEL, *, device: torch.device | str = "cpu") -
             f"the autoencoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): give {PIXEL!r}, {GREY!r}, "
             "a folder of a diffusers AutoencoderKL (`folder:vae` for a pipeline's), or a hub id."
         ) from error
-    return KINDS[kind](name, model.eval().requires_grad_(False).to(device))
+    model = model.eval().requires_grad_(False).to(device)
+    if precision == "bfloat16":
+        # Not `model.to`: FLUX.2's statistics of latents are buffers, and units are converted in float32.
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
+    return KINDS[kind](name, model, tiling)
 
 
-def _together(pixels: int) -> int:
-    """Number of images of `pixels` pixels each that go through a model at once."""
-    return max(1, PIXELS_TOGETHER // pixels)
+def _tile_side(height: int, width: int, largest: int) -> int:
+    """Side of the tiles, in cells, of a latent of (height, width) cells: at most `largest`, and at least 3/4 of it.
+
+    The last tiles of a row and a column are cut off by the edges. Of the possible sides it is the one at which the
+    smaller of these two is largest, because a narrow tile has little of the image to be normalised by.
+    """
+
+    def smallest(side: int) -> int:
+        return min(last_tile(height, side), last_tile(width, side))
+
+    def last_tile(length: int, side: int) -> int:
+        return length - (length - 1) // (side * 3 // 4) * (side * 3 // 4)
+
+    # Multiples of four, whose overlap of a quarter is a whole number of cells.
+    sides = range(max(4, largest * 3 // 4 // 4 * 4), largest + 1, 4)
+    return max(sides, key=lambda side: (smallest(side), side))
 
 
 def _signed(images: Tensor) -> Tensor:

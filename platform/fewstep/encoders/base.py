@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep.config import Precision
 from fewstep.models.conditioning import Conditioning
 
 MINILM = "minilm"
@@ -29,9 +30,20 @@ class ConditionEncoder(ABC):
 
     Attributes:
         name: as `load_encoder` was given it; stored in a dataset's manifest.
+        precision: how its weights are held; None for encoders without weights. Encodings of the same caption differ
+            between precisions.
     """
 
     name: str
+    precision: Precision | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its weights take on its device, when they are there."""
+        return 0
+
+    def offload(self) -> None:  # noqa: B027 (not abstract: encoders without weights have nothing to move)
+        """From now on, have its weights wait on the host, and visit the device for each batch."""
 
     @abstractmethod
     def refusals(self, captions: Sequence[str]) -> list[tuple[str, str] | None]:

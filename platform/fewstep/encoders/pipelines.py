@@ -1,7 +1,8 @@
 """Text encoders of diffusers pipelines: captions are encoded as FLUX.1, FLUX.2 and Qwen-Image were trained with.
 
-Their names are `flux:PIPELINE`, `flux2:PIPELINE` and `qwen-image:PIPELINE`, where PIPELINE is a folder or hub id. Large
-language models are loaded in float32 on a CPU, and in bfloat16 on a GPU.
+Their names are `flux:PIPELINE`, `flux2:PIPELINE` and `qwen-image:PIPELINE`, where PIPELINE is a folder or hub id.
+Unless a precision is asked for, FLUX.1's are loaded in float32, and large language models in float32 on a CPU and in
+bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.config import Precision
 from fewstep.encoders.base import of_pipeline
 from fewstep.encoders.text import GROUP, TextEncoder, loading
+from fewstep.encoders.weights import load_frozen
 from fewstep.errors import UserError
+from fewstep.models.precision import LIBRARIES
 
 FLUX_TOKENS = 512
 """Length in tokens that FLUX pads every caption to; networks were trained with the states of the padding."""
@@ -30,12 +34,15 @@ class FluxTextEncoder(TextEncoder):
         name: "flux:" and the pipeline's folder or hub id.
         tokens: T5's tokenizer and encoder.
         whole: CLIP's tokenizer and text model, whose pooled output is the caption's vector.
+        precision: how T5's weights are held.
     """
 
     _padded_length = FLUX_TOKENS
 
-    def __init__(self, name: str, tokens: tuple[Any, Any], whole: tuple[Any, Any]) -> None:
-        super().__init__(name, *tokens, max_tokens=FLUX_TOKENS)
+    def __init__(
+        self, name: str, tokens: tuple[Any, Any], whole: tuple[Any, Any], precision: Precision
+    ) -> None:
+        super().__init__(name, *tokens, FLUX_TOKENS, precision)
         self._clip_tokenizer, self._clip = whole
         self.pooled_dim = self._clip.config.hidden_size
 
@@ -43,14 +50,19 @@ class FluxTextEncoder(TextEncoder):
     def pooled(self, captions: Sequence[str]) -> list[Tensor]:
         """CLIP's vector of each caption, (P,) float32 each, on the CPU."""
         vectors: list[Tensor] = []
-        for start in range(0, len(captions), GROUP):
-            # CLIP takes 77 tokens: longer captions are cut, as in FLUX's own pipeline.
-            ids = self._clip_tokenizer(
-                list(captions[start : start + GROUP]), padding="max_length", truncation=True, return_tensors="pt",
-                max_length=self._clip.config.max_position_embeddings,
-            )["input_ids"]  # fmt: skip
-            vectors += self._clip(input_ids=ids.to(self._clip.device)).pooler_output.float().cpu()
+        with self._at_work(self._clip):
+            for start in range(0, len(captions), GROUP):
+                # CLIP takes 77 tokens: longer captions are cut, as in FLUX's own pipeline.
+                ids = self._clip_tokenizer(
+                    list(captions[start : start + GROUP]), padding="max_length", truncation=True,
+                    max_length=self._clip.config.max_position_embeddings, return_tensors="pt",
+                )["input_ids"]  # fmt: skip
+                vectors += self._clip(input_ids=ids.to(self._clip.device)).pooler_output.float().cpu()
         return vectors
+
+    @property
+    def _models(self) -> tuple[Any, ...]:
+        return (self._model, self._clip)
 
     def _states(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
         # Padded by hand, because `super` masks what it pads itself, and here padding is attended to.
@@ -64,8 +76,8 @@ class QwenImageTextEncoder(TextEncoder):
     The caption is put into a template that begins with a fixed instruction; the instruction's states are left out.
     """
 
-    def __init__(self, name: str, tokenizer: Any, model: Any, max_tokens: int) -> None:
-        super().__init__(name, tokenizer, model, max_tokens)
+    def __init__(self, name: str, tokenizer: Any, model: Any, max_tokens: int, precision: Precision) -> None:
+        super().__init__(name, tokenizer, model, max_tokens, precision)
         from diffusers import QwenImagePipeline
 
         parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
@@ -107,8 +119,8 @@ class Flux2TextEncoder(TextEncoder):
 
     _padded_length = FLUX_TOKENS
 
-    def __init__(self, name: str, tokenizer: Any, model: Any) -> None:
-        super().__init__(name, tokenizer, model, max_tokens=FLUX_TOKENS)
+    def __init__(self, name: str, tokenizer: Any, model: Any, precision: Precision) -> None:
+        super().__init__(name, tokenizer, model, FLUX_TOKENS, precision)
         self._reading = _reading(model.config.model_type)
         self.dim *= len(self._reading.layers)
 
@@ -140,35 +152,40 @@ class Flux2TextEncoder(TextEncoder):
         return list(side_by_side.float().cpu())
 
 
-def load_pipeline_encoder(name: str, max_tokens: int, device: torch.device | str) -> TextEncoder:
+def load_pipeline_encoder(
+    name: str, max_tokens: int, device: torch.device | str, precision: Precision | None = None
+) -> TextEncoder:
     """Load the text encoder of a pipeline.
 
     Args:
         name: "flux:", "flux2:" or "qwen-image:", and the pipeline's folder or hub id.
         max_tokens: longest caption in tokens, of encoders that do not pad to a length of their own.
         device: where it runs.
+        precision: how its weights are held; None for the usual one (see above).
 
     Raises:
-        UserError: there is no such encoder.
+        UserError: there is no such encoder, or it does not fit the device.
     """
     from transformers import AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-    large = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    on_gpu = torch.device(device).type != "cpu"
+    held: Precision = precision or ("bfloat16" if on_gpu and of_pipeline(name) != "flux" else "float32")
     with loading(name) as where:
 
-        def part(kind: Any, number: str = "", dtype: torch.dtype = large) -> tuple[Any, Any]:
+        def part(kind: Any, number: str = "", held: Precision = held) -> tuple[Any, Any]:
             # Pipelines number their further text encoders: `text_encoder_2` with `tokenizer_2`.
             tokenizer = AutoTokenizer.from_pretrained(**where, subfolder=f"tokenizer{number}")
-            model = kind.from_pretrained(**where, subfolder=f"text_encoder{number}", dtype=dtype)
-            return tokenizer, model.eval().requires_grad_(False).to(device)
+            place = where | {"subfolder": f"text_encoder{number}"}
+            return tokenizer, load_frozen(kind, name, place, held, device)
 
         match of_pipeline(name):
             case "flux":
-                t5, clip = part(T5EncoderModel, "_2", torch.float32), part(CLIPTextModel, dtype=torch.float32)
-                return FluxTextEncoder(name, t5, clip)
+                # CLIP takes a fortieth of T5's memory, and its vector reaches every layer: it isn't made of integers.
+                clip = part(CLIPTextModel, held="bfloat16" if held in LIBRARIES else held)
+                return FluxTextEncoder(name, part(T5EncoderModel, "_2"), clip, held)
             case "flux2":
-                return Flux2TextEncoder(name, *part(AutoModel))
-        return QwenImageTextEncoder(name, *part(AutoModel), max_tokens)
+                return Flux2TextEncoder(name, *part(AutoModel), held)
+        return QwenImageTextEncoder(name, *part(AutoModel), max_tokens, held)
 
 
 def pipeline_widths(name: str) -> tuple[int, int | None]:

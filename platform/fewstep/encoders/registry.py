@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.config import MAX_TOKENS
+from fewstep.config import MAX_TOKENS, Offload, Precision
 from fewstep.encoders.base import LABELS, MINILM, ConditionEncoder, of_pipeline
 from fewstep.encoders.labels import LabelEncoder
+from fewstep.encoders.memory import should_offload
 from fewstep.encoders.pipelines import load_pipeline_encoder, pipeline_widths
 from fewstep.encoders.text import TextEncoder, text_width
+from fewstep.models.device_memory import free_bytes
 
 
 def load_encoder(
-    name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
+    name: str = MINILM,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    device: torch.device | str = "cpu",
+    precision: Precision | None = None,
+    offload: Offload = False,
 ) -> ConditionEncoder:
     """Load an encoder of texts or classes.
 
@@ -21,15 +28,24 @@ def load_encoder(
             a transformers model.
         max_tokens: longest caption in tokens, of encoders that do not pad to a length of their own.
         device: where it runs.
+        precision: how its weights are held. None for the usual one: float32, and bfloat16 for pipelines' large language
+            models on a GPU. Encoders of classes have no weights, and ignore it.
+        offload: whether its weights wait on the host, and visit the device for each batch; "auto" where less memory is
+            free beside it than it takes. On a CPU they stay where they are. Load first what shares the device with it.
 
     Raises:
-        UserError: nothing loads under that name.
+        UserError: nothing loads under that name, or it does not fit the device.
     """
     if name.startswith(LABELS):
         return LabelEncoder(name)
-    if of_pipeline(name):
-        return load_pipeline_encoder(name, max_tokens, device)
-    return TextEncoder.load(name, max_tokens=max_tokens, device=device)
+    encoder = (
+        load_pipeline_encoder(name, max_tokens, device, precision)
+        if of_pipeline(name)
+        else TextEncoder.load(name, max_tokens=max_tokens, device=device, precision=precision)
+    )
+    if should_offload(offload, encoder.nbytes, free_bytes(device)):
+        encoder.offload()
+    return encoder
 
 
 def encoder_widths(name: str) -> tuple[int, int | None]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,17 @@ from torch.nn.utils.rnn import pad_sequence
 from fewstep.assets import expanded
 from fewstep.config import MAX_TOKENS
 from fewstep.encoders.base import MINILM, ConditionEncoder, as_stored, of_pipeline
+from fewstep.encoders.memory import DeviceVisits
+from fewstep.encoders.weights import load_frozen
 from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.precision import Precision, held_bytes
 from fewstep.text import half_surrogate
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Hash of the package's model.safetensors, which is checked because the package is a third party's upload."""
+
+log = logging.getLogger(__name__)
 
 GROUP = 64
 """Most captions that are encoded at a time."""
@@ -56,14 +62,24 @@ class TextEncoder(ConditionEncoder):
     _padded_length = 0
     """Length in tokens that a subclass pads every caption to, the padding's states being part of the result; or 0."""
 
-    def __init__(self, name: str, tokenizer: Any, model: Any, max_tokens: int) -> None:
-        self.name, self.max_tokens = name, max_tokens
+    _visits: DeviceVisits | None = None
+    """How the models get to the device, if they wait on the host."""
+
+    def __init__(
+        self, name: str, tokenizer: Any, model: Any, max_tokens: int, precision: Precision = "float32"
+    ) -> None:
+        self.name, self.max_tokens, self.precision = name, max_tokens, precision
         self.dim: int = model.config.get_text_config().hidden_size
         self._tokenizer, self._model = tokenizer, model
 
     @classmethod
     def load(
-        cls, name: str = MINILM, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu"
+        cls,
+        name: str = MINILM,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        device: torch.device | str = "cpu",
+        precision: Precision | None = None,
     ) -> TextEncoder:
         """Load the encoder "minilm", or a model that transformers' AutoModel opens in a folder or hub id.
 
@@ -71,17 +87,45 @@ class TextEncoder(ConditionEncoder):
             name: "minilm", or the folder or hub id.
             max_tokens: longest caption that is accepted, in tokens.
             device: where it runs.
+            precision: how its weights are held; None for float32.
 
         Raises:
-            UserError: the package is missing or was changed, or no model loads from there.
+            UserError: the package is missing or was changed, no model loads from there, or it does not fit the device.
         """
-        from transformers import AutoModel, AutoTokenizer, logging
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
-        logging.disable_progress_bar()  # loading takes a second, and its bar would stand among a job's lines
+        disable_progress_bar()  # loading takes a second, and its bar would stand among a job's lines
+        precision = precision or "float32"
         with loading(name) as where:
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            model = AutoModel.from_pretrained(**where, dtype=torch.float32)
-        return cls(name, tokenizer, model.eval().requires_grad_(False).to(device), max_tokens)
+            model = load_frozen(AutoModel, name, where, precision, device)
+        return cls(name, tokenizer, model, max_tokens, precision)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its weights take on its device, when they are there."""
+        return sum(held_bytes(model) for model in self._models)
+
+    def offload(self) -> None:
+        """From now on, have its models wait on the host, and visit the device for each batch, one at a time."""
+        self._visits = DeviceVisits(self.name, self._model.device)
+        for model in self._models:
+            model.to("cpu")
+        log.info(
+            "the text encoder %s waits on the host: its %.1f GB visit the device for each batch of captions",
+            self.name,
+            self.nbytes / 1e9,
+        )
+
+    @property
+    def _models(self) -> tuple[Any, ...]:
+        """Its models, each with weights of its own."""
+        return (self._model,)
+
+    def _at_work(self, model: Any) -> AbstractContextManager[None]:
+        """A context in which one of its models is on the device."""
+        return nullcontext() if self._visits is None else self._visits.visit(model)
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
         """Length of each caption in tokens, with start and end marks; also of captions that are too long.
@@ -172,15 +216,16 @@ class TextEncoder(ConditionEncoder):
         for index, tokens in enumerate(ids):
             by_length[len(tokens)].append(index)
         states = [torch.empty(0)] * len(ids)
-        for length, indices in by_length.items():
-            for start in range(0, len(indices), GROUP):
-                group = indices[start : start + GROUP]
-                # Matrix products of few rows are computed by other kernels, with other last digits. So short groups are
-                # repeated, up to a number of rows at which the kernels stay the same.
-                repeats = -(-LEAST_TOKENS // (len(group) * max(length, self._padded_length)))
-                encoded = self._states([ids[index] for index in group] * repeats)[: len(group)]
-                for index, state in zip(group, encoded, strict=True):
-                    states[index] = as_stored(state)
+        with self._at_work(self._model):
+            for length, indices in by_length.items():
+                for start in range(0, len(indices), GROUP):
+                    group = indices[start : start + GROUP]
+                    # Matrix products of few rows are computed by other kernels, with other last digits. So short groups
+                    # are repeated, up to a number of rows at which the kernels stay the same.
+                    repeats = -(-LEAST_TOKENS // (len(group) * max(length, self._padded_length)))
+                    encoded = self._states([ids[index] for index in group] * repeats)[: len(group)]
+                    for index, state in zip(group, encoded, strict=True):
+                        states[index] = as_stored(state)
         return states
 
     @torch.no_grad()
@@ -192,7 +237,8 @@ class TextEncoder(ConditionEncoder):
         """
         ids = self._checked_ids(captions)
         groups = [ids[start : start + GROUP] for start in range(0, len(ids), GROUP)]
-        return [state for group in groups for state in self._states(group)]
+        with self._at_work(self._model):
+            return [state for group in groups for state in self._states(group)]
 
     def _checked_ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption, none of which is too long: tokenizing and `check` in one."""

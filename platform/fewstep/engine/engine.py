@@ -142,6 +142,7 @@ class Engine:
         conditioning = Conditioning.join([one.conditioning for one in generations]).to(pipeline.device)
         x = torch.cat([one.latent for one in generations]).to(pipeline.device)
         clean = None
+        torch.compiler.cudagraph_mark_step_begin()  # what a compiled network gave before may be overwritten now
         # Read from this thread, which is safe: a future that is done stays so.
         wanted = key.model.interruption.unless(lambda: all(entry.abandoned for entry in batch))
         with watch.measuring(), wanted:

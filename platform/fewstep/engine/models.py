@@ -12,19 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
+from fewstep.config import PartsConfig, Precision
 from fewstep.engine.in_flight import InFlight
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
+from fewstep.models.precision import check_precision, held_bytes, pipeline_arguments
 from fewstep.student import FewStepPipeline, current_version, resolve_student
 from fewstep.student.resolve import fetch_folder
 
 log = logging.getLogger(__name__)
 FAILED_AGAIN_S = 60.0
 """A version that did not load is tried again after this long."""
+
+
+Compiled = bool | Literal["blocks", "graphs"]
+"""How networks are compiled: not at all; as a whole; block by block, in a fraction of the time; or as a whole, with
+CUDA graphs of the shapes that repeat."""
 
 
 class UnknownModel(Exception):
@@ -125,7 +132,7 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         network = self.pipeline.network
-        self.nbytes = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+        self.nbytes = held_bytes(network)
         transformer = _transformer(self.pipeline)
         self.stopwatch = Stopwatch(transformer, self.pipeline.device)
         self.interruption = Interruption(transformer)
@@ -149,6 +156,19 @@ class LoadedModel:
         return self.pipeline.latent_shape(*(size or ()))
 
 
+def compile_network(pipeline: FewStepPipeline, how: Compiled) -> None:
+    """Compile a pipeline's network, in place; it happens at the first call with each shape."""
+    transformer = _transformer(pipeline)
+    if how == "blocks":
+        for block in pipeline.network.family.blocks(transformer):
+            # The forward alone: hooks of a block, by which an evaluation is ended, stay outside.
+            block.forward = torch.compile(block.forward)
+    elif how == "graphs":
+        transformer.compile(mode="reduce-overhead")
+    elif how:
+        transformer.compile()
+
+
 def _transformer(pipeline: FewStepPipeline) -> torch.nn.Module:
     return cast(torch.nn.Module, pipeline.network.transformer)
 
@@ -164,7 +184,9 @@ class ModelStore:
         tracking_uri: where `models:/…` is looked up; MLflow's own setting by default.
         device: where networks run.
         memory_bytes: limit on loaded weights; the least recently used models leave first. None: no limit.
-        compile: compile networks.
+        compile: how networks are compiled, as in `compile_network`.
+        precision: in which networks are held.
+        parts: how encoders and autoencoders are loaded.
         whole: also load each model's encoder and autoencoder, and warm up; False where other processes have them.
     """
 
@@ -175,13 +197,16 @@ class ModelStore:
         tracking_uri: str | None = None,
         device: str = "cpu",
         memory_bytes: int | None = None,
-        compile: bool = False,
+        compile: Compiled = False,
+        precision: Precision = "float32",
+        parts: PartsConfig | None = None,
         whole: bool = True,
     ) -> None:
         self.sources = dict(sources)
         self.created = int(time.time())
         self._tracking_uri, self._device = tracking_uri, device
         self._memory_bytes, self._compile, self._whole = memory_bytes, compile, whole
+        self._precision, self._parts = check_precision(precision), parts or PartsConfig()
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading = InFlight(self._load_and_install)
         self._failed: dict[str, float] = {}
@@ -307,9 +332,15 @@ class ModelStore:
             teacher = source.teacher
             if teacher is not None and "://" in teacher:  # folders and hub ids the pipeline finds by itself
                 teacher = str(fetch_folder(teacher, into / "teacher", "teacher", {}))
-            pipeline = FewStepPipeline.from_pretrained(student.folder, teacher=teacher, device=self._device)
-            if self._compile:
-                _transformer(pipeline).compile()
+            # Refused where it does not fit beside what is in memory, such as the model that it is to replace.
+            pipeline = FewStepPipeline.from_pretrained(
+                student.folder,
+                teacher=teacher,
+                device=self._device,
+                parts=self._parts,
+                **pipeline_arguments(self._precision),
+            )
+            compile_network(pipeline, self._compile)
             if self._whole:
                 pipeline("", seed=0, num_inference_steps=1)  # loads encoder and autoencoder, and warms up
         return LoadedModel(source.name, student.version, pipeline)

@@ -49,7 +49,7 @@ class PromptEncoder:
 
     def __init__(self) -> None:
         self._thread = tensor_thread("encoder")
-        self._remembered: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
+        self._remembered: OrderedDict[_Key, Conditioning] = OrderedDict()
         self._remembered_bytes = 0
         # The engine bounds how many images wait, and with them the captions: no second bound here.
         self._batcher: DynamicBatcher[ConditionEncoder, str, Conditioning] = DynamicBatcher(
@@ -63,12 +63,12 @@ class PromptEncoder:
             UserError: a caption that the encoder can't take.
         """
         encoder.check(captions)  # before they join a batch, which one refusal would fail for others
-        known = {caption: self._remembered.get((encoder.name, caption)) for caption in captions}
+        known = {caption: self._remembered.get(_key(encoder, caption)) for caption in captions}
         encoded = {caption: one for caption, one in known.items() if one is not None}
         if missing := [caption for caption in known if caption not in encoded]:
             encoded |= zip(missing, await self._batcher.submit(encoder, missing), strict=True)
         for caption in encoded:
-            if (key := (encoder.name, caption)) in self._remembered:
+            if (key := _key(encoder, caption)) in self._remembered:
                 self._remembered.move_to_end(key)  # the least recently used is forgotten first
         return [encoded[caption] for caption in captions]
 
@@ -79,10 +79,10 @@ class PromptEncoder:
         captions = [entry.item for entry in entries]
         encoded = await loop.run_in_executor(self._thread, encoder.each, captions)
         if len(captions) == 1:
-            self._remember((encoder.name, captions[0]), encoded[0])
+            self._remember(_key(encoder, captions[0]), encoded[0])
         return list(encoded)
 
-    def _remember(self, key: tuple[str, str], conditioning: Conditioning) -> None:
+    def _remember(self, key: _Key, conditioning: Conditioning) -> None:
         # The same caption may have been encoded twice, for two requests at once.
         if (known := self._remembered.pop(key, None)) is not None:
             self._remembered_bytes -= known.nbytes
@@ -91,6 +91,14 @@ class PromptEncoder:
         while self._remembered_bytes > REMEMBERED_BYTES:
             _, oldest = self._remembered.popitem(last=False)
             self._remembered_bytes -= oldest.nbytes
+
+
+_Key = tuple[str, str | None, str]
+"""Name and precision of an encoder, and a caption."""
+
+
+def _key(encoder: ConditionEncoder, caption: str) -> _Key:
+    return encoder.name, encoder.precision, caption
 
 
 class LocalStages:

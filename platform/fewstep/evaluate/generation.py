@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.config import Precision
 from fewstep.data.stream import Batch
 from fewstep.evaluate.teacher_images import TeacherImages
 from fewstep.flow import gaussian_noise
 from fewstep.models.family_code import CODE, FamilyCode, find_code
+from fewstep.models.precision import check_arithmetic, check_precision, pipeline_arguments
 from fewstep.student.card import read_student_card
 from fewstep.student.pipeline import FewStepPipeline
 
@@ -40,10 +42,24 @@ class Method:
     """Which noise: methods with the same number start from the same latents."""
 
 
+@dataclass(frozen=True)
+class Precisions:
+    """Precisions of the weights that images are generated with."""
+
+    student: Precision = "float32"
+    """Of the student's methods."""
+    teacher: Precision = "float32"
+    """Of the teacher's methods, with which the student's are compared."""
+
+    def of(self, method: Method) -> Precision:
+        """The one that a method is generated with."""
+        return self.student if method.student else self.teacher
+
+
 class _Actor:
     """A pipeline in a Ray Data actor, which generates one unit of work at a time."""
 
-    def __init__(self, files: Any, batch: Any, seed: int, device: str) -> None:
+    def __init__(self, files: Any, batch: Any, seed: int, device: str, precision: Precision) -> None:
         import ray
 
         torch.set_num_threads(1)  # one actor per CPU
@@ -54,7 +70,9 @@ class _Actor:
                 (Path(folder) / name).write_bytes(content)
             if (code := Path(folder) / CODE).exists():  # the driver has checked that it may be run
                 FamilyCode.read(code).use()
-            self.pipe = FewStepPipeline.from_pretrained(folder, device=device)
+            self.pipe = FewStepPipeline.from_pretrained(
+                folder, device=device, **pipeline_arguments(precision)
+            )
         self.conditioning, self.shape = captions.conditioning.to(self.pipe.device), captions.shape
         self.seed = seed
 
@@ -78,7 +96,13 @@ class _Actor:
 
 
 def generate_images(
-    student: Path, batch: Batch, methods: Sequence[Method], *, seed: int = 0, gpu: bool = False
+    student: Path,
+    batch: Batch,
+    methods: Sequence[Method],
+    *,
+    seed: int = 0,
+    gpu: bool = False,
+    precisions: Precisions | None = None,
 ) -> dict[str, np.ndarray]:
     """Images of every method for every caption of `batch`, on all CPUs (or GPUs) of the cluster.
 
@@ -91,39 +115,43 @@ def generate_images(
         methods: what to generate them with.
         seed: of the noise.
         gpu: whether each actor gets a GPU instead of a CPU.
+        precisions: of the weights; float32 by default.
 
     Returns:
         Per method (N, H, W, 3) uint8, in the order of the captions.
 
     Raises:
-        UserError: the teacher's family is code that nobody has looked at here.
+        UserError: the teacher's family is code that nobody has looked at here; or a precision can't be used here.
     """
+    precisions = precisions or Precisions()
+    for precision in (precisions.student, precisions.teacher):
+        check_arithmetic(check_precision(precision), "cuda" if gpu else "cpu")
     card = read_student_card(student)
     find_code(card.teacher.family, card.teacher.code_sha256, student)
-    kept = TeacherImages.of(card, batch, seed)
+    kept = TeacherImages.of(card, batch, seed, precisions.teacher)
     images: dict[str, np.ndarray] = {}
     for method in methods:
         if not method.student and (known := kept.load(method.steps, method.noise)) is not None:
             images[method.name] = known
     missing = [method for method in methods if method.name not in images]
     # Kept one by one, so that an evaluation that is interrupted need not begin again.
-    for method, made in _generate(student, batch, missing, seed, gpu):
-        images[method.name] = made
-        if not method.student:
-            kept.save(method.steps, method.noise, made)
+    for precision in dict.fromkeys(map(precisions.of, missing)):
+        together = [method for method in missing if precisions.of(method) == precision]
+        for method, made in _generate(student, batch, together, seed, gpu, precision):
+            images[method.name] = made
+            if not method.student:
+                kept.save(method.steps, method.noise, made)
     return images
 
 
 def _generate(
-    student: Path, batch: Batch, methods: Sequence[Method], seed: int, gpu: bool
+    student: Path, batch: Batch, methods: Sequence[Method], seed: int, gpu: bool, precision: Precision
 ) -> Iterator[tuple[Method, np.ndarray]]:
     """Each method with its images, (N, H, W, 3) uint8, as soon as all of them are there."""
     import ray
     import ray.data
     from tqdm.auto import tqdm
 
-    if not methods:
-        return
     _, height, width = batch.shape
     chunk = min(CHUNK, max(1, CHUNK_CELLS // (height * width)))
     # Methods of many steps come first, so that no actor is left with the longest work at the end.
@@ -138,7 +166,7 @@ def _generate(
     resources: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 1}
     dataset = ray.data.from_items(work, override_num_blocks=len(work)).map(
         generator,
-        fn_constructor_args=(ray.put(files), ray.put(batch), seed, "cuda" if gpu else "cpu"),
+        fn_constructor_args=(ray.put(files), ray.put(batch), seed, "cuda" if gpu else "cpu", precision),
         compute=ray.data.ActorPoolStrategy(size=min(_places(gpu), len(work))),
         **resources,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fewstep.config import Precision
 from fewstep.data.stream import Batch
 from fewstep.student.card import StudentCard
 
@@ -33,13 +34,16 @@ class TeacherImages:
     folder: Path = FOLDER
 
     @classmethod
-    def of(cls, card: StudentCard, batch: Batch, seed: int) -> TeacherImages:
+    def of(
+        cls, card: StudentCard, batch: Batch, seed: int, precision: Precision = "float32"
+    ) -> TeacherImages:
         """The images of a student's teacher.
 
         Args:
             card: of the student.
             batch: captions and the latent shape.
             seed: of the noise.
+            precision: of the teacher's weights.
         """
         if card.teacher.sha256 is None:  # a hub id, whose weights may change under the same name
             return cls(None)
@@ -64,6 +68,8 @@ class TeacherImages:
             "captions": batch.captions,
             "seed": seed,
         }
+        if precision != "float32":
+            facts["precision"] = precision
         return cls(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16])
 
     def load(self, steps: int, noise: int) -> np.ndarray | None:

@@ -26,6 +26,7 @@ class Flux(PackedTransformer):
 
     name = "flux"
     network: ClassVar[str] = "FluxTransformer2DModel"
+    time_embedding: ClassVar[tuple[str, float]] = ("time_text_embed", 1000.0)
 
     def denoise(
         self,

@@ -9,6 +9,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.errors import UserError
 from fewstep.models.precision import is_quantised
 
 FOLDED = "folded"
@@ -30,6 +31,18 @@ class FoldedLoRALinear(Linear):
         # Folded beforehand by `keep_folded`; in training at each call, as the adapter changes at every step.
         folded, layer = self._buffers.get(FOLDED), cast(nn.Linear, self.get_base_layer())
         return F.linear(x, self._fold() if folded is None else folded, layer.bias)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapter to the weight itself, as peft does.
+
+        Raises:
+            UserError: the weight is quantised.
+        """
+        if is_quantised(cast(nn.Linear, self.get_base_layer()).weight):
+            raise UserError(
+                "adapters can't be merged into quantised weights: load the student in float32 or bfloat16 to merge."
+            )
+        super().merge(safe_merge, adapter_names)
 
     @torch.no_grad()
     def keep_folded(self) -> None:

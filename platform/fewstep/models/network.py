@@ -18,10 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fewstep.config import Precision
 from fewstep.models.adapters import LoRAConfig, add_adapters
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, PolicyHead, Unpack, build_head
-from fewstep.models.precision import Precision, compute_in_bfloat16, frozen_layers, set_weight
+from fewstep.models.precision import (
+    bytes_of,
+    compute_in_bfloat16,
+    frozen_layers,
+    held_bytes,
+    set_weight,
+)
 from fewstep.models.pretrained import read_weights, stream_weights
 from fewstep.models.sharded import fill
 from fewstep.policies import Policy
@@ -150,6 +157,14 @@ class PolicyNetwork(nn.Module):
                 set_weight(layer, layer.weight, precision, layer.weight.device)
                 self._lowered.add(id(layer))
             compute_in_bfloat16(trunk)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights and buffers; of a network without values, those that it will have."""
+        lowered = {id(layer.weight) for layer in self.modules() if id(layer) in self._lowered}
+        planned = [p for p in self.parameters() if p.is_meta and id(p) in lowered]
+        more = sum(bytes_of(p.numel(), self.precision) - p.nbytes for p in planned)
+        return held_bytes(self) + more
 
     def fill(self, weights: Path, device: torch.device) -> None:
         """Give a network that was built on the meta device its values: the teacher's, and the student's initial ones.

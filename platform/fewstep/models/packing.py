@@ -36,6 +36,8 @@ class PackedTransformer(Family):
 
     network: ClassVar[str]
     """Name of the network's class in diffusers."""
+    time_embedding: ClassVar[tuple[str, float]]
+    """Name of the module that embeds the time, and the factor on t in what it is called with."""
 
     def load(self, path: str) -> Transformer:
         """The network of a diffusers folder or hub id, in float32."""

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.config import Precision
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.precision import LIBRARIES, Precision, bytes_of, frozen_layers, held_bytes
+from fewstep.models.precision import LIBRARIES, frozen_layers
 
 
 def lower_on_meta(network: PolicyNetwork, precision: Precision) -> None:
@@ -35,29 +36,12 @@ def lower_on_meta(network: PolicyNetwork, precision: Precision) -> None:
             layer.__class__ = stand_in
 
 
-def planned_bytes(module: nn.Module) -> int:
-    """Bytes that the parameters and buffers of a module on the meta device will take, as `held_bytes` of a real one."""
-    return held_bytes(module) + sum(
-        bytes_of(layer.weight.numel(), layer.precision) - layer.weight.nbytes
-        for layer in module.modules()
-        if isinstance(layer, _QuantisedLinear)
-    )
-
-
-class _QuantisedLinear(nn.Linear):
-    """A layer whose weight is unpacked to bfloat16 for its product."""
-
-    precision: Precision
-
-
-class _Int8Linear(_QuantisedLinear):
+class _Int8Linear(nn.Linear):
     """As torchao computes: unpacked to the type of x, product, scales of the rows.
 
     Autograd keeps the unpacked weight for backward. torchao is called before autocast, which then casts the product's
     inputs.
     """
-
-    precision = "int8"
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), of the type of x."""
@@ -67,10 +51,8 @@ class _Int8Linear(_QuantisedLinear):
         return _with_bias(self, scaled.reshape(*x.shape[:-1], self.out_features)).to(x.dtype)
 
 
-class _Int4Linear(_QuantisedLinear):
+class _Int4Linear(nn.Linear):
     """As bitsandbytes computes: unpacked in forward, and again in backward."""
-
-    precision = "int4"
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), bfloat16."""

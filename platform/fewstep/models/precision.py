@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import wraps
 from importlib.util import find_spec
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fewstep.config import Precision
 from fewstep.errors import UserError
-
-Precision = Literal["float32", "bfloat16", "int8", "int4"]
-"""How weights are held: in floating point; as integers of 8 bits with a scale per row (torchao); or as 4-bit
-NormalFloat numbers with a scale per 64 (bitsandbytes)."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """All of them, the most exact first."""
@@ -57,6 +54,13 @@ def precision_of(torch_dtype: torch.dtype | None, quantization: str | None) -> P
             f"quantization {quantization!r} is not known: give {' or '.join(LIBRARIES)}, or None."
         )
     return check_precision(quantization, "quantization")
+
+
+def pipeline_arguments(precision: Precision) -> dict[str, Any]:
+    """The two arguments that stand for a precision; the inverse of `precision_of`."""
+    if precision in LIBRARIES:
+        return {"quantization": precision}
+    return {"torch_dtype": getattr(torch, precision)}
 
 
 def check_precision(name: str, field: str = "precision") -> Precision:

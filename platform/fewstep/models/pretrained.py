@@ -165,7 +165,7 @@ def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def return_freed_memory() -> None:
-    """Return memory that this process has freed on the host to the system, where its allocator (glibc) would keep it."""
+    """Return freed host memory to the system, which glibc's allocator would keep."""
     with suppress(OSError, AttributeError):  # another system, or another allocator
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

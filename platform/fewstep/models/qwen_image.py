@@ -16,6 +16,7 @@ class QwenImage(PackedTransformer):
 
     name = "qwen_image"
     network: ClassVar[str] = "QwenImageTransformer2DModel"
+    time_embedding: ClassVar[tuple[str, float]] = ("time_text_embed", 1.0)
 
     def denoise(
         self,

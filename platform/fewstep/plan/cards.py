@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fewstep.config import Precision
 from fewstep.models.planned import lower_on_meta
-from fewstep.models.precision import LIBRARIES, Precision
+from fewstep.models.precision import LIBRARIES
 from fewstep.plan.memory import standing_memory
 from fewstep.plan.serving import GPU, Served, plan_serving
 from fewstep.plan.training import FULL_SIZE, measure, new_student
@@ -68,7 +69,7 @@ def _peaks(recipe: DistillRecipe) -> Iterator[tuple[tuple[str, Precision], int]]
         [plan] = plan_serving(
             served, GPU(0), side=FULL_SIZE, tokens=TOKENS, encoder_precision=precision, precisions=[precision]
         )
-        yield ("serve", precision), plan.memory.total
+        yield ("serve", precision), plan.memory.in_tiles
         # FSDP does not shard quantised weights: then every card holds all of them.
         parallel = "ddp" if precision in LIBRARIES else "fsdp"
         train = recipe.train.model_copy(update={"precision": precision, "parallel": parallel})

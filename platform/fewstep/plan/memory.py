@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.planned import planned_bytes
-from fewstep.train.optimizers import muon_parameters
-from fewstep.train.parallel import is_sharded
+from fewstep.models.precision import held_bytes
+from fewstep.train.optimizers import state_bytes
+from fewstep.train.parallel import BUCKET_BYTES, is_sharded
 from fewstep.train.recipe import DistillRecipe
-
-ADAM_BYTES = 8
-"""Two float32 averages per parameter that Adam trains (Muon keeps one)."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,9 @@ class Memory:
     gradients: int
     """This GPU's share, float32, and those of one block before they are reduced."""
     optimizer: int
-    """This GPU's share of the optimizer's averages, float32."""
+    """This GPU's share of the optimizer's averages, in float32 or, by Adam of 8 bits, in integers with their scales."""
     ema: int
-    """This GPU's share of the EMA of the student's own weights, float32."""
+    """This GPU's share of the EMA of the student's own weights, float32; nothing where the host keeps it."""
     activations: int
     """The most that is alive at a time besides, in one micro-batch."""
 
@@ -48,18 +45,17 @@ def standing_memory(network: PolicyNetwork, recipe: DistillRecipe, gpus: int) ->
         gpus: how many GPUs share it.
     """
     train = recipe.train
-    everything = planned_bytes(network)
+    everything = network.nbytes
     own = sum(p.nbytes for p in network.trainable().values())
     own_blocks = network.family.blocks(network.transformer)
-    momentum = sum(p.nbytes for p in muon_parameters(own_blocks, recipe.optimizer))
-    # Of every float32 weight that Muon leaves to Adam, two numbers are kept; of Muon's own one.
-    slots = (own - momentum) // 4 * ADAM_BYTES + momentum
+    slots = state_bytes(network.trainable().values(), own_blocks, recipe.optimizer)
+    ema = 0 if recipe.optimizer.ema_offload and train.gpu else own
     if not is_sharded(train, gpus):
-        # Averaging sends gradients as one message: a copy, and its mean.
-        gradients = own if gpus == 1 else 3 * own
-        return Memory(everything, 0, gradients, slots, own, activations=0)
+        # Averaging copies small gradients into messages, one after the other.
+        gradients = own if gpus == 1 else own + min(own, BUCKET_BYTES)
+        return Memory(everything, 0, gradients, slots, ema, activations=0)
     blocks = [block for part in network.transformers() for block in network.family.blocks(part)]
-    sizes = sorted(planned_bytes(block) for block in blocks)
+    sizes = sorted(held_bytes(block) for block in blocks)
     outside = everything - sum(sizes)
     largest = max([_trainable_bytes(block) for block in blocks], default=own)
     return Memory(
@@ -67,7 +63,7 @@ def standing_memory(network: PolicyNetwork, recipe: DistillRecipe, gpus: int) ->
         gathered=outside + sum(sizes[-2:]),
         gradients=own // gpus + 2 * largest,
         optimizer=slots // gpus,
-        ema=own // gpus,
+        ema=ema // gpus,
         activations=0,
     )
 

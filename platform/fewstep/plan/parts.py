@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from fewstep.assets import expanded
+from fewstep.config import Precision
 from fewstep.encoders.autoencoders import GREY, KINDS, PIXEL, KLAutoencoder
 from fewstep.encoders.base import LABELS, of_pipeline
 from fewstep.encoders.text import loading
 from fewstep.errors import UserError
 from fewstep.models.architecture import known_config
-from fewstep.models.precision import LIBRARIES, Precision, bytes_of
+from fewstep.models.precision import LIBRARIES, bytes_of
 
 ENCODERS = {"qwen_image": "qwen-image", "flux": "flux", "flux2": "flux2"}
 """Family of a network → prefix of the name of its pipeline's own text encoder."""
@@ -74,11 +75,12 @@ def _text_models(name: str) -> list[nn.Module]:
         ]
 
 
-def autoencoder_on_meta(name: str) -> KLAutoencoder | None:
+def autoencoder_on_meta(name: str, precision: Precision) -> KLAutoencoder | None:
     """An autoencoder on the meta device; None where its latents are pixels.
 
     Args:
         name: as for `load_autoencoder`.
+        precision: of its weights, "float32" or "bfloat16".
 
     Raises:
         LookupError: its configuration is not found here.
@@ -104,6 +106,9 @@ def autoencoder_on_meta(name: str) -> KLAutoencoder | None:
         raise LookupError(name)
     with torch.device("meta"):
         model = getattr(diffusers, kind).from_config(config)
+    if precision == "bfloat16":
+        for weight in model.parameters():  # as `load_autoencoder` does
+            weight.data = weight.data.to(torch.bfloat16)
     return KINDS[kind](name, model.eval().requires_grad_(False))
 
 

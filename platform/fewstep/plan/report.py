@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fewstep.models.precision import LIBRARIES
-from fewstep.plan.serving import ServingPlan
+from fewstep.plan.serving import NO_FIT, ServingPlan
 from fewstep.plan.training import Plan
 
 GB = 1e9
@@ -54,8 +54,8 @@ def plan_table(plan: Plan) -> str:
     )
 
 
-COLUMNS = ("weights", "text_encoder", "autoencoder", "evaluation", "decoding", "total")
-"""Of the table of a service: parts of `ServingMemory`."""
+COLUMNS = ("weights", "text_encoder", "autoencoder", "evaluation", "decoding", "tiled", "total")
+"""Of the table of a service: fields of `ServingMemory`."""
 
 
 def serving_table(plans: Sequence[ServingPlan]) -> str:
@@ -68,11 +68,11 @@ def serving_table(plans: Sequence[ServingPlan]) -> str:
     device = "a CPU" if first.gpu.on_cpu else f"a GPU of {first.gpu.memory_gb:g} GB"
     size = "x".join(map(str, first.shape))
     images = "1 image" if first.batch == 1 else f"{first.batch} images"
-    head = "precision" + "".join(f"{name.replace('_', ' '):>15}" for name in COLUMNS) + f"{'per image':>14}"
+    head = "precision" + "".join(f"{name.replace('_', ' '):>14}" for name in COLUMNS) + f"{'per image':>14}"
     missing = [name for name in COLUMNS if getattr(first.memory, name) is None]
     notes = [
-        f"GB; the text encoder in {first.encoder_precision}; total is the peak: weights, and the larger of evaluation "
-        "and decoding"
+        f"GB; text encoder in {first.encoder_precision}, autoencoder in {first.autoencoder_precision}; total: weights "
+        "of all parts, and the larger of evaluation and decoding"
     ]
     if missing:
         names = " and ".join(name.replace("_", " ") for name in missing)
@@ -82,7 +82,7 @@ def serving_table(plans: Sequence[ServingPlan]) -> str:
             f"time of {first.served.sampler.nfe} evaluations at {first.gpu.utilisation:.0%} of {first.gpu.tflops:g} "
             f"TFLOPS ({first.gpu.float32_tflops:g} in float32) and {first.gpu.bandwidth_tb:g} TB/s"
         )
-    if not any(plan.fits for plan in plans):
+    if all(plan.verdict == NO_FIT for plan in plans):
         notes.append(f"fits in no precision: {_serving_remedy(plans[-1])}")
     return "\n".join(
         [
@@ -97,9 +97,9 @@ def serving_table(plans: Sequence[ServingPlan]) -> str:
 
 def _serving_row(plan: ServingPlan) -> str:
     amounts = [getattr(plan.memory, name) for name in COLUMNS]
-    parts = "".join(f"{'?' if amount is None else f'{amount / GB:.2f}':>15}" for amount in amounts)
+    parts = "".join(f"{'?' if amount is None else f'{amount / GB:.2f}':>14}" for amount in amounts)
     seconds = "" if plan.gpu.on_cpu else f"{plan.seconds:.3g} s"
-    return f"{plan.precision:<9}{parts}{seconds:>14}   {'fits' if plan.fits else 'does not fit'}"
+    return f"{plan.precision:<9}{parts}{seconds:>14}   {plan.verdict}"
 
 
 def _serving_remedy(plan: ServingPlan) -> str:
@@ -109,8 +109,6 @@ def _serving_remedy(plan: ServingPlan) -> str:
         return "make fewer images at a time"
     if memory.total - (memory.text_encoder or 0) <= limit and plan.encoder_precision != "int4":
         return "hold the text encoder in a lower precision"
-    if memory.decoding is not None and memory.decoding > memory.evaluation:
-        return "decode images in tiles, or make smaller ones"
     return "make smaller images, or use a larger device"
 
 

@@ -10,19 +10,20 @@ encoder computes with. Leave room.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fewstep.config import Shape
+from fewstep.config import Precision, Shape
 from fewstep.data.schema import DatasetInfo
+from fewstep.encoders.autoencoders import PIXELS_DECODED, KLAutoencoder
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, generate_step
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.planned import lower_on_meta, planned_bytes
-from fewstep.models.precision import PRECISIONS, Precision
+from fewstep.models.planned import lower_on_meta
+from fewstep.models.precision import PRECISIONS, held_bytes
 from fewstep.models.teacher import read_card
 from fewstep.plan.meter import DispatchMeter, fused_attention
 from fewstep.plan.parts import autoencoder_on_meta, text_encoder_bytes, usual_parts, usual_precision
@@ -31,11 +32,12 @@ from fewstep.student.card import StudentCard, read_student_card
 from fewstep.student.weights import student_on_meta
 from fewstep.train.recipe import DistillRecipe
 
-DECODED_PIXELS = 2**19
-"""Most pixels that are decoded at once, unless a single image has more."""
-
 CAPTION_TOKENS = 512
 """Longest caption in tokens, where no card says otherwise."""
+
+
+NO_FIT = "does not fit"
+"""The verdict on a student that is too large for a device."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,30 @@ class ServingMemory:
     text_encoder: int | None
     """Its weights."""
     autoencoder: int | None
-    """Its weights, float32."""
+    """Its weights."""
     evaluation: int
     """The most that is alive at a time besides, in one evaluation of a batch."""
     decoding: int | None
-    """The most that is alive at a time besides, while latents are decoded."""
+    """The most that is alive at a time besides, while latents are decoded whole."""
+    tiled: int | None
+    """The same while they are decoded in tiles; as `decoding` where images are too small for that."""
 
     @property
     def total(self) -> int:
         """The peak: weights of all parts, and the larger of what evaluating and decoding take."""
         held = self.weights + (self.text_encoder or 0) + (self.autoencoder or 0)
         return held + max(self.evaluation, self.decoding or 0)
+
+    @property
+    def in_tiles(self) -> int:
+        """The peak where images are decoded in tiles."""
+        return replace(self, decoding=self.tiled).total
+
+    @property
+    def least(self) -> int:
+        """The peak where, besides, the text encoder is on the device only while it works."""
+        visits = max(self.evaluation, self.tiled or 0, self.text_encoder or 0)
+        return self.weights + (self.autoencoder or 0) + visits
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,8 @@ class ServingPlan:
     """Of the network's frozen weights."""
     encoder_precision: Precision
     """Of the text encoder's weights."""
+    autoencoder_precision: Precision
+    """Of the autoencoder's weights."""
     shape: Shape
     """(C, H, W) of the latents."""
     batch: int
@@ -158,9 +175,18 @@ class ServingPlan:
     """Of one evaluation of the batch (a multiply-add is two)."""
 
     @property
-    def fits(self) -> bool:
-        """Whether the peak is within the device's memory."""
-        return self.memory.total <= self.gpu.memory_gb * 1e9
+    def verdict(self) -> str:
+        """Whether and how it fits the device's memory."""
+        limit = self.gpu.memory_gb * 1e9
+        if self.memory.total <= limit:
+            return "fits"
+        if self.memory.in_tiles <= limit:
+            return "fits, decoding in tiles"
+        return (
+            "fits, with the text encoder on the host between batches"
+            if self.memory.least <= limit
+            else NO_FIT
+        )
 
     @property
     def seconds(self) -> float:
@@ -179,6 +205,7 @@ def plan_serving(
     batch: int = 1,
     tokens: int | None = None,
     encoder_precision: Precision | None = None,
+    autoencoder_precision: Precision = "float32",
     precisions: Sequence[Precision] = PRECISIONS,
 ) -> list[ServingPlan]:
     """Plan a student in each precision.
@@ -190,6 +217,7 @@ def plan_serving(
         batch: images of a batch.
         tokens: token states per caption; by default as many as a caption may have.
         encoder_precision: of the text encoder; by default as it is loaded where none is asked for.
+        autoencoder_precision: of the autoencoder, "float32" or "bfloat16".
         precisions: of the network's frozen weights.
 
     Raises:
@@ -197,17 +225,29 @@ def plan_serving(
     """
     held_in = encoder_precision or usual_precision(served.text_encoder, gpu.on_cpu)
     encoder = text_encoder_bytes(served.text_encoder, held_in)
-    tokens, plans = tokens or served.max_tokens, []
-    decoded: dict[Shape, tuple[int | None, int | None]] = {}
+    autoencoder, tokens, plans = None, tokens or served.max_tokens, []
     for precision in precisions:
         network = served.network(precision)
         shape = _latent_shape(served, network, side)
-        if shape not in decoded:
-            decoded[shape] = _decoding(served.autoencoder, shape, batch)
-        weights, decoding = decoded[shape]
+        if autoencoder is None:  # the same for all
+            autoencoder = _autoencoder_bytes(served.autoencoder, autoencoder_precision, shape, batch)
         evaluation, operations = _evaluation(network, served.sampler, shape, batch, tokens, gpu.on_cpu)
-        memory = ServingMemory(planned_bytes(network), encoder, weights, evaluation, decoding)
-        plans.append(ServingPlan(served, gpu, precision, held_in, shape, batch, tokens, memory, operations))
+        held, whole, tiled = autoencoder
+        memory = ServingMemory(network.nbytes, encoder, held, evaluation, whole, tiled)
+        plans.append(
+            ServingPlan(
+                served,
+                gpu,
+                precision,
+                held_in,
+                autoencoder_precision,
+                shape,
+                batch,
+                tokens,
+                memory,
+                operations,
+            )
+        )
     return plans
 
 
@@ -239,20 +279,30 @@ def _evaluation(
     return meter.peak, meter.operations
 
 
-@torch.no_grad()
-def _decoding(name: str, shape: Shape, batch: int) -> tuple[int | None, int | None]:
-    """Bytes of an autoencoder's weights, and the most that decoding a batch takes besides; None if not known."""
+def _autoencoder_bytes(
+    name: str, precision: Precision, shape: Shape, batch: int
+) -> tuple[int | None, int | None, int | None]:
+    """Bytes of an autoencoder's weights, and the most that decoding takes besides, whole and in tiles; or None."""
     try:
-        autoencoder = autoencoder_on_meta(name)
+        autoencoder = autoencoder_on_meta(name, precision)
     except LookupError:
-        return None, None
+        return None, None, None
     if autoencoder is None:
-        return 0, 0
-    model = autoencoder._model
+        return 0, 0, 0
     height, width = autoencoder.image_size(*shape[1:])
-    together = min(batch, max(1, DECODED_PIXELS // (height * width)))
-    known = [*model.parameters(), *model.buffers()]
-    meter = DispatchMeter(known)
+    # As `KLAutoencoder.decode` splits a batch.
+    together = min(batch, max(1, PIXELS_DECODED // (height * width)))
+    whole = _decoding(autoencoder, together, shape, tiled=False)
+    tiled = whole if height * width <= PIXELS_DECODED else _decoding(autoencoder, 1, shape, tiled=True)
+    return held_bytes(autoencoder._model), whole, tiled
+
+
+@torch.no_grad()
+def _decoding(autoencoder: KLAutoencoder, batch: int, shape: Shape, tiled: bool) -> int:
+    """Most bytes alive beside the weights while a batch of latents is decoded."""
+    model = autoencoder._model
+    meter = DispatchMeter([*model.parameters(), *model.buffers()])
+    autoencoder._tiling = tiled
     with fused_attention(meter), meter:
-        autoencoder._picture(torch.empty(together, *shape, device="meta"))
-    return sum(tensor.nbytes for tensor in known), meter.peak
+        autoencoder._whole_or_tiled(torch.empty(batch, *shape, device="meta", dtype=model.dtype))
+    return meter.peak

@@ -5,6 +5,8 @@ micro-batch there: student forward, teacher forward, student backward. A meter f
 counts operations as they are dispatched, so the estimate comes from the training step itself and not from formulas.
 
 What it leaves out: workspaces of kernels, fragments of the allocator, and the CUDA context (about 1 GB). Leave room.
+Nor does it count the host's memory, where each worker needs room for its share of a checkpoint (its own weights, their
+EMA, and the optimizer's averages) while that is being written, and for the EMA itself with `optimizer.ema_offload`.
 """
 
 from __future__ import annotations

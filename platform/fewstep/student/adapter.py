@@ -30,15 +30,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewstep.config import Precision
 from fewstep.errors import UserError
 from fewstep.files import save_weights
+from fewstep.models.device_memory import check_fits
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork
 from fewstep.models.packing import PackedTransformer
 from fewstep.models.planned import lower_on_meta
-from fewstep.models.precision import Precision
 from fewstep.models.sharded import fill
+
+REMEDY = "choose a lower precision (bfloat16, int8 or int4), or a device with more"
+"""What to do where a student is too large for a device."""
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
@@ -157,13 +161,15 @@ def load_adapter(
         device: where values that are read from `base` go.
 
     Raises:
-        UserError: there is no adapter, or it is one for another base; the message lists what does not fit.
+        UserError: there is no adapter, or it is one for another base, and the message lists what does not fit; or the
+            device has less memory free than the student takes.
     """
     network, state = _student_of(transformer, family, folder, *read_adapter(folder))
     own = list(network.trainable())
     if precision != "float32":
         network.requires_grad_(False).lower(precision)  # of a student that has all weights itself, those too
     if base is not None:
+        check_fits(network.nbytes, f"the student in {folder} in {precision}", device, REMEDY)
         network.fill(base, torch.device(device))
     for name in own:
         network.assign(name, state[_published(name)], network.get_parameter(name).device)

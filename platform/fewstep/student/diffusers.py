@@ -44,8 +44,10 @@ from fewstep.files import save_weights, shared_weights
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, build_head
+from fewstep.models.packing import PackedTransformer
+from fewstep.models.pretrained import stream_weights
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import check_reference, load_teacher, told_guidance
+from fewstep.models.teacher import checked_meanwhile, open_teacher, told_guidance
 from fewstep.policies import Policy
 from fewstep.student.adapter import HEAD, OUTPUT, adapter_state
 from fewstep.student.arguments import CALLBACK_TENSORS, OutputType, StepEnd, asked_tensors
@@ -123,24 +125,26 @@ class TransformerOnTeacher(nn.Module):
     """
 
     @staticmethod
-    def from_pretrained(folder: str, torch_dtype: torch.dtype = torch.float32, **ignored: Any) -> nn.Module:
+    def from_pretrained(folder: str, torch_dtype: torch.dtype | None = None, **ignored: Any) -> nn.Module:
         """The merged transformer, in diffusers' own class.
 
         Args:
             folder: as `save` has written it.
-            torch_dtype: type of the weights.
+            torch_dtype: type of the weights, into which they are read one by one; None for float32.
             ignored: diffusers' keyword arguments for large models.
 
         Raises:
-            UserError: the teacher that the student's card names is not found, or has other weights.
+            UserError: the teacher that the student's card names is not found, or has other weights; or the weights are
+                to be quantised, into which adapters can't be merged.
         """
+        if ignored.get("quantization_config") is not None:
+            raise UserError(
+                "quantization_config: adapters can't be merged into quantised weights: export the student as a whole "
+                "(fewstep export --merged), and load that folder with it."
+            )
         card = read_student_card(Path(folder))
-        transformer, _, reference = load_teacher(
-            card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
-        )
-        check_reference(reference, card.teacher)
-        merge(load_file(Path(folder) / ADAPTERS), transformer)
-        return transformer.to(torch_dtype)
+        with checked_meanwhile(card.teacher.path, card.teacher):
+            return merged_transformer(card, load_file(Path(folder) / ADAPTERS), torch_dtype or torch.float32)
 
     @staticmethod
     def save(state: Mapping[str, Tensor], card: StudentCard, folder: Path) -> None:
@@ -355,15 +359,19 @@ PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
 """The teacher's family → the pipeline for its students."""
 
 
-def to_diffusers(student: FewStepPipeline, teacher: str | None = None) -> FewStepDiffusionPipeline:
+def to_diffusers(
+    student: FewStepPipeline, teacher: str | None = None, dtype: torch.dtype = torch.float32
+) -> FewStepDiffusionPipeline:
     """Make a diffusers pipeline of a student. The adapters are merged into a teacher that is loaded once more.
 
     Args:
         student: of a family in `PIPELINES`.
         teacher: the teacher's folder or hub id on this machine, if it differs from that in the student's card.
+        dtype: type of the transformer's weights.
 
     Raises:
-        UserError: there is no pipeline for students of the teacher's family.
+        UserError: there is no pipeline for students of the teacher's family, or the student has all weights itself, and
+            in another precision than float32.
     """
     card, network = student.card, cast(Any, student.network)
     if card.teacher.family not in PIPELINES:
@@ -371,10 +379,7 @@ def to_diffusers(student: FewStepPipeline, teacher: str | None = None) -> FewSte
             f"a student of the family {card.teacher.family!r} can't be exported as a diffusers pipeline, only of "
             f"{', '.join(PIPELINES)}: use the student's own folder instead (FewStepPipeline.from_pretrained reads it)."
         )
-    transformer, _, _ = load_teacher(
-        teacher or card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
-    )
-    merge(_state(network), transformer)
+    transformer = merged_transformer(card, _state(network), dtype, teacher)
     config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
     head = StudentHead(card, network.policy_config, config)
     head.head.load_state_dict(network.head.state_dict())
@@ -395,9 +400,8 @@ def save_diffusers(
     Raises:
         UserError: there is no pipeline for students of the teacher's family.
     """
-    pipe = to_diffusers(student)
+    pipe = to_diffusers(student, dtype=dtype)
     if merged:
-        pipe.transformer.to(dtype)
         pipe.save_pretrained(folder)
     else:
         TransformerOnTeacher.save(_state(student.network), student.card, folder / "transformer")
@@ -405,28 +409,58 @@ def save_diffusers(
 
 
 @torch.no_grad()
-def merge(state: Mapping[str, Tensor], transformer: Transformer) -> None:
-    """Put a student's weights into its teacher's transformer: add LoRA adapters to weights, or replace whole weights.
+def merged_transformer(
+    card: StudentCard, state: Mapping[str, Tensor], dtype: torch.dtype, teacher: str | None = None
+) -> Transformer:
+    """A teacher's transformer with a student's weights: LoRA adapters added to weights, or whole weights replaced.
+
+    Sums are made in float32 and rounded once. Weights are read one by one: no second copy of the network is made.
 
     Args:
+        card: the student's, which names the teacher.
         state: the student's weights by their published names (see `adapter.py`); those of the head are left out.
-        transformer: the teacher's, changed in place, except for its last norm and projection.
+        dtype: of the result's weights.
+        teacher: the teacher's folder or hub id on this machine, if it differs from that in the card.
+
+    Raises:
+        UserError: the teacher is not found.
     """
-    weights = dict(transformer.named_parameters())
-    for name, tensor in state.items():
-        layer = name.removesuffix(".lora_A.weight")
-        if layer != name:
-            weight = weights[f"{layer}.weight"]
-            # alpha = rank, so adapters are added with factor 1.
-            weight.add_((state[f"{layer}.lora_B.weight"] @ tensor).to(weight))
-        elif name in weights and not name.startswith(OUTPUT):
-            weights[name].copy_(tensor)
+    transformer, _, folder = open_teacher(
+        teacher or card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
+    )
+    own = dict(transformer.named_parameters())
+    base = own.items() if folder is None else stream_weights(folder)
+    for name, value in base:
+        if name not in own:
+            continue
+        layer = name.removesuffix(".weight")
+        if not name.startswith(OUTPUT):  # of the last norm and projection nothing is used
+            value = state.get(name, value)
+            if (down := state.get(f"{layer}.lora_A.weight")) is not None:
+                # alpha = rank, so adapters are added with factor 1.
+                value = value.float() + (state[f"{layer}.lora_B.weight"].float() @ down.float()).to(
+                    value.device
+                )
+        path, _, last = name.rpartition(".")
+        # Copied, as users may change the weights: they may be mapped pages of a file.
+        parameter = nn.Parameter(value.to(dtype, copy=True), requires_grad=False)
+        setattr(transformer.get_submodule(path), last, parameter)
+    return transformer.eval()
 
 
 def _state(network: Any) -> dict[str, Tensor]:
-    """A student's own weights by their published names, also if they are frozen."""
+    """A student's own weights by their published names, also if they are frozen.
+
+    Raises:
+        UserError: they are not held in float32.
+    """
     # A loaded student has nothing trainable any more, so that its weights are found by their names.
     full = network.teacher is not None
+    if full and network.precision != "float32":
+        raise UserError(
+            f"this student's own weights are held in {network.precision}, rounded from those in its folder: load it "
+            "in float32 to export it."
+        )
     own = {
         name: parameter
         for name, parameter in network.named_parameters()
@@ -469,22 +503,27 @@ class _Grafted(nn.Module):
         # The whole forward runs, and the input of its last norm is caught on the way: a compiled or offloaded
         # transformer can't be run in part.
         caught: list[tuple[Tensor, Tensor]] = []
-        hook = transformer.norm_out.register_forward_pre_hook(lambda _, given: caught.append(given))
+        embedding, factor = cast(PackedTransformer, self.family).time_embedding
+
+        def exact_time(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            # The transformer rounds the time to the type of its weights first: in bfloat16, 0.9987 is 1.0.
+            return (factor * t_src.float(), *given[1:])
+
+        hooks = [transformer.norm_out.register_forward_pre_hook(lambda _, given: caught.append(given))]
+        if dtype != torch.float32:
+            hooks.append(getattr(transformer, embedding).register_forward_pre_hook(exact_time))
         try:
             self.family.denoise(
-                transformer,
-                x_src.to(dtype),
-                t_src.to(dtype),
-                conditioning.to(x_src.device, dtype),
-                guidance_scale,
+                transformer, x_src.to(dtype), t_src, conditioning.to(x_src.device, dtype), guidance_scale
             )
         finally:
-            hook.remove()
-        [(hidden, embedding)] = caught
+            for hook in hooks:
+                hook.remove()
+        [(hidden, time_embedding)] = caught
         height, width = x_src.shape[-2:]
         # The head computes in float32, also if the transformer runs in bfloat16.
         return head.policy(
-            head(hidden.float(), embedding.float()),
+            head(hidden.float(), time_embedding.float()),
             lambda tokens, channels: self.family.unpack(tokens, channels, height, width),
             x_src,
             t_src,

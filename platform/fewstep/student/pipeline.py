@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.config import Shape
+from fewstep.config import PartsConfig, Shape
 from fewstep.encoders import Autoencoder, ConditionEncoder, load_autoencoder, load_encoder
 from fewstep.encoders.text import TextEncoder
 from fewstep.errors import UserError
@@ -38,7 +38,7 @@ from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.precision import precision_of
+from fewstep.models.precision import check_arithmetic, precision_of
 from fewstep.models.teacher import checked_meanwhile, open_teacher
 from fewstep.student.adapter import load_adapter, save_adapter
 from fewstep.student.arguments import (
@@ -96,10 +96,17 @@ class FewStepPipeline:
         network: a `PolicyNetwork`, or another module with its `policy`, `family` and `transformer`.
         card: the student's.
         device: where to generate.
+        parts: how text encoder and autoencoder are loaded.
     """
 
-    def __init__(self, network: Any, card: StudentCard, device: torch.device | str = "cpu") -> None:
-        self.card, self.device = card, torch.device(device)
+    def __init__(
+        self,
+        network: Any,
+        card: StudentCard,
+        device: torch.device | str = "cpu",
+        parts: PartsConfig = PartsConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.card, self.device, self.parts = card, torch.device(device), parts
         self._interrupt, self.num_timesteps = False, 0  # of the last call, by the names that callbacks know
         self.network = network.to(self.device).eval().requires_grad_(False)
         if isinstance(network, PolicyNetwork):
@@ -110,12 +117,23 @@ class FewStepPipeline:
     @cached_property
     def text_encoder(self) -> ConditionEncoder:
         """The encoder of prompts (texts or classes)."""
-        return load_encoder(self.card.text_encoder, max_tokens=self.card.max_tokens, device=self.device)
+        return load_encoder(
+            self.card.text_encoder,
+            max_tokens=self.card.max_tokens,
+            device=self.device,
+            precision=self.parts.text_encoder_precision,
+            offload=self.parts.text_encoder_offload,
+        )
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
         """The autoencoder that decodes latents."""
-        return load_autoencoder(self.card.autoencoder, device=self.device)
+        return load_autoencoder(
+            self.card.autoencoder,
+            device=self.device,
+            precision=self.parts.autoencoder_precision,
+            tiling=self.parts.autoencoder_tiling,
+        )
 
     @cached_property
     def teacher(self) -> GuidedTeacher:
@@ -135,6 +153,7 @@ class FewStepPipeline:
         tracking_uri: str | None = None,
         torch_dtype: torch.dtype | None = None,
         quantization: str | None = None,
+        parts: PartsConfig = PartsConfig(),  # noqa: B008 (frozen)
     ) -> FewStepPipeline:
         """Load a student and its teacher.
 
@@ -143,12 +162,15 @@ class FewStepPipeline:
             teacher: the teacher's folder or hub id on this machine, if it differs from that in the student's card.
             device: where to generate.
             tracking_uri: address of MLflow, for students that it holds; by default `MLFLOW_TRACKING_URI`.
-            torch_dtype: of the base's weights, float32 (the default) or bfloat16.
-            quantization: of the base's weights, "int8" or "int4"; None for none.
+            torch_dtype: of the network's weights, float32 (the default) or bfloat16. What is not a linear layer of its
+                blocks, as well as adapters and policy head, stays in float32.
+            quantization: of the network's weights, "int8" or "int4"; None for none.
+            parts: how text encoder and autoencoder are loaded, such as their own precisions.
 
         Raises:
-            UserError: there is no such student; its teacher is not found, or has other weights; or the teacher's family
-                is code in the student's folder that may not be run yet (see `family_code.py`).
+            UserError: there is no such student; its teacher is not found, or has other weights; the teacher's family is
+                code in the student's folder that may not be run yet (see `family_code.py`); a precision that the device
+                or the installed libraries can't do; or it is too large for the device's free memory.
         """
         folder = resolve_student(path, tracking_uri=tracking_uri).folder
         card = read_student_card(folder)
@@ -160,11 +182,12 @@ class FewStepPipeline:
             card.teacher_sampler.embedded_guidance_scale,
         )
         precision = precision_of(torch_dtype, quantization)
+        check_arithmetic(precision, device)
         # Without values, which `load_adapter` reads straight to where they stay.
         transformer, family, base = open_teacher(*named)
         with checked_meanwhile(named[0], card.teacher):
             network = load_adapter(transformer, family, folder, base, precision, device)
-        return cls(network, card, device)
+        return cls(network, card, device, parts)
 
     @torch.no_grad()
     def __call__(

@@ -20,13 +20,23 @@ class StudentModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the student that the model holds.
 
+        `mlflow.pyfunc.load_model(uri, model_config={"precision": "bfloat16", "device": "cuda"})` chooses the precision
+        of its weights and the device; float32 on the CPU is the default.
+
         Raises:
-            UserError: its teacher is not found on this machine.
+            UserError: its teacher is not found on this machine, or there is no such precision or device here.
         """
         # Imported only now: MLflow runs this file also where the model is only logged.
+        from fewstep.models.precision import check_precision, pipeline_arguments
         from fewstep.student import FewStepPipeline
 
-        self.pipeline = FewStepPipeline.from_pretrained(context.artifacts["student"])
+        config = context.model_config or {}
+        precision = check_precision(config.get("precision", "float32"))
+        self.pipeline = FewStepPipeline.from_pretrained(
+            context.artifacts["student"],
+            device=config.get("device", "cpu"),
+            **pipeline_arguments(precision),
+        )
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fewstep.config import Precision
 from fewstep.models.architecture import build_on_meta
 from fewstep.models.family_code import find_code
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.planned import planned_bytes
-from fewstep.models.precision import Precision
 from fewstep.student.adapter import adapter_on_meta
 from fewstep.student.card import read_student_card
 
@@ -26,7 +25,7 @@ def weights_bytes(folder: Path, precision: Precision, teacher: str | None = None
     Raises:
         UserError: as `student_on_meta`.
     """
-    return planned_bytes(student_on_meta(folder, precision, teacher))
+    return student_on_meta(folder, precision, teacher).nbytes
 
 
 def student_on_meta(folder: Path, precision: Precision, teacher: str | None = None) -> PolicyNetwork:

@@ -211,6 +211,8 @@ def _store_model(
                     python_model=str(script),
                     # As a URI: of a plain path MLflow, too, decodes what looks percent-encoded.
                     artifacts={ARTIFACT: folder.absolute().as_uri()},
+                    # What a loader may override: MLflow passes on no other keys than those that a model is saved with.
+                    model_config={"precision": "float32", "device": "cpu"},
                     signature=_signature(),
                     # Stated, because MLflow would load the model in a subprocess to find out what it imports.
                     pip_requirements=list(requirements),

@@ -1,9 +1,9 @@
 """Sharded, asynchronous checkpoints through torch.distributed.checkpoint and Ray Train.
 
-At the step of a checkpoint the tensors are copied, and written in the background while training goes on; at a later
-step, when every rank has finished writing, the checkpoint is reported to Ray Train. Random numbers and batches of a
-step are pure functions of (seed, rank, micro-batch), so a checkpoint needs no state of generators or of the data
-stream: the step is enough.
+At the step of a checkpoint the tensors are copied to memory of the host, which needs room for all that its workers hold
+of them, and written in the background while training goes on; at a later step, when every rank has finished writing,
+the checkpoint is reported to Ray Train. Random numbers and batches of a step are pure functions of (seed, rank,
+micro-batch), so a checkpoint needs no state of generators or of the data stream: the step is enough.
 
 Each rank writes its own files to the run's storage, and then a manifest with their sizes and checksums. A checkpoint
 whose manifests of all ranks are there, and whose files have those sizes, is whole: what a power cut or a killed upload

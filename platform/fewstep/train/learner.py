@@ -57,7 +57,8 @@ class Learner:
         self.parameters = self.objective.parameters()
         blocks = self.objective.family.blocks(self.objective.transformer)
         self.optimizers = build_optimizers(self.parameters.values(), blocks, recipe.optimizer)
-        self.ema = PowerEMA(self.parameters, recipe.optimizer.ema_gamma)
+        config = recipe.optimizer
+        self.ema = PowerEMA(self.parameters, config.ema_gamma, config.ema_offload)
         self.batch_size = recipe.data.batch_size // (world_size * recipe.train.accumulate)
         self.batches = 0
         self._generator = torch.Generator()  # on the CPU, so that random numbers are the same on every device

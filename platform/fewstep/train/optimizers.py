@@ -1,13 +1,15 @@
-"""Optimizers, Adam or Muon for the matrices of transformer blocks, and the schedule of their learning rates."""
+"""Optimizers, Adam or Muon for the matrices of transformer blocks, their memory, and the schedule of learning rates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from fewstep.train.adam8bit import Adam8bit, averages_bytes
 from fewstep.train.recipe import OptimizerConfig
 
 
@@ -23,21 +25,23 @@ def build_optimizers(
         parameters: all trained parameters.
         blocks: the transformer's blocks, whose matrices Muon trains.
         config: kind and learning rates.
+
+    Raises:
+        UserError: the library for Adam of 8 bits is not installed.
     """
     parameters = list(parameters)
     muons = muon_parameters(blocks, config)
     taken = {id(p) for p in muons}
     matrices = [p for p in parameters if p.ndim > 1 and id(p) not in taken]
     others = [p for p in parameters if p.ndim <= 1]
-    adam = AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
-            {"params": others, "weight_decay": 0.0, "peak_lr": config.lr},
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        fused=True,  # one kernel for all parameters instead of several per parameter
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
+        {"params": others, "weight_decay": 0.0, "peak_lr": config.lr},
+    ]
+    if config.type == "adam8bit":
+        return [Adam8bit(groups, config.lr, config.betas)]
+    # Fused: one kernel for all parameters instead of several per parameter.
+    adam = AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     if not muons:
         return [adam]
     group = {"params": muons, "peak_lr": config.muon_lr}
@@ -45,10 +49,24 @@ def build_optimizers(
 
 
 def muon_parameters(blocks: Iterable[nn.Module], config: OptimizerConfig) -> list[nn.Parameter]:
-    """The parameters that Muon trains: matrices of transformer blocks; none if the optimizer is Adam."""
+    """The parameters that Muon trains: matrices of transformer blocks; none if the optimizer is another."""
     if config.type != "muon":
         return []
     return [p for block in blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad]
+
+
+def state_bytes(
+    parameters: Iterable[nn.Parameter], blocks: Iterable[nn.Module], config: OptimizerConfig
+) -> int:
+    """Bytes of the optimizers' averages, of all workers together; arguments as for `build_optimizers`."""
+    muons = {id(p) for p in muon_parameters(blocks, config)}
+    adam = averages_bytes if config.type == "adam8bit" else _float32_averages_bytes
+    return sum(4 * p.numel() if id(p) in muons else adam(p) for p in parameters)
+
+
+def _float32_averages_bytes(parameter: torch.Tensor) -> int:
+    """Bytes of both averages that torch's Adam keeps of a parameter."""
+    return 2 * 4 * parameter.numel()
 
 
 def lr_share(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -70,8 +88,10 @@ def lr_share(config: OptimizerConfig, step: int, steps: int) -> float:
 def first_slots(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """The state that an optimizer has of a parameter before its first step, for loading a checkpoint into it.
 
-    Names and types are those that torch's own Muon and AdamW use.
+    Names and types are those that torch's own Muon and AdamW use, and our own Adam of 8 bits.
     """
+    if isinstance(optimizer, Adam8bit):
+        return optimizer.first_slots(parameter)
     if isinstance(optimizer, Muon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     return {

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fewstep.train.objectives import Objective
 from fewstep.train.recipe import TrainConfig
+
+BUCKET_BYTES = 1 << 25
+"""Of the gradients that workers average in one message: the most that is copied for it, at a time."""
 
 
 def is_sharded(settings: TrainConfig, world_size: int) -> bool:
@@ -51,16 +53,38 @@ def shard(objective: Objective, settings: TrainConfig, world_size: int) -> None:
 def average_gradients(parameters: Iterable[nn.Parameter], settings: TrainConfig, world_size: int) -> None:
     """Replace each worker's gradients by their mean over all workers, for `parallel: ddp`. FSDP does so in backward.
 
-    Done once per step, in one message. torch's `DistributedDataParallel` would send gradients in every backward, of
-    which a data-free step has one per segment.
+    Done once per step and in place, in messages of many small gradients or one large one. torch's
+    `DistributedDataParallel` would send gradients in every backward, of which a data-free step has one per segment.
     """
     if settings.parallel == "fsdp" or world_size == 1:
         return
-    # The same parameters have gradients on every worker, so that the flat vectors agree.
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    vector_to_parameters(flat / world_size, gradients)
+    # The same parameters have gradients on every worker, so that the messages agree.
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        _average(bucket, world_size)
+
+
+def _average(gradients: list[Tensor], world_size: int) -> None:
+    """Average some gradients in place, in one message, which a single one is itself."""
+    alone = len(gradients) == 1 and gradients[0].is_contiguous()
+    message = gradients[0] if alone else torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(message)
+    message.div_(world_size)
+    if not alone:
+        parts = message.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The gradients in order, in groups that have at most `BUCKET_BYTES` together unless it is a single one."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 def drop_gathered(model: nn.Module) -> None:

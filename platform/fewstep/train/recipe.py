@@ -20,14 +20,13 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from fewstep.config import Config
+from fewstep.config import Config, Precision
 from fewstep.data.datasets import EMOJI_DATA
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.heads import GMFlowConfig, PolicyConfig
-from fewstep.models.precision import Precision
 from fewstep.text import read_settings
 from fewstep.train.overrides import override
 
@@ -159,8 +158,10 @@ class DataConfig(Config):
 class OptimizerConfig(Config):
     """Adam, by default without weight decay as in the paper; or Muon, for small models with all weights trained."""
 
-    type: Literal["adam", "muon"] = "adam"
-    """muon: the matrices of transformer blocks are updated by orthogonalised momentum, all other weights by Adam."""
+    type: Literal["adam", "adam8bit", "muon"] = "adam"
+    """adam8bit: Adam with averages of 8 bits, which take a quarter of the memory (for GPUs: on CPUs it is slow; needs
+    torchao). muon: the matrices of transformer blocks are updated by orthogonalised momentum, all other weights by
+    Adam."""
     lr: float = Field(1e-3, gt=0)
     """Adam's learning rate after warm-up."""
     muon_lr: float = Field(0.02, gt=0)
@@ -180,6 +181,8 @@ class OptimizerConfig(Config):
     """Largest gradient norm; larger gradients are scaled down to it."""
     ema_gamma: float = Field(7.0, gt=0)
     """γ of the power schedule of the EMA of the weights: decay (1 − 1/t)^(γ+1)."""
+    ema_offload: bool = False
+    """Keep the EMA of the weights in the host's memory instead of the GPU's, through which it passes at each step."""
 
 
 class TrainConfig(Config):

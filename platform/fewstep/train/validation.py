@@ -21,6 +21,7 @@ from fewstep.models.teacher import check_guidance, open_teacher
 from fewstep.student.adapter import check_adapter
 from fewstep.student.resolve import resolve_student
 from fewstep.tracking.address import check_reachable
+from fewstep.train.adam8bit import check_torchao
 from fewstep.train.parallel import is_sharded
 from fewstep.train.recipe import (
     DistillRecipe,
@@ -218,11 +219,13 @@ def _check_pooled(info: DatasetInfo, transformer: Transformer, family: Family, t
 
 
 def _check_optimizer(settings: OptimizerConfig, transformer: Transformer, family: Family) -> None:
-    """Refuse Muon for a network whose family names no blocks with matrices.
+    """Refuse Muon for a network whose family names no blocks with matrices, and Adam of 8 bits without its library.
 
     Raises:
-        UserError: it is one.
+        UserError: it is one of these.
     """
+    if settings.type == "adam8bit":
+        check_torchao()
     blocks = family.blocks(transformer)
     if settings.type == "muon" and not any(p.ndim == 2 for block in blocks for p in block.parameters()):
         raise UserError(

@@ -113,8 +113,8 @@ def _train(job: WorkerJob) -> None:
     _loop(job, learner, stream, checkpoints, tracker, done)
 
     # The end: the trained model, with the EMA's weights, goes into the last checkpoint. `whole` gathers shards, so all
-    # ranks take part, although only rank 0 writes.
-    weights = {name: whole(tensor).cpu() for name, tensor in learner.ema.state_dict().items()}
+    # ranks take part, although only rank 0 writes. They send shards from their GPUs, also where the host keeps the EMA.
+    weights = {name: whole(ema.to(device)).cpu() for name, ema in learner.ema.state_dict().items()}
     export = (lambda folder: learner.objective.export(folder / EXPORT, weights)) if rank == 0 else None
     checkpoints.finish(settings.steps, export)
     if tracker is not None:

@@ -16,7 +16,7 @@ from fewstep.encoders import load_autoencoder
 from fewstep.evaluate.classifier import Classifier
 from fewstep.evaluate.criteria import Criteria, check_criteria
 from fewstep.evaluate.features import FeatureExtractor
-from fewstep.evaluate.generation import Method, generate_images
+from fewstep.evaluate.generation import Method, Precisions, generate_images
 from fewstep.evaluate.grid import GridRow, comparison_grid
 from fewstep.evaluate.measure import build_report
 from fewstep.evaluate.plots import quality_plot
@@ -38,6 +38,7 @@ def evaluate(
     *,
     split: str = "held_out",
     gpu: bool = False,
+    precisions: Precisions | None = None,
 ) -> Report:
     """Compare a student with its teacher's own sampler on held-out captions, on the whole cluster.
 
@@ -50,6 +51,7 @@ def evaluate(
         results: where pictures and numbers go.
         split: which captions.
         gpu: whether to generate on GPUs.
+        precisions: of the weights of student and teacher; float32 by default.
 
     Raises:
         UserError: the student or the dataset can't be used, or has too few captions.
@@ -72,7 +74,7 @@ def evaluate(
         *(Method(name, nfe, student=True) for name, nfe in students.items()),
         *(Method(name, steps) for name, steps in baseline.items()),
     ]
-    images = generate_images(student, batch, methods, gpu=gpu)
+    images = generate_images(student, batch, methods, gpu=gpu, precisions=precisions)
 
     # Ray gives a job's driver one thread. The actors that generated are gone, so that now all may be used.
     torch.set_num_threads(os.cpu_count() or 1)

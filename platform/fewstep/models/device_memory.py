@@ -1,0 +1,57 @@
+"""What is free of a device's memory, and the refusal of a model that does not fit there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from fewstep.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells the limits of a container."""
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Bytes that this process can still allocate on a GPU; None on a CPU, where memory is shared with all others."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for itself and doesn't use is not free to others, but to us.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def free_on_host() -> int:
+    """Bytes that processes of this machine, or of this container if that has a limit, can still take."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        # Pages of files that were read count as used, and are given up when memory gets short.
+        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())[
+            "inactive_file"
+        ]
+        return min(free, limit - int((CGROUP / "memory.current").read_text()) + int(cached))
+    except (OSError, ValueError, KeyError):  # no container, no limit ("max"), or an older system
+        return free
+
+
+def check_fits(takes: int, what: str, device: torch.device | str, remedy: str) -> None:
+    """Refuse a model that is larger than what is free on a device, before it is loaded.
+
+    Args:
+        takes: its bytes.
+        what: the model in words, for the message.
+        device: where it is to be.
+        remedy: what the user can do, for the message.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    gpu = free_bytes(device)
+    free, where = (free_on_host(), "this machine") if gpu is None else (gpu, str(device))
+    if takes > free:
+        raise UserError(
+            f"{what} takes {takes / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {where}'s memory are free: {remedy}."
+        )
