@@ -27,40 +27,20 @@ def lower_on_meta(network: PolicyNetwork, precision: Precision) -> None:
     network.lower(precision)
     if precision not in LIBRARIES:
         return
-    stand_in = _Int8Linear if precision == "int8" else _Int4Linear
     for transformer in network.transformers():
         for layer in frozen_layers(network.family.trunk(transformer)):
             # Of integers, so that the adapters beside it are not folded into it.
             numbers = torch.empty(layer.weight.shape, dtype=torch.int8, device="meta")
             layer.weight = nn.Parameter(numbers, requires_grad=False)
-            layer.__class__ = stand_in
+            layer.__class__ = _PlannedLinear
 
 
-class _Int8Linear(nn.Linear):
-    """As torchao computes: unpacked to the type of x, product, scales of the rows.
-
-    Autograd keeps the unpacked weight for backward. torchao is called before autocast, which then casts the product's
-    inputs.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out), of the type of x."""
-        flat, weight = x.reshape(-1, self.in_features), self.weight.t().to(x.dtype)
-        product = torch.mm(flat.to(torch.bfloat16), weight.to(torch.bfloat16))
-        scaled = product * product.new_empty(self.out_features)
-        return _with_bias(self, scaled.reshape(*x.shape[:-1], self.out_features)).to(x.dtype)
-
-
-class _Int4Linear(nn.Linear):
-    """As bitsandbytes computes: unpacked in forward, and again in backward."""
+class _PlannedLinear(nn.Linear):
+    """As both libraries compute: the weight is unpacked to bfloat16 in forward, and again in backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), bfloat16."""
-        return _with_bias(self, _Unpacked.apply(x.to(torch.bfloat16), self.weight))
-
-
-def _with_bias(layer: nn.Linear, result: Tensor) -> Tensor:
-    return result if layer.bias is None else result.add_(layer.bias.to(result.dtype))
+        return _Unpacked.apply(x.to(torch.bfloat16), self.weight)
 
 
 class _Unpacked(torch.autograd.Function):
