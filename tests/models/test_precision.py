@@ -118,7 +118,9 @@ class Seen:
         self.tables: set[torch.dtype] = set()
         for name, module in transformer.named_modules():
             if isinstance(module, Timesteps):
-                module.register_forward_pre_hook(lambda _, given: self.times.append(given[0].detach().clone()))
+                module.register_forward_pre_hook(
+                    lambda _, given: self.times.append(given[0].detach().clone())
+                )
             if name == "pos_embed" and not hasattr(module, "proj"):  # DiT's belong to the input layer
                 module.register_forward_hook(lambda *given: self._table(given[2]))
 
@@ -301,7 +303,9 @@ def test_weights_read_one_by_one_are_those_lowered_in_memory(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_training_weights_read_from_a_file_leaves_the_file_alone(precision: Precision, tmp_path: Path) -> None:
+def test_training_weights_read_from_a_file_leaves_the_file_alone(
+    precision: Precision, tmp_path: Path
+) -> None:
     """Frozen weights may be mapped pages of it; trained ones must not be."""
     network = student("qwen_image")
     network.transformer.save_config(tmp_path)
@@ -400,7 +404,9 @@ def test_a_missing_library_is_named_with_its_extra(
     precision: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UserError, match=rf"{precision} needs {library}: pip install 'fewstep\[quantization\]'"):
+    with pytest.raises(
+        UserError, match=rf"{precision} needs {library}: pip install 'fewstep\[quantization\]'"
+    ):
         check_precision(precision)
 
 
@@ -408,7 +414,9 @@ def test_a_device_without_bfloat16_refuses_all_that_computes_in_it(monkeypatch: 
     monkeypatch.setattr(precisions, "cpu_has_bfloat16", lambda: False)
     check_arithmetic("float32", "cpu")
     for precision in LOWER:
-        with pytest.raises(UserError, match=f"{precision}: this CPU has no bfloat16 arithmetic.*choose float32"):
+        with pytest.raises(
+            UserError, match=f"{precision}: this CPU has no bfloat16 arithmetic.*choose float32"
+        ):
             check_arithmetic(precision, "cpu")
         with pytest.raises(UserError, match="no bfloat16 arithmetic"):
             FewStepPipeline.from_pretrained("emoji-student", **pipeline_arguments(precision))
@@ -419,7 +427,9 @@ def test_what_does_not_fit_is_known_before_a_weight_is_read(monkeypatch: pytest.
 
     monkeypatch.setattr(device_memory, "free_on_host", lambda: 1_000_000)
     monkeypatch.setattr(network, "stream_weights", lambda folder: pytest.fail("weights are read"))
-    message = r"the student in .* in bfloat16 takes 0\.0 GB, and 0\.0 GB of this machine's memory are free: choose"
+    message = (
+        r"the student in .* in bfloat16 takes 0\.0 GB, and 0\.0 GB of this machine's memory are free: choose"
+    )
     with pytest.raises(UserError, match=message):
         FewStepPipeline.from_pretrained("emoji-student", torch_dtype=torch.bfloat16)
 
@@ -427,7 +437,9 @@ def test_what_does_not_fit_is_known_before_a_weight_is_read(monkeypatch: pytest.
 def test_quantised_weights_are_not_merged() -> None:
     network = FewStepPipeline.from_pretrained("emoji-student", quantization="int8").network
     [layer, *_] = [layer for layer in network._adapted_layers if is_quantised(layer.get_base_layer().weight)]
-    with pytest.raises(UserError, match="can't be merged into quantised weights: load the student in float32"):
+    with pytest.raises(
+        UserError, match="can't be merged into quantised weights: load the student in float32"
+    ):
         layer.merge()
 
 

@@ -9,11 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.errors import UserError
 from fewstep.models.architecture import NETWORKS, network_config
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.precision import held_bytes
 from fewstep.plan.report import plan_table
 from fewstep.plan.training import Machine, Plan, count_parameters, make_plan, new_student
+from fewstep.train.objectives import Distillation
 from fewstep.train.parallel import BUCKET_BYTES
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
@@ -107,6 +111,8 @@ print(peak)
 """
 
 
+LOWER = ("bfloat16", "int8", "int4")
+
 ALL_WEIGHTS = ["student.lora=null", "student.full=true"]
 
 
@@ -115,6 +121,11 @@ ALL_WEIGHTS = ["student.lora=null", "student.full=true"]
     [
         *[(guidance, checkpointing, []) for guidance in (1, 3) for checkpointing in ("false", "true")],
         (1, "false", ["student.lora={rank: 128, targets: [paper]}", "optimizer.type=adam8bit"]),
+        *[
+            (3, checkpointing, [f"train.precision={precision}"])
+            for precision in LOWER
+            for checkpointing in ("false", "true")
+        ],
     ],
 )
 def test_planned_memory_is_within_a_tenth_of_a_real_steps_peak(
@@ -137,6 +148,42 @@ def test_planned_memory_is_within_a_tenth_of_a_real_steps_peak(
 
 def small_plan(*overrides: str, gpus: int = 1, memory_gb: float = 1) -> Plan:
     return make_plan(recipe(*SMALL, *overrides), Machine(gpus, memory_gb), side=16, tokens=24)
+
+
+@pytest.mark.parametrize("precision", ["float32", *LOWER])
+@pytest.mark.parametrize("student", [[], ALL_WEIGHTS])
+def test_planned_weights_are_those_that_a_run_holds(precision: str, student: list[str]) -> None:
+    settings = recipe(*SMALL, *student, f"train.precision={precision}")
+    objective = Distillation(settings, TextConditioning.collate([torch.randn(2, 384)]), torch.device("cpu"))
+    objective.read_weights(torch.device("cpu"))
+    planned = small_plan(*student, f"train.precision={precision}").memory.weights
+    # Layers of the small teacher have short rows: scales take more there than `bytes_of` says of large ones.
+    exact = precision in ("float32", "bfloat16")
+    assert planned == pytest.approx(held_bytes(objective.model), rel=0 if exact else 0.05)
+
+
+def test_a_cpu_computes_attention_in_float32_and_a_gpu_in_the_lowest_type() -> None:
+    cpu, gpu = (
+        small_plan("train.precision=bfloat16", f"train.gpu={gpu}").memory for gpu in ("false", "true")
+    )
+    assert cpu.activations > gpu.activations
+    assert replace(cpu, activations=0) == replace(gpu, activations=0)
+    assert small_plan("train.gpu=true").memory == small_plan().memory, "all is float32 anyway"
+
+
+def test_workers_gather_weights_in_the_types_that_they_are_held_in() -> None:
+    wide, held = (
+        small_plan("train.gpu=true", f"train.precision={precision}", gpus=4).memory
+        for precision in ("float32", "bfloat16")
+    )
+    assert wide.gathered > held.gathered > wide.gathered / 2
+    assert wide.gradients == held.gradients, "trained weights are float32"
+
+
+def test_unpacked_weights_do_not_stay_until_backward() -> None:
+    activations = {p: small_plan(f"train.precision={p}").memory.activations for p in LOWER}
+    assert activations["int8"] == pytest.approx(activations["bfloat16"], rel=0.03)
+    assert activations["int4"] == pytest.approx(activations["bfloat16"], rel=0.03)
 
 
 def test_more_gpus_hold_smaller_shares_and_checkpointing_less() -> None:
@@ -196,6 +243,9 @@ def test_a_run_that_does_not_fit_names_a_remedy() -> None:
 def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must be a multiple of GPUs × train.accumulate = 3"):
         small_plan(gpus=3)
+    with pytest.raises(UserError, match=r"train.precision int8: FSDP does not shard .* train.parallel=ddp"):
+        small_plan("train.precision=int8", gpus=4)
+    assert small_plan("train.precision=int8", "train.parallel=ddp", gpus=4).memory.gathered == 0
     with pytest.raises(UserError, match=r"has no config.json"):
         make_plan(recipe(f"teacher.path={tmp_path}"), Machine(1, 80))
     with pytest.raises(UserError, match=r"--latent-size 15 can't be cut"):

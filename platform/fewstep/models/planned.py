@@ -30,7 +30,8 @@ def lower_on_meta(network: PolicyNetwork, precision: Precision) -> None:
     for transformer in network.transformers():
         for layer in frozen_layers(network.family.trunk(transformer)):
             # Of integers, so that the adapters beside it are not folded into it.
-            numbers = torch.empty(layer.weight.shape, dtype=torch.int8, device="meta")
+            dtype = torch.int8 if precision == "int8" else torch.uint8
+            numbers = torch.empty(layer.weight.shape, dtype=dtype, device="meta")
             layer.weight = nn.Parameter(numbers, requires_grad=False)
             layer.__class__ = _PlannedLinear
 
@@ -49,9 +50,15 @@ class _Unpacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch.matmul(x, weight.to(x.dtype).t())
+        product = torch.matmul(x, weight.to(x.dtype).t())
+        return _scaled(product, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         [grad], [weight] = grads, ctx.saved_tensors
-        return torch.matmul(grad, weight.to(grad.dtype)), None
+        return torch.matmul(_scaled(grad, weight), weight.to(grad.dtype)), None
+
+
+def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows` times the scales of 8-bit weights, beside it; 4-bit weights are unpacked with theirs."""
+    return rows * rows.new_empty(rows.shape[-1]) if weight.dtype == torch.int8 else rows

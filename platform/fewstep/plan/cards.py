@@ -27,6 +27,9 @@ HELD: dict[Precision, str] = {"bfloat16": "bf16", "int8": "int8", "int4": "int4"
 TOKENS = 512
 """Per caption."""
 
+SETTINGS = ("train.gpu=true", "optimizer.type=adam8bit", "optimizer.ema_offload=true")
+"""Of the recipes: what makes trainings small."""
+
 TEACHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Qwen-Image (20 B)": ("qwen_image_4nfe", ()),
     "FLUX.1 dev (12 B)": ("flux_4nfe", ()),
@@ -42,20 +45,29 @@ TEACHERS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Teacher → the recipe that distils it, and what is overridden there."""
 
 
-def cards_table(teachers: dict[str, tuple[str, tuple[str, ...]]] = TEACHERS) -> str:
-    """The highest precision in which each teacher is served and trained, per size and number of cards, in Markdown.
+def cards_table() -> str:
+    """The highest precision in which each teacher is served and trained, per size and number of cards, in Markdown."""
+    head = ["", *(f"{size} GB" for size in CARDS)]
+    return "\n".join(map(_line, [head, ["---"] * len(head), *rows(TEACHERS)]))
+
+
+def rows(teachers: dict[str, tuple[str, tuple[str, ...]]]) -> list[list[str]]:
+    """The table's rows of some teachers, by their cells.
 
     Args:
         teachers: as `TEACHERS`.
     """
-    head = ["", *(f"{size} GB" for size in CARDS)]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for teacher, (source, overrides) in teachers.items():
-        peaks = dict(_peaks(load_recipe(DistillRecipe, source, ["train.gpu=true", *overrides])))
+        peaks = dict(_peaks(load_recipe(DistillRecipe, source, [*SETTINGS, *overrides])))
         for what in ("serve", *(f"train on {number}" for number in NUMBERS)):
             cells = [_highest({p: peaks[what, p] for p in HELD}, size) for size in CARDS]
             lines.append([f"{teacher}: {what}", *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _highest(peaks: dict[Precision, int], size: int) -> str:

@@ -1,7 +1,7 @@
 """Planning a service: what a student takes on a device in each precision, measured without memory and weights.
 
-As for trainings (see `training.py`), the network is built on the meta device. There it is evaluated once, follows its
-policy, and its latents are decoded, under a meter that follows the life of every tensor.
+As for trainings (see `training.py`), the network is built on the meta device. There it is evaluated once, and latents
+are decoded, under a meter that follows the life of every tensor.
 
 What it leaves out: workspaces of kernels, fragments of the allocator, the CUDA context (about 1 GB), and what a text
 encoder computes with. Leave room.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from fewstep.config import Precision, Shape
 from fewstep.data.schema import DatasetInfo
 from fewstep.encoders.autoencoders import PIXELS_DECODED, KLAutoencoder
 from fewstep.errors import UserError
-from fewstep.flow import SamplerConfig, generate_step
+from fewstep.flow import SamplerConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.planned import lower_on_meta
 from fewstep.models.precision import PRECISIONS, held_bytes
@@ -231,7 +230,7 @@ def plan_serving(
         shape = _latent_shape(served, network, side)
         if autoencoder is None:  # the same for all
             autoencoder = _autoencoder_bytes(served.autoencoder, autoencoder_precision, shape, batch)
-        evaluation, operations = _evaluation(network, served.sampler, shape, batch, tokens, gpu.on_cpu)
+        evaluation, operations = _evaluation(network, shape, batch, tokens, gpu.on_cpu)
         held, whole, tiled = autoencoder
         memory = ServingMemory(network.nbytes, encoder, held, evaluation, whole, tiled)
         plans.append(
@@ -264,18 +263,15 @@ def _latent_shape(served: Served, network: PolicyNetwork, side: int | None) -> S
 
 @torch.no_grad()
 def _evaluation(
-    network: PolicyNetwork, sampler: SamplerConfig, shape: Shape, batch: int, tokens: int, on_cpu: bool
+    network: PolicyNetwork, shape: Shape, batch: int, tokens: int, on_cpu: bool
 ) -> tuple[int, int]:
-    """Most bytes alive beside the weights in one step of a sampler, and its operations."""
-    patch = network.family.patch(network.transformer)
-    sampler = sampler.at_size(shape[1] // patch * (shape[2] // patch))
-    step = sampler.next_step(0, batch)  # on the CPU, as in a pipeline
+    """Most bytes alive beside the weights in one evaluation of a batch, and its operations."""
     meter = DispatchMeter([*network.parameters(), *network.buffers()])
-    with fused_attention(meter, on_cpu), meter:
-        with torch.device("meta"):
-            x, conditioning = torch.empty(batch, *shape), any_conditioning(network, batch, tokens)
-        policy_at = partial(network.policy, conditioning=conditioning)
-        generate_step(policy_at, x, step, sampler.time_shift, substeps=sampler.substeps)
+    with torch.device("meta"), fused_attention(meter, on_cpu), meter:
+        x, conditioning = torch.empty(batch, *shape), any_conditioning(network, batch, tokens)
+        policy = network.policy(x, torch.empty(batch), conditioning)
+        # The rollout is a single kernel, which takes what the policy holds.
+        policy.with_temperature(torch.ones(batch))
     return meter.peak, meter.operations
 
 
