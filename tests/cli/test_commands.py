@@ -187,11 +187,11 @@ def test_generate_and_a_dry_run_load_neither_ray_nor_mlflow(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     with Image.open(picture) as image:
         assert len(image.getcolors(1 << 16)) > 10
-    plan = without(
-        {"ray", "mlflow"}, "from fewstep.cli import main\nsys.exit(main(['distill', '--dry-run']))"
-    )
-    assert plan.returncode == 0, plan.stderr
-    assert "memory" in plan.stdout
+    for command, said in (("distill", "memory"), ("serve", "evaluation"), ("generate", "evaluation")):
+        planned = f"from fewstep.cli import main\nsys.exit(main([{command!r}, '--dry-run']))"
+        plan = without({"ray", "mlflow"}, planned)
+        assert plan.returncode == 0, plan.stderr
+        assert said in plan.stdout
 
 
 def test_help_pages_need_no_extra(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewstep.distill import PowerEMA
-from fewstep.train.plan.meter import DispatchMeter
+from fewstep.plan.meter import DispatchMeter
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.sampled_from([0.0, 7.0, 16.0]))

@@ -37,6 +37,7 @@ KNOWS: dict[str, set[str]] = {
         "policies", "flow", "distill", "models", "encoders", "storage", "data", "tracking", "student", "evaluate",
         "cluster",
     },
+    "plan": {"flow", "models", "encoders", "data", "student", "train"},
     # What orchestrates them, and what users call.
     "workflow": {"models", "encoders", "data", "tracking", "student", "evaluate", "train"},
     "benchmarks": {

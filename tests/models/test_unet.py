@@ -16,7 +16,7 @@ from fewstep.models.heads import GMFlowConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.prediction import DiffusionPrediction
 from fewstep.models.teacher import check_guidance, load_teacher, reference_to
-from fewstep.train.plan import Machine, make_plan, plan_table
+from fewstep.plan import Machine, make_plan, plan_table
 from fewstep.train.recipe import DistillRecipe
 
 TEXT = TextConditioning.collate([torch.randn(3, 8), torch.randn(5, 8)])

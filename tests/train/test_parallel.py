@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from fewstep.plan.meter import DispatchMeter
 from fewstep.train import parallel
 from fewstep.train.parallel import average_gradients
-from fewstep.train.plan.meter import DispatchMeter
 from fewstep.train.recipe import TrainConfig
 
 SHAPES = [(3,), (50, 40), (300, 200), (7, 7), (), (40, 50), (100, 100)]

@@ -20,6 +20,7 @@ from fewstep.cli.common import check_device
 from fewstep.config import Precision
 from fewstep.distill import imitation_loss
 from fewstep.flow import gaussian_noise, generate
+from fewstep.models.architecture import network_config
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family
 from fewstep.models.network import PolicyNetwork
@@ -28,7 +29,6 @@ from fewstep.models.pretrained import return_freed_memory
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import told_guidance
 from fewstep.train.optimizers import build_optimizers
-from fewstep.train.plan.architecture import network_config
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 RECIPES = {"qwen": "qwen_image_4nfe", "flux": "flux_4nfe"}

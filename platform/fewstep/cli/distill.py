@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fewstep.cli.common import add_recipe_options, chosen_recipe
+from fewstep.cli.dry_run import add_machine_options
 
 if TYPE_CHECKING:
     from fewstep.train.recipe import DistillRecipe
@@ -39,23 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji_qwen_
         help="print parameters, memory by part, operations, storage and hours, and stop; needs no weights and no Ray",
     )  # fmt: skip
     group.add_argument("--gpus", type=int, metavar="N", help="how many; default: train.workers")
-    group.add_argument(
-        "--gpu-memory", type=float, default=80, metavar="GB", help="of each; default: %(default)s"
-    )
-    group.add_argument(
-        "--gpu-tflops",
-        type=float,
-        default=989,
-        metavar="T",
-        help="peak of each; default: %(default)s, an H100",
-    )
-    group.add_argument(
-        "--utilisation",
-        type=float,
-        default=0.4,
-        metavar="F",
-        help="share of the peak reached; default: %(default)s",
-    )
+    add_machine_options(group)
     group.add_argument(
         "--latent-size", type=int, metavar="CELLS",
         help="latent height and width; default: of the data, if it is prepared, or of the teacher's card, or 128",
@@ -92,8 +77,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _print_plan(recipe: DistillRecipe, options: argparse.Namespace) -> None:
     """Print what the recipe costs on the machine that the options of the dry run describe."""
-    from fewstep.train.plan import Machine, make_plan
-    from fewstep.train.plan.report import plan_table
+    from fewstep.plan import Machine, make_plan, plan_table
 
     gpus = options.gpus or recipe.train.workers
     machine = Machine(gpus, options.gpu_memory, options.gpu_tflops, options.utilisation)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from fewstep.cli.common import add_precision_option, add_student_options, check_device, make_folder
+from fewstep.cli.dry_run import add_serving_options, print_serving_plans
 
 DESCRIPTION = "Write images from prompts with a distilled student."
 EXAMPLES = """\
@@ -14,15 +15,14 @@ examples
   {program} --prompt "red heart, noto style"
   {program} --model models:/emoji-4step@champion --prompt "owl, fluent style" --nfe 4 --seed 7 --count 8
   {program} --model .fewstep/models/RUN --prompt "owl, twemoji style" --teacher-steps 64 --out owl.png
+  {program} --dry-run --recipe qwen_image_4nfe --gpu-memory 24
 
 The bundled student knows captions of the form "LABEL, STYLE style" with the styles noto, twemoji and fluent."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--prompt", required=True, help="what the images show: a caption, or a class's name or number"
-    )
+    parser.add_argument("--prompt", help="what the images show: a caption, or a class's name or number")
     add_student_options(parser)
     parser.add_argument(
         "--nfe", "--steps", type=int, metavar="N", help="network evaluations; default: as trained"
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", type=int, default=16, help="enlarge every pixel this often; default: %(default)s"
     )
     parser.add_argument("--out", type=Path, default=Path("out/generated.png"), help="default: %(default)s")
+    add_serving_options(parser)
     parser.set_defaults(error=parser.error)
 
 
@@ -63,6 +64,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such student, or it can't do what is asked.
     """
+    if options.dry_run:
+        print_serving_plans(options, [options.model], options.tracking_uri)
+        return
+    if options.prompt is None:
+        options.error("the following arguments are required: --prompt")
     for name in ("nfe", "count", "teacher_steps", "scale"):
         if (value := getattr(options, name)) is not None and value < 1:
             options.error(f"--{name.replace('_', '-')} must be 1 or more")

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.cli.dry_run import add_serving_options, print_serving_plans
 from fewstep.errors import UserError
 from fewstep.text import read_settings
 
@@ -31,6 +32,8 @@ examples
   {program}                                  the bundled student at http://127.0.0.1:8000
   {program} --print-config > config.yaml     a configuration to start from: models, batching, limits, scaling
   {program} --config config.yaml --detach    again after every change of the file
+  {program} --config config.yaml --dry-run --gpu-memory 24
+                                             what its models take in each precision, and on which GPU they fit
 
 A configuration is Ray Serve's: `serve deploy config.yaml` on a cluster does the same. It replaces all that the node
 serves: new models load beside the old, which go on where the new can't be loaded. What a running Serve can't change
@@ -47,11 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="print the configuration, and do nothing else"
     )
+    add_serving_options(parser)
 
 
 def needs_extra(options: argparse.Namespace) -> bool:
-    """Whether the extra must be installed: the configuration is printed without it."""
-    return not options.print_config
+    """Whether the extra must be installed: the configuration is printed, and a service planned, without it."""
+    return not (options.print_config or options.dry_run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -65,6 +69,9 @@ def run(options: argparse.Namespace) -> None:
         print(text, end="")
         return
     config = _parse(text, options.config)
+    if options.dry_run:
+        print_serving_plans(options, _sources(config, options.config))
+        return
 
     from ray import serve
 
@@ -120,6 +127,28 @@ def _parse(text: str, file: Path | None) -> dict[str, Any]:
     for application in applications:
         application.setdefault("name", "default")  # Ray Serve's own
     return config
+
+
+def _sources(config: dict[str, Any], file: Path | None) -> list[str]:
+    """The names or addresses of the students that a configuration serves.
+
+    Raises:
+        UserError: it names none.
+    """
+    try:
+        sources = [
+            model["source"]
+            for application in config["applications"]
+            for deployment in application.get("deployments", [])
+            for model in deployment.get("user_config", {}).get("models", [])
+        ]
+    except (AttributeError, KeyError, TypeError):
+        sources = []
+    if not sources or not all(isinstance(source, str) for source in sources):
+        raise UserError(
+            f"--config: {file} names no models with a source each, so that there is nothing to plan."
+        )
+    return sources
 
 
 def _checked(config: dict[str, Any], file: Path | None) -> ServeDeploySchema:

@@ -166,6 +166,37 @@ def set_weight(layer: nn.Linear, weight: Tensor, precision: Precision, device: t
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(layer, Int8WeightOnlyConfig())
+        layer.__class__ = Linear8Bit
+
+
+class Linear8Bit(nn.Linear):
+    """A linear layer with an 8-bit weight of torchao, which is unpacked for each product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out), bfloat16."""
+        # In bfloat16 before torchao sees it, which else unpacks to float32 first.
+        return _Product8Bit.apply(x.to(torch.bfloat16), self.weight, self.bias)
+
+
+class _Product8Bit(torch.autograd.Function):
+    """A product with a frozen weight of torchao; x (…, in), weight (out, in), bias (out,) or None.
+
+    torchao's own has autograd keep the unpacked weight until backward: of all layers together, in a training without
+    activation checkpointing, twice the memory that 8 bits save.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        [grad], weight = grads, ctx.weight
+        # As torchao's forward: scales of the rows, and the integers as they are. Its `dequantize` takes three times
+        # the memory.
+        scaled = grad * weight.scale.flatten().to(grad.dtype)
+        return torch.matmul(scaled, weight.qdata.to(grad.dtype)), None, None
 
 
 class Linear4Bit(nn.Linear):

@@ -38,6 +38,7 @@ from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork
 from fewstep.models.packing import PackedTransformer
+from fewstep.models.planned import lower_on_meta
 from fewstep.models.sharded import fill
 
 REMEDY = "choose a lower precision (bfloat16, int8 or int4), or a device with more"
@@ -163,7 +164,54 @@ def load_adapter(
         UserError: there is no adapter, or it is one for another base, and the message lists what does not fit; or the
             device has less memory free than the student takes.
     """
-    config, policy, state = read_adapter(folder)
+    network, state = _student_of(transformer, family, folder, *read_adapter(folder))
+    own = list(network.trainable())
+    if precision != "float32":
+        network.requires_grad_(False).lower(precision)  # of a student that has all weights itself, those too
+    if base is not None:
+        check_fits(network.nbytes, f"the student in {folder} in {precision}", device, REMEDY)
+        network.fill(base, torch.device(device))
+    for name in own:
+        network.assign(name, state[_published(name)], network.get_parameter(name).device)
+    return network
+
+
+def adapter_on_meta(
+    transformer: Transformer, family: Family, folder: Path, precision: Precision
+) -> PolicyNetwork:
+    """The student that `load_adapter` would make, without any values: of the adapter only the files' heads are read.
+
+    Args:
+        transformer: the teacher's, on the meta device; modified in place.
+        family, folder, precision: as for `load_adapter`.
+
+    Raises:
+        UserError: as `load_adapter`.
+    """
+    adapter = read_adapter(folder, values=False)
+    with torch.device("meta"):
+        network, _ = _student_of(transformer, family, folder, *adapter)
+    lower_on_meta(network.requires_grad_(False), precision)
+    return network
+
+
+def _student_of(
+    transformer: Transformer,
+    family: Family,
+    folder: Path,
+    config: dict[str, Any],
+    policy: dict[str, Any],
+    state: dict[str, Tensor],
+) -> tuple[PolicyNetwork, dict[str, Tensor]]:
+    """A new student with the head and adapters that an adapter has weights for, and those weights by published names.
+
+    Args:
+        transformer, family, folder: as for `load_adapter`.
+        config, policy, state: as `read_adapter` gives them.
+
+    Raises:
+        UserError: as `load_adapter`.
+    """
     state = _unprefixed(state, transformer, folder)
     _check_layers(transformer, config, state, folder)
     settings = _policy_config(config, policy, state, transformer.proj_out.out_features, folder)
@@ -175,16 +223,7 @@ def load_adapter(
     # The file does not say which layers were adapted: the names of its weights do.
     lora = LoRAConfig(rank=mode(ranks.values()), dropout=0.0, targets=tuple(ranks)) if ranks else None
     network = PolicyNetwork(transformer, family, settings, lora, full=full, ranks=ranks)
-    own = list(network.trainable())
-    state = _fitting(network, state, folder)
-    if precision != "float32":
-        network.requires_grad_(False).lower(precision)  # of a student that has all weights itself, those too
-    if base is not None:
-        check_fits(network.nbytes, f"the student in {folder} in {precision}", device, REMEDY)
-        network.fill(base, torch.device(device))
-    for name in own:
-        network.assign(name, state[_published(name)], network.get_parameter(name).device)
-    return network
+    return network, _fitting(network, state, folder)
 
 
 def fill_adapter(network: PolicyNetwork, folder: Path) -> None:
@@ -279,10 +318,16 @@ def _fill(network: PolicyNetwork, state: dict[str, Tensor]) -> None:
         fill(parameter, state[_published(name)])
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+def read_adapter(
+    folder: Path, values: bool = True
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Read an adapter's folder: its configuration, policy settings and weights.
 
     The factor alpha/rank of a LoRA is multiplied into its second matrix, and `….alpha` left out.
+
+    Args:
+        folder: the adapter's.
+        values: whether weights are read; otherwise they are on the meta device, and have their shapes alone.
 
     Raises:
         UserError: files are missing or broken, names are in kohya's form, or weights can't be used.
@@ -293,7 +338,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
             metadata = file.metadata() or {}
             policy = json.loads(metadata.get("policy_config", "{}"))
             scaling = json.loads(metadata.get(SCALING, "{}"))
-            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
+            read = {
+                # An alpha is a single number.
+                name: file.get_tensor(name)
+                if values or name.endswith(ALPHA)
+                else torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()  # noqa: SIM118 — not a dict
+            }
         if not all(isinstance(part, dict) for part in (config, policy, scaling)):
             raise ValueError("the configuration is no table of names and values")
     except (OSError, ValueError, SafetensorError) as error:
@@ -384,7 +435,7 @@ def _check_weights(state: Mapping[str, Tensor], folder: Path) -> None:
             continue  # a number, for which `_scaled` has a message of its own
         if not tensor.is_floating_point():
             faults.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')}, not floating-point)")
-        elif not tensor.float().isfinite().all():  # float32, because types of 8 bits have no such check
+        elif not (tensor.is_meta or tensor.float().isfinite().all()):  # types of 8 bits have no such check
             faults.append(f"{name} (not finite)")
         elif name.endswith(LORA_A) and (tensor.ndim < 2 or not len(tensor)):
             faults.append(f"{name} (shape {tuple(tensor.shape)}, without a rank)")

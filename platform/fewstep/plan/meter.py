@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -66,24 +67,31 @@ class DispatchMeter(TorchDispatchMode):
 
 
 @contextmanager
-def fused_attention(meter: DispatchMeter) -> Iterator[None]:
+def fused_attention(meter: DispatchMeter, on_cpu: bool = False) -> Iterator[None]:
     """Within it, attention costs what fused kernels take: of the scores nothing is kept but a sum per row.
 
     On the meta device torch would decompose attention, with all L² scores in memory.
 
     Args:
         meter: what the operations are added to.
+        on_cpu: whether it stands for a CPU's, which is computed in float32 (see `models/precision.py`); a GPU's is
+            computed in the lowest type of queries, keys and values, which autocast casts them to.
     """
     own = F.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _FusedAttention.apply(query, key, value, meter)
+        lowest = min((query.dtype, key.dtype, value.dtype), key=lambda dtype: dtype.itemsize)
+        dtype = torch.float32 if on_cpu else lowest
+        return _FusedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), meter)
 
     # The function itself is replaced, and no function mode is used: torch leaves function modes during backward, where
     # checkpointed blocks run their forward again.
     F.scaled_dot_product_attention = fused
     try:
-        yield
+        with warnings.catch_warnings():
+            # About kernels that take no mixed types, which is of no concern where nothing is computed.
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+            yield
     finally:
         F.scaled_dot_product_attention = own
 

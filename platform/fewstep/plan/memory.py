@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from fewstep.models.network import PolicyNetwork
+from fewstep.models.precision import held_bytes
 from fewstep.train.optimizers import state_bytes
-from fewstep.train.parallel import BUCKET_BYTES
-from fewstep.train.recipe import DistillRecipe, TrainConfig
+from fewstep.train.parallel import BUCKET_BYTES, is_sharded
+from fewstep.train.recipe import DistillRecipe
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Memory:
     """Bytes on one GPU, by part."""
 
     weights: int
-    """This GPU's share of all weights, float32."""
+    """This GPU's share of all weights, as they are held."""
     gathered: int
     """What FSDP has gathered at a time: two blocks (one computes, one arrives) and what belongs to no block."""
     gradients: int
@@ -39,40 +40,32 @@ def standing_memory(network: PolicyNetwork, recipe: DistillRecipe, gpus: int) ->
     """What stays in memory over the whole run, with no activations.
 
     Args:
-        network: teacher and student, with parameters in float32; they may be on the meta device.
+        network: teacher and student, on the meta device, frozen weights as `train.precision` holds them.
         recipe: how the run is spread, and what optimizes it.
         gpus: how many GPUs share it.
     """
     train = recipe.train
-    everything = sum(p.nbytes for p in network.parameters())
+    everything = network.nbytes
     own = sum(p.nbytes for p in network.trainable().values())
     own_blocks = network.family.blocks(network.transformer)
     slots = state_bytes(network.trainable().values(), own_blocks, recipe.optimizer)
     ema = 0 if recipe.optimizer.ema_offload and train.gpu else own
-    if train.parallel == "ddp" or (gpus == 1 and not train.gpu):
+    if not is_sharded(train, gpus):
         # Averaging copies small gradients into messages, one after the other.
         gradients = own if gpus == 1 else own + min(own, BUCKET_BYTES)
         return Memory(everything, 0, gradients, slots, ema, activations=0)
     blocks = [block for part in network.transformers() for block in network.family.blocks(part)]
-    sizes = sorted(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    sizes = sorted(held_bytes(block) for block in blocks)
     outside = everything - sum(sizes)
-    gathered = everything if gpus == 1 else outside + sum(sizes[-2:])
     largest = max([_trainable_bytes(block) for block in blocks], default=own)
-    # What is gathered, and gradients that are not reduced yet, are in the type that is computed in.
-    compute = 0.5 if computes_bfloat16(train) else 1.0
     return Memory(
         weights=everything // gpus,
-        gathered=int(compute * gathered),
-        gradients=own // gpus + int((1 + compute) * largest),
+        gathered=outside + sum(sizes[-2:]),
+        gradients=own // gpus + 2 * largest,
         optimizer=slots // gpus,
         ema=ema // gpus,
         activations=0,
     )
-
-
-def computes_bfloat16(train: TrainConfig) -> bool:
-    """Whether the network itself computes in bfloat16, which FSDP's mixed precision makes it do."""
-    return train.precision == "bfloat16" and train.gpu and train.parallel == "fsdp"
 
 
 def _trainable_bytes(module: nn.Module) -> int:

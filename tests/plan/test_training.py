@@ -9,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.errors import UserError
+from fewstep.models.architecture import NETWORKS, network_config
+from fewstep.models.conditioning import TextConditioning
+from fewstep.models.precision import held_bytes
+from fewstep.plan.report import plan_table
+from fewstep.plan.training import Machine, Plan, count_parameters, make_plan, new_student
+from fewstep.train.objectives import Distillation
 from fewstep.train.parallel import BUCKET_BYTES
-from fewstep.train.plan.architecture import NETWORKS, network_config
-from fewstep.train.plan.planner import Machine, Plan, build_on_meta, count_parameters, make_plan
-from fewstep.train.plan.report import plan_table
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 
@@ -35,7 +39,7 @@ def recipe(*overrides: str, source: str | None = None) -> DistillRecipe:
     ],
 )
 def test_published_parameter_counts_come_out(hub_id: str, billions: float, settings: list[str]) -> None:
-    network = build_on_meta(recipe(f"teacher.path={hub_id}", *settings))
+    network = new_student(recipe(f"teacher.path={hub_id}", *settings))
     assert count_parameters(network) / 1e9 == pytest.approx(billions, rel=3e-3)
 
 
@@ -48,7 +52,7 @@ def test_the_papers_recipes_can_be_planned(source: str) -> None:
 
 
 def test_the_students_own_weights_are_counted_apart() -> None:
-    network = build_on_meta(recipe(source="qwen_image_4nfe"))
+    network = new_student(recipe(source="qwen_image_4nfe"))
     assert count_parameters(network) / 1e9 == pytest.approx(20.4, rel=3e-3)
     # Adapters of rank 256 on the FFNs: 60 image and 59 text streams × 2 layers × 256·(3072 + 12288).
     adapters = 119 * 2 * 256 * (3072 + 4 * 3072)
@@ -107,6 +111,8 @@ print(peak)
 """
 
 
+LOWER = ("bfloat16", "int8", "int4")
+
 ALL_WEIGHTS = ["student.lora=null", "student.full=true"]
 
 
@@ -115,6 +121,11 @@ ALL_WEIGHTS = ["student.lora=null", "student.full=true"]
     [
         *[(guidance, checkpointing, []) for guidance in (1, 3) for checkpointing in ("false", "true")],
         (1, "false", ["student.lora={rank: 128, targets: [paper]}", "optimizer.type=adam8bit"]),
+        *[
+            (3, checkpointing, [f"train.precision={precision}"])
+            for precision in LOWER
+            for checkpointing in ("false", "true")
+        ],
     ],
 )
 def test_planned_memory_is_within_a_tenth_of_a_real_steps_peak(
@@ -139,6 +150,42 @@ def small_plan(*overrides: str, gpus: int = 1, memory_gb: float = 1) -> Plan:
     return make_plan(recipe(*SMALL, *overrides), Machine(gpus, memory_gb), side=16, tokens=24)
 
 
+@pytest.mark.parametrize("precision", ["float32", *LOWER])
+@pytest.mark.parametrize("student", [[], ALL_WEIGHTS])
+def test_planned_weights_are_those_that_a_run_holds(precision: str, student: list[str]) -> None:
+    settings = recipe(*SMALL, *student, f"train.precision={precision}")
+    objective = Distillation(settings, TextConditioning.collate([torch.randn(2, 384)]), torch.device("cpu"))
+    objective.read_weights(torch.device("cpu"))
+    planned = small_plan(*student, f"train.precision={precision}").memory.weights
+    # Layers of the small teacher have short rows: scales take more there than `bytes_of` says of large ones.
+    exact = precision in ("float32", "bfloat16")
+    assert planned == pytest.approx(held_bytes(objective.model), rel=0 if exact else 0.05)
+
+
+def test_a_cpu_computes_attention_in_float32_and_a_gpu_in_the_lowest_type() -> None:
+    cpu, gpu = (
+        small_plan("train.precision=bfloat16", f"train.gpu={gpu}").memory for gpu in ("false", "true")
+    )
+    assert cpu.activations > gpu.activations
+    assert replace(cpu, activations=0) == replace(gpu, activations=0)
+    assert small_plan("train.gpu=true").memory == small_plan().memory, "all is float32 anyway"
+
+
+def test_workers_gather_weights_in_the_types_that_they_are_held_in() -> None:
+    wide, held = (
+        small_plan("train.gpu=true", f"train.precision={precision}", gpus=4).memory
+        for precision in ("float32", "bfloat16")
+    )
+    assert wide.gathered > held.gathered > wide.gathered / 2
+    assert wide.gradients == held.gradients, "trained weights are float32"
+
+
+def test_unpacked_weights_do_not_stay_until_backward() -> None:
+    activations = {p: small_plan(f"train.precision={p}").memory.activations for p in LOWER}
+    assert activations["int8"] == pytest.approx(activations["bfloat16"], rel=0.03)
+    assert activations["int4"] == pytest.approx(activations["bfloat16"], rel=0.03)
+
+
 def test_more_gpus_hold_smaller_shares_and_checkpointing_less() -> None:
     one, four = small_plan("train.gpu=true"), small_plan("train.gpu=true", gpus=4)
     assert four.memory.weights == pytest.approx(one.memory.weights / 4, rel=1e-6)
@@ -152,7 +199,7 @@ def test_more_gpus_hold_smaller_shares_and_checkpointing_less() -> None:
 
 def test_muon_keeps_one_number_per_weight_of_the_blocks_where_adam_keeps_two() -> None:
     adam, muon = small_plan(*ALL_WEIGHTS), small_plan(*ALL_WEIGHTS, "optimizer.type=muon")
-    network = build_on_meta(recipe(*SMALL, *ALL_WEIGHTS))
+    network = new_student(recipe(*SMALL, *ALL_WEIGHTS))
     blocks = network.family.blocks(network.transformer)
     trained = [p for block in blocks for p in block.parameters() if p.requires_grad]
     matrices = sum(p.numel() for p in trained if p.ndim == 2)
@@ -196,6 +243,9 @@ def test_a_run_that_does_not_fit_names_a_remedy() -> None:
 def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must be a multiple of GPUs × train.accumulate = 3"):
         small_plan(gpus=3)
+    with pytest.raises(UserError, match=r"train.precision int8: FSDP does not shard .* train.parallel=ddp"):
+        small_plan("train.precision=int8", gpus=4)
+    assert small_plan("train.precision=int8", "train.parallel=ddp", gpus=4).memory.gathered == 0
     with pytest.raises(UserError, match=r"has no config.json"):
         make_plan(recipe(f"teacher.path={tmp_path}"), Machine(1, 80))
     with pytest.raises(UserError, match=r"--latent-size 15 can't be cut"):

@@ -1,4 +1,4 @@
-"""A teacher's architecture without its weights: enough to build its network where tensors have no data."""
+"""A network's architecture without its weights: enough to build it where tensors have no data."""
 
 from __future__ import annotations
 
@@ -6,35 +6,75 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewstep.assets import asset
 from fewstep.errors import UserError
-from fewstep.models.teacher import locate
+from fewstep.models.family import Family, Transformer
+from fewstep.models.registry import get_family
+from fewstep.models.teacher import locate, told_guidance
 
 NETWORKS = {
     "Qwen/Qwen-Image": "qwen_image",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
+    "black-forest-labs/FLUX.2-dev": "flux2_dev",
     "facebook/DiT-XL-2-256": "dit_xl_2",
 }
-"""Hub ids whose architecture is known without a network connection → file in `assets/networks`."""
+"""Hub ids whose architecture is known without a network connection → folder in `assets/networks`."""
+
+NETWORK = "network"
+"""Name of a network's own configuration in that folder, which may have those of its pipeline's other parts, too."""
 
 PLACES = ("config.json", "transformer/config.json", "unet/config.json")
 """Where a configuration lies: in a folder of the network alone, or in that of a whole diffusers pipeline."""
+
+
+def build_on_meta(
+    path: str, family: str, embedded_guidance_scale: float | None
+) -> tuple[Transformer, Family]:
+    """A teacher at full size on the meta device, whose tensors have shapes and no values, and its family.
+
+    Args:
+        path: as in `teacher.path`: a bundled name, a folder, or a hub id.
+        family: name of its family.
+        embedded_guidance_scale: input of a guidance-distilled network; None for others.
+
+    Raises:
+        UserError: its architecture can't be found, or a guidance scale is missing, or given to one that takes none.
+    """
+    config, known = network_config(path), get_family(family)
+    with torch.device("meta"):
+        transformer = known.build(config)
+    return transformer, told_guidance(known, transformer, embedded_guidance_scale, path)
 
 
 def network_config(path: str) -> dict[str, Any]:
     """Keyword arguments of a teacher's network class, without its weights.
 
     Args:
-        path: as in `teacher.path`: a bundled name, a folder, or a hub id.
+        path: as for `build_on_meta`.
 
     Raises:
         UserError: no configuration is found there, or the hub can't be reached.
     """
     # First, so that the best-known teachers can be planned without a connection (and without access to their weights).
-    if path in NETWORKS:
-        return json.loads((asset("networks") / f"{NETWORKS[path]}.json").read_text())
+    if (known := known_config(path, NETWORK)) is not None:
+        return known
     location = locate(path)
     return _in_folder(Path(location), path) if Path(location).is_dir() else _on_hub(location, path)
+
+
+def known_config(path: str, part: str) -> Any:
+    """The configuration of a part of a pipeline that is known without a connection; None for all others.
+
+    Args:
+        path: hub id of the pipeline.
+        part: name of the part, such as "vae".
+    """
+    if path not in NETWORKS:
+        return None
+    file = asset("networks") / NETWORKS[path] / f"{part}.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _in_folder(folder: Path, path: str) -> dict[str, Any]:

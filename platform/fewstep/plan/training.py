@@ -21,14 +21,16 @@ from torch import Tensor
 from fewstep.config import Shape
 from fewstep.data.schema import DatasetInfo
 from fewstep.errors import UserError
+from fewstep.models.architecture import build_on_meta
 from fewstep.models.conditioning import ClassConditioning, Conditioning, TextConditioning
 from fewstep.models.family_code import use_module
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.registry import get_family
-from fewstep.models.teacher import check_guidance, read_card, told_guidance
-from fewstep.train.plan.architecture import network_config
-from fewstep.train.plan.memory import Memory, computes_bfloat16, standing_memory
-from fewstep.train.plan.meter import DispatchMeter, fused_attention
+from fewstep.models.planned import lower_on_meta
+from fewstep.models.precision import LIBRARIES
+from fewstep.models.teacher import check_guidance, read_card
+from fewstep.plan.memory import Memory, standing_memory
+from fewstep.plan.meter import DispatchMeter, fused_attention
+from fewstep.train.parallel import is_sharded
 from fewstep.train.recipe import DistillRecipe
 
 FULL_SIZE = 128
@@ -111,23 +113,28 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
         tokens: token states per caption.
 
     Raises:
-        UserError: the teacher's architecture can't be found, or the batch can't be spread.
+        UserError: the teacher's architecture can't be found, the batch can't be spread, or FSDP would have to shard
+            quantised weights.
     """
     train = recipe.train
+    if train.precision in LIBRARIES and is_sharded(train, machine.gpus):
+        raise UserError(
+            f"train.precision {train.precision}: FSDP does not shard quantised weights: set train.parallel=ddp, with "
+            "which every GPU holds all of them."
+        )
     if recipe.data.batch_size % (machine.gpus * train.accumulate):
         raise UserError(
             f"data.batch_size={recipe.data.batch_size} must be a multiple of GPUs × train.accumulate = "
             f"{machine.gpus * train.accumulate}."
         )
     micro = recipe.data.batch_size // (machine.gpus * train.accumulate)
-    network = build_on_meta(recipe)
+    network = new_student(recipe)
     shape = _latent_shape(recipe, network, side)
     parameters = count_parameters(network)
     trained = sum(p.numel() for p in network.trainable().values())
+    lower_on_meta(network, train.precision)
     standing = standing_memory(network, recipe, machine.gpus)
 
-    if computes_bfloat16(train):
-        network.to(torch.bfloat16)
     chosen = other = measure(network, recipe, micro, shape, tokens)
     try:
         network.transformer.enable_gradient_checkpointing()  # second, because it can't be switched off again
@@ -156,7 +163,7 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     )  # fmt: skip
 
 
-def build_on_meta(recipe: DistillRecipe) -> PolicyNetwork:
+def new_student(recipe: DistillRecipe) -> PolicyNetwork:
     """The recipe's teacher with its student at full size, on the meta device: it takes no memory.
 
     Raises:
@@ -165,12 +172,9 @@ def build_on_meta(recipe: DistillRecipe) -> PolicyNetwork:
     teacher, student = recipe.teacher, recipe.student
     if teacher.module is not None:
         use_module(teacher.module)
-    family = get_family(teacher.family)
-    config = network_config(teacher.path)
+    transformer, family = build_on_meta(teacher.path, teacher.family, teacher.embedded_guidance_scale)
+    check_guidance(family, transformer, teacher.guidance_scale, "teacher.guidance_scale")
     with torch.device("meta"):
-        transformer = family.build(config)
-        family = told_guidance(family, transformer, teacher.embedded_guidance_scale, teacher.path)
-        check_guidance(family, transformer, teacher.guidance_scale, "teacher.guidance_scale")
         return PolicyNetwork(
             transformer, family, student.policy, student.lora, recipe.train.seed, student.full
         )
@@ -187,22 +191,21 @@ def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Sh
     """Run one micro-batch on the meta device, and say what it costs.
 
     Args:
-        network: on the meta device, in the type that it computes in.
-        recipe: says how often the teacher is asked.
+        network: on the meta device.
+        recipe: says how often the teacher is asked, and whether of GPUs.
         batch: samples.
         shape: (C, H, W) of their latents.
         tokens: token states of each.
     """
-    dtype = next(network.transformer.parameters()).dtype
     passes = 1 if recipe.teacher.guidance_scale == 1 else 2
     queries = recipe.imitation.intermediate_states * passes
     # FSDP reduces a block's gradients as soon as they are there, and frees them.
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in network.trainable().values()]
     meter = DispatchMeter([*network.parameters(), *network.buffers()])
     try:
-        with torch.device("meta"), fused_attention(meter), meter:
-            x, t = torch.empty(batch, *shape, dtype=dtype), torch.empty(batch, dtype=dtype)
-            conditioning = _conditioning(network, batch, tokens, dtype)
+        with torch.device("meta"), fused_attention(meter, on_cpu=not recipe.train.gpu), meter:
+            x, t = torch.empty(batch, *shape), torch.empty(batch)
+            conditioning = any_conditioning(network, batch, tokens)
             packed = network(x, t, conditioning, student=True)
             predicted = network.head.parameters_of(packed, network._unpack(packed, x))
             student = meter.operations
@@ -218,14 +221,14 @@ def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Sh
     return Pass(meter.peak, meter.operations - teacher, teacher)
 
 
-def _conditioning(network: PolicyNetwork, batch: int, tokens: int, dtype: torch.dtype) -> Conditioning:
+def any_conditioning(network: PolicyNetwork, batch: int, tokens: int) -> Conditioning:
     """Captions or classes as the family takes them, on the default device."""
     family, transformer = network.family, network.transformer
     if family.classes(transformer) is not None:
         return ClassConditioning(torch.zeros(batch, dtype=torch.long))
-    states = torch.empty(batch, tokens, family.condition_width(transformer), dtype=dtype)
+    states = torch.empty(batch, tokens, family.condition_width(transformer))
     pooled = family.pooled_width(transformer)
-    vectors = None if pooled is None else torch.empty(batch, pooled, dtype=dtype)
+    vectors = None if pooled is None else torch.empty(batch, pooled)
     return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool), vectors)
 
 

@@ -1,0 +1,124 @@
+"""The parts of a student's pipeline beside its network, text encoder and autoencoder, without their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.assets import expanded
+from fewstep.config import Precision
+from fewstep.encoders.autoencoders import GREY, KINDS, PIXEL, KLAutoencoder
+from fewstep.encoders.base import LABELS, of_pipeline
+from fewstep.encoders.text import loading
+from fewstep.errors import UserError
+from fewstep.models.architecture import known_config
+from fewstep.models.precision import LIBRARIES, bytes_of
+
+ENCODERS = {"qwen_image": "qwen-image", "flux": "flux", "flux2": "flux2"}
+"""Family of a network → prefix of the name of its pipeline's own text encoder."""
+
+
+def usual_precision(encoder: str, on_cpu: bool) -> Precision:
+    """The precision in which a text encoder is loaded where none is asked for."""
+    return "float32" if on_cpu or of_pipeline(encoder) not in ("flux2", "qwen-image") else "bfloat16"
+
+
+def text_encoder_bytes(name: str, precision: Precision) -> int | None:
+    """Bytes that a text encoder's weights take; None where its configuration is not found here.
+
+    Args:
+        name: as for `load_encoder`.
+        precision: of its weights; with "int8" and "int4", of those of its linear layers, and the others are bfloat16.
+    """
+    if name.startswith(LABELS):
+        return 0
+    try:
+        models = _text_models(name)
+    except (UserError, OSError, ValueError):
+        return None
+    return sum(_weights(model, precision) for model in models)
+
+
+def _weights(model: nn.Module, precision: Precision) -> int:
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    others: Precision = "bfloat16" if precision in LIBRARIES else precision
+    return sum(bytes_of(p.numel(), precision if id(p) in linear else others) for p in model.parameters())
+
+
+def _text_models(name: str) -> list[nn.Module]:
+    """The transformers models of a text encoder, on the meta device.
+
+    Raises:
+        UserError, OSError, ValueError: a configuration is not found.
+    """
+    from transformers import AutoConfig, AutoModel, CLIPTextModel, T5EncoderModel
+
+    kind, place = of_pipeline(name), name.partition(":")[2]
+    known = known_config(place, "text_encoder") if kind else None
+    if known is not None:
+        configs = [AutoConfig.for_model(**config) for config in known]
+    else:
+        with loading(name) as where:
+            numbers = {"flux": ("_2", "")}.get(kind or "", ("",))
+            folders = [{"subfolder": f"text_encoder{number}"} if kind else {} for number in numbers]
+            configs = [AutoConfig.from_pretrained(**where, **folder) for folder in folders]
+    kinds: list[Any] = [T5EncoderModel._from_config, CLIPTextModel._from_config]
+    with torch.device("meta"):
+        return [
+            make(config)
+            for make, config in zip(
+                kinds if kind == "flux" else [AutoModel.from_config], configs, strict=True
+            )
+        ]
+
+
+def autoencoder_on_meta(name: str, precision: Precision) -> KLAutoencoder | None:
+    """An autoencoder on the meta device; None where its latents are pixels.
+
+    Args:
+        name: as for `load_autoencoder`.
+        precision: of its weights, "float32" or "bfloat16".
+
+    Raises:
+        LookupError: its configuration is not found here.
+    """
+    if name in (PIXEL, GREY):
+        return None
+    import diffusers
+
+    place, _, subfolder = name.partition(":")
+    config = known_config(place, "vae")
+    if config is None:
+        try:
+            folder = expanded(place)
+            config = diffusers.AutoencoderKL.load_config(
+                str(folder) if folder.is_dir() else place,
+                subfolder=subfolder or None,
+                local_files_only=folder.is_dir(),
+            )
+        except (OSError, ValueError) as error:
+            raise LookupError(name) from error
+    kind = config.get("_class_name")
+    if kind not in KINDS:
+        raise LookupError(name)
+    with torch.device("meta"):
+        model = getattr(diffusers, kind).from_config(config)
+    if precision == "bfloat16":
+        for weight in model.parameters():  # as `load_autoencoder` does
+            weight.data = weight.data.to(torch.bfloat16)
+    return KINDS[kind](name, model.eval().requires_grad_(False))
+
+
+def usual_parts(family: str, teacher: str) -> tuple[str, str]:
+    """Names of text encoder and autoencoder of a teacher's pipeline, for a student that has no card yet.
+
+    Args:
+        family: of the teacher.
+        teacher: the folder or hub id of its pipeline.
+    """
+    if family not in ENCODERS:
+        return LABELS, PIXEL
+    return f"{ENCODERS[family]}:{teacher}", f"{teacher}:vae" if Path(teacher).name else PIXEL
