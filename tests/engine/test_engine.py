@@ -504,7 +504,7 @@ def test_a_storage_folder_without_a_model_is_refused(s3_bucket: str) -> None:
 def test_a_new_version_that_does_not_fit_beside_the_old_is_refused_and_the_old_goes_on(
     model, tmp_path: Path, monkeypatch
 ) -> None:
-    from fewstep.models import device_memory
+    from fewstep.models import devices
 
     for file in resolve_student("emoji-student").folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -515,12 +515,12 @@ def test_a_new_version_that_does_not_fit_beside_the_old_is_refused_and_the_old_g
         old, new = (ModelSource(name="s", source=str(place)) for place in ("emoji-student", tmp_path))
         store = ModelStore({"s": old}, precision="float32")
         served = await store.get("s")
-        monkeypatch.setattr(device_memory, "free_on_host", lambda: model.nbytes // 2)
+        monkeypatch.setattr(devices, "free_on_host", lambda: model.nbytes // 2)
         with pytest.raises(UserError, match=r"takes 0\.0 GB, and 0\.0 GB of this machine's memory are free"):
             await store.offer({"s": new})
         assert await store.get("s") is served
         assert (await served_image(served)).pixels.shape == (16, 16, 3)
-        monkeypatch.setattr(device_memory, "free_on_host", lambda: 2 * model.nbytes)
+        monkeypatch.setattr(devices, "free_on_host", lambda: 2 * model.nbytes)
         await store.offer({"s": new})
         assert (await store.get("s")).version != served.version
 

@@ -423,9 +423,9 @@ def test_a_device_without_bfloat16_refuses_all_that_computes_in_it(monkeypatch: 
 
 
 def test_what_does_not_fit_is_known_before_a_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewstep.models import device_memory, network
+    from fewstep.models import devices, network
 
-    monkeypatch.setattr(device_memory, "free_on_host", lambda: 1_000_000)
+    monkeypatch.setattr(devices, "free_on_host", lambda: 1_000_000)
     monkeypatch.setattr(network, "stream_weights", lambda folder: pytest.fail("weights are read"))
     message = (
         r"the student in .* in bfloat16 takes 0\.0 GB, and 0\.0 GB of this machine's memory are free: choose"

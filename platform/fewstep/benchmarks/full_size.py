@@ -16,12 +16,12 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine
-from fewstep.cli.common import check_device
 from fewstep.config import Precision
 from fewstep.distill import imitation_loss
 from fewstep.flow import gaussian_noise, generate
 from fewstep.models.architecture import network_config
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.devices import check_device
 from fewstep.models.family import Family
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.precision import check_arithmetic, check_precision

@@ -44,21 +44,6 @@ def add_precision_option(
     )  # fmt: skip
 
 
-def check_device(device: str) -> None:
-    """Check that torch can compute on a device, before anything is loaded.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--device {device} can't be used here: {reason}") from error
-
-
 def make_folder(folder: Path, option: str) -> None:
     """Make the folder that a command is going to write to, before it has worked for minutes.
 

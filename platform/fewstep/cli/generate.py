@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from fewstep.cli.common import add_precision_option, add_student_options, check_device, make_folder
+from fewstep.cli.common import add_precision_option, add_student_options, make_folder
 from fewstep.cli.dry_run import add_serving_options, print_serving_plans
 
 DESCRIPTION = "Write images from prompts with a distilled student."
@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
     from fewstep.evaluate.grid import sample_grid
     from fewstep.flow import gaussian_noise
     from fewstep.flow.sampler_config import MAX_NFE
+    from fewstep.models.devices import check_device
     from fewstep.models.precision import pipeline_arguments
     from fewstep.student import FewStepPipeline
 

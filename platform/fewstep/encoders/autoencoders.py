@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fewstep.assets import expanded
 from fewstep.config import Precision, Shape
 from fewstep.errors import UserError
-from fewstep.models.device_memory import free_bytes
+from fewstep.models.devices import free_bytes
 from fewstep.models.precision import LIBRARIES
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 
 from fewstep.config import Offload
 from fewstep.errors import UserError
-from fewstep.models.device_memory import free_bytes
+from fewstep.models.devices import free_bytes
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from fewstep.encoders.labels import LabelEncoder
 from fewstep.encoders.memory import should_offload
 from fewstep.encoders.pipelines import load_pipeline_encoder, pipeline_widths
 from fewstep.encoders.text import TextEncoder, text_width
-from fewstep.models.device_memory import free_bytes
+from fewstep.models.devices import free_bytes
 
 
 def load_encoder(

@@ -33,7 +33,7 @@ from torch import Tensor
 from fewstep.config import Precision
 from fewstep.errors import UserError
 from fewstep.files import save_weights
-from fewstep.models.device_memory import check_fits
+from fewstep.models.devices import check_fits
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork

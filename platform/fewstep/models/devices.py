@@ -1,4 +1,4 @@
-"""What is free of a device's memory, and the refusal of a model that does not fit there."""
+"""Devices: whether there is one, what is free of its memory, and the refusal of a model that does not fit there."""
 
 from __future__ import annotations
 
@@ -55,3 +55,16 @@ def check_fits(takes: int, what: str, device: torch.device | str, remedy: str) -
         raise UserError(
             f"{what} takes {takes / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {where}'s memory are free: {remedy}."
         )
+
+
+def check_device(device: str) -> None:
+    """Check that torch can compute on a device, before anything is loaded.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--device {device} can't be used here: {reason}") from error
