@@ -147,6 +147,11 @@ def test_parts_whose_configuration_is_not_here_are_said_not_to_be_counted() -> N
         plans
     )
     assert plans[0].memory.total == plans[0].memory.weights + plans[0].memory.evaluation
+    overrides = ["teacher.path=facebook/DiT-XL-2-256"]
+    [plan] = recipe_plans("imagenet_1nfe", GPU(80), *overrides, precisions=["bfloat16"])
+    assert (plan.memory.text_encoder, plan.memory.autoencoder) == (0, None), (
+        "classes, and latents of some kind"
+    )
 
 
 def test_a_precision_that_fits_is_told_from_one_that_does_not() -> None:
