@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -22,8 +23,8 @@ from fewstep.models.family import Transformer
 PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
 """Files that are fetched of a hub repository: a network's own, or those of a pipeline's transformer and scheduler."""
 
-STREAMED_BYTES = 2**24
-"""Bytes that are read of a file before it is opened anew."""
+LARGE_WEIGHT = 2**20
+"""Numbers from which on a weight is read by itself."""
 
 LOADED_NUMBERS = 2**26
 """Numbers that are read into sharded weights at a time, by all ranks together."""
@@ -170,25 +171,30 @@ def _groups(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The names and weights in a folder's safetensors, one after the other, on the CPU.
+    """The names and weights in a folder's safetensors, one after the other, the largest first, on the CPU.
 
-    A file is opened anew for each 16 MB of it: pages of an open file that were read count as memory of the process.
+    Pages of an open file that were read count as memory of the process, so that it is opened anew for each large
+    weight. The largest come first, when converting them takes memory beside nearly nothing.
     """
     paths = [path for path in _WithoutVariants().ls(folder) if str(path).endswith(".safetensors")]
     if sum(os.path.getsize(path) for path in paths) > LARGE:
         _map_large_blocks()
+    sizes: dict[tuple[str, str], int] = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-        while names:
-            read = 0
-            with safe_open(path, framework="pt") as file:
-                while names and read < STREAMED_BYTES:
-                    tensor = file.get_tensor(names[0])
-                    read += tensor.nbytes
-                    yield names.pop(0), tensor
-                    del tensor
-            return_freed_memory()
+            sizes |= {(str(path), name): math.prod(file.get_slice(name).get_shape()) for name in names}
+    large = sorted(
+        (place for place in sizes if sizes[place] >= LARGE_WEIGHT), key=lambda place: -sizes[place]
+    )
+    for path, name in large:
+        with safe_open(path, framework="pt") as file:
+            yield name, file.get_tensor(name)
+        return_freed_memory()
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in [name for name in file.keys() if sizes[str(path), name] < LARGE_WEIGHT]:  # noqa: SIM118
+                yield name, file.get_tensor(name)
 
 
 def _map_large_blocks() -> None:

@@ -261,6 +261,6 @@ def _weights_hash(location: str) -> str | None:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
-            while chunk := handle.read(1 << 24):  # in pieces: files may be larger than memory
+            while chunk := handle.read(1 << 22):  # in pieces: files may be larger than memory
                 digest.update(chunk)
     return digest.hexdigest()

@@ -39,6 +39,7 @@ from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork
 from fewstep.models.packing import PackedTransformer
 from fewstep.models.planned import lower_on_meta
+from fewstep.models.pretrained import return_freed_memory
 from fewstep.models.sharded import fill
 
 REMEDY = "choose a lower precision (bfloat16, int8 or int4), or a device with more"
@@ -172,7 +173,9 @@ def load_adapter(
         check_fits(network.nbytes, f"the student in {folder} in {precision}", device, REMEDY)
         network.fill(base, torch.device(device))
     for name in own:
-        network.assign(name, state[_published(name)], network.get_parameter(name).device)
+        # Taken out, as it is copied: no second copy of all of them is to stay.
+        network.assign(name, state.pop(_published(name)), network.get_parameter(name).device)
+    return_freed_memory()
     return network
 
 
@@ -340,7 +343,9 @@ def read_adapter(
             scaling = json.loads(metadata.get(SCALING, "{}"))
             read = {
                 # An alpha is a single number.
-                name: file.get_tensor(name)
+                name: file.get_tensor(
+                    name
+                ).clone()  # not the file's mapped pages, which would stay to the last
                 if values or name.endswith(ALPHA)
                 else torch.empty(file.get_slice(name).get_shape(), device="meta")
                 for name in file.keys()  # noqa: SIM118 — not a dict
