@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,9 @@ from fewstep.models.precision import LIBRARIES, bytes_of
 
 ENCODERS = {"qwen_image": "qwen-image", "flux": "flux", "flux2": "flux2"}
 """Family of a network → prefix of the name of its pipeline's own text encoder."""
+
+UNKNOWN = "?"
+"""Stands for the name of a part that only a student's card or prepared data would tell."""
 
 
 def usual_precision(encoder: str, on_cpu: bool) -> Precision:
@@ -119,6 +121,7 @@ def usual_parts(family: str, teacher: str) -> tuple[str, str]:
         family: of the teacher.
         teacher: the folder or hub id of its pipeline.
     """
-    if family not in ENCODERS:
-        return LABELS, PIXEL
-    return f"{ENCODERS[family]}:{teacher}", f"{teacher}:vae" if Path(teacher).name else PIXEL
+    encoder = (
+        f"{ENCODERS[family]}:{teacher}" if family in ENCODERS else LABELS if family == "dit" else UNKNOWN
+    )
+    return encoder, f"{teacher}:vae" if family in ENCODERS else UNKNOWN
