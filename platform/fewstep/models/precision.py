@@ -175,7 +175,9 @@ class Linear8Bit(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), bfloat16."""
         # In bfloat16 before torchao sees it, which else unpacks to float32 first.
-        return _Product8Bit.apply(x.to(torch.bfloat16), self.weight, self.bias)
+        # So is the bias: added in float32, it takes two copies of the result on a CPU.
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        return _Product8Bit.apply(x.to(torch.bfloat16), self.weight, bias)
 
 
 class _Product8Bit(torch.autograd.Function):
