@@ -4,8 +4,7 @@
 # One would guess: who runs out of memory while decoding a megapixel, and enables tiling, decodes in several smaller
 #   pieces: "the VAE will split the input tensor into tiles", says the method.
 # What happens: AutoencoderKL's tiles are as large as its `sample_size`, 1024 for FLUX, and what isn't larger than one
-#   tile is decoded whole: one call of the decoder, as without tiling, and no
-#   warning. A larger picture's tiles are then of
+#   tile is decoded whole: one call of the decoder, as without tiling, and no warning. A larger picture's tiles are of
 #   1024 x 1024 each, besides narrow ones at the edge. `vae.tile_sample_min_size` and `vae.tile_latent_min_size` can be
 #   set to less, together.
 set -euo pipefail
