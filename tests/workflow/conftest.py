@@ -43,7 +43,7 @@ class FakeImages:
     def __init__(self) -> None:
         self.methods = []
 
-    def __call__(self, student, batch, methods, *, seed=0, gpu=False):
+    def __call__(self, student, batch, methods, *, seed=0, gpu=False, precisions=None):
         self.methods = list(methods)
         rng, (_, height, width) = np.random.default_rng(seed), batch.shape
         size = (len(batch), height, width, 3)

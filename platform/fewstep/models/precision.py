@@ -228,8 +228,10 @@ def _bytes(tensor: Tensor) -> int:
         names, _ = cast(Any, tensor).__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)
     state = getattr(tensor, "quant_state", None)  # bitsandbytes': beside the numbers, their scales
-    scales = () if state is None else state.as_dict(packed=True).values()
-    return tensor.nbytes + sum(part.nbytes for part in scales if isinstance(part, Tensor))
+    scales = 0
+    while state is not None:  # the scales are quantised themselves, and have scales again
+        scales, state = scales + state.absmax.nbytes, state.state2 if state.nested else None
+    return tensor.nbytes + scales
 
 
 def compute_in_bfloat16(modules: Iterable[nn.Module]) -> None:
