@@ -5,7 +5,7 @@ Free of torch, for processes that only read settings or shards.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -33,6 +33,9 @@ class Config(BaseModel):
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
 """How weights are held: in floating point; as integers of 8 bits with a scale per row (torchao); or as 4-bit
 NormalFloat numbers with a scale per 64 (bitsandbytes)."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+"""All of them, the most exact first."""
 
 Offload = bool | Literal["auto"]
 """Whether a text encoder waits on the host and visits the device for each batch; "auto" where memory is short."""

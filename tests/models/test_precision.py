@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from fewstep.config import Precision
+from fewstep.config import PRECISIONS, Precision
 from fewstep.engine.engine import Engine
 from fewstep.engine.generation import Generation
 from fewstep.engine.models import ModelStore
@@ -34,7 +34,6 @@ from fewstep.models.flux2 import Flux2
 from fewstep.models.heads import GMFlowConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.precision import (
-    PRECISIONS,
     check_arithmetic,
     check_precision,
     compute_in_bfloat16,

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from fewstep.cli import main
-from fewstep.config import Precision
+from fewstep.config import PRECISIONS, Precision
 from fewstep.encoders import load_autoencoder, load_encoder
 from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.precision import PRECISIONS, held_bytes, pipeline_arguments
+from fewstep.models.precision import held_bytes, pipeline_arguments
 from fewstep.plan import GPU, Served, ServingPlan, plan_serving, serving_table
 from fewstep.plan.parts import text_encoder_bytes
 from fewstep.plan.serving import NO_FIT
 from fewstep.student import FewStepPipeline, read_student_card, resolve_student, write_student_card
-from fewstep.student.weights import weights_bytes
+from fewstep.student.weights import student_on_meta
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 STUDENT = resolve_student("emoji-student").folder
@@ -38,7 +38,7 @@ def test_a_students_weights_are_known_before_they_are_read(name: str, precision:
     pipe = FewStepPipeline.from_pretrained(name, **pipeline_arguments(precision))
     exact = precision in ("float32", "bfloat16")
     # Layers of small students have short rows: scales take more there than `bytes_of` says of large ones.
-    planned = weights_bytes(resolve_student(name).folder, precision)
+    planned = student_on_meta(resolve_student(name).folder, precision).nbytes
     assert planned == pytest.approx(held_bytes(pipe.network), rel=0 if exact else 0.05)
 
 
@@ -55,9 +55,9 @@ def test_a_plan_needs_no_weights_of_teacher_and_adapter(tmp_path: Path) -> None:
     begin = 8 + int.from_bytes(content[:8], "little")
     content[begin:] = b"\xff" * (len(content) - begin)  # as float16, not a number anywhere
     weights.write_bytes(content)
-    assert weights_bytes(student, "bfloat16") == weights_bytes(STUDENT, "bfloat16")
+    assert student_on_meta(student, "bfloat16").nbytes == student_on_meta(STUDENT, "bfloat16").nbytes
     with pytest.raises(UserError, match="there is no folder"):
-        weights_bytes(STUDENT, "bfloat16", teacher="no/such/folder")
+        student_on_meta(STUDENT, "bfloat16", teacher="no/such/folder")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

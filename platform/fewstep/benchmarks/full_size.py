@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -15,17 +16,16 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine
-from fewstep.config import Precision
+from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine, wait
+from fewstep.config import PRECISIONS, Precision, Shape
 from fewstep.distill import imitation_loss
-from fewstep.flow import gaussian_noise, generate
+from fewstep.flow import SamplerConfig, gaussian_noise, generate
 from fewstep.models.architecture import network_config
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.devices import check_device
+from fewstep.models.devices import check_device, return_freed_memory
 from fewstep.models.family import Family
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.precision import check_arithmetic, check_precision
-from fewstep.models.pretrained import return_freed_memory
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import told_guidance
 from fewstep.train.optimizers import build_optimizers
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--networks", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: both")
     parser.add_argument(
-        "--precisions", nargs="+", choices=("float32", "bfloat16", "int8", "int4"), default=["bfloat16", "int8"],
+        "--precisions", nargs="+", choices=PRECISIONS, default=["bfloat16", "int8"],
         help="default: bfloat16 int8",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
@@ -106,27 +106,24 @@ def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     for precision in options.precisions:
         check_arithmetic(check_precision(precision, "--precisions"), device, "--precisions")
-    rows = []
-    for network in options.networks:
-        for precision in options.precisions:
-            setting = Setting(network, precision, device, options.size, options.small)
-            rows.append(measure(setting, options.repeats, training=not options.no_training))
-            _free(device)
-            # Each row at once, as the next one may not fit.
-            print(json.dumps({"network": network, "precision": precision} | rows[-1]), flush=True)
-    named = [(f"{n} {p}", row) for (n, p), row in zip(_pairs(options), rows, strict=True)]
+    rows: dict[str, dict[str, float]] = {}
+    for network, precision in itertools.product(options.networks, options.precisions):
+        setting = Setting(network, precision, device, options.size, options.small)
+        row = measure(setting, options.repeats, training=not options.no_training)
+        _free(device)
+        # Each row at once, as the next one may not fit.
+        print(json.dumps({"network": network, "precision": precision} | row), flush=True)
+        rows[f"{network} {precision}"] = row
     description = f"{machine(device)}; {options.size}x{options.size}, random weights"
-    table = f"{description}\n\n{full_size_table(dict(named))}"
+    table = f"{description}\n\n{full_size_table(rows)}"
     print(f"\n{table}")
     if options.tracking:
         metrics = {
-            f"{name}/{key}".replace(" ", "_"): value for name, row in named for key, value in row.items()
+            f"{name}/{key}".replace(" ", "_"): value
+            for name, row in rows.items()
+            for key, value in row.items()
         }
         log_to_mlflow(options.tracking, "full-size", description, table, metrics)
-
-
-def _pairs(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    return ((network, precision) for network in options.networks for precision in options.precisions)
 
 
 def measure(setting: Setting, repeats: int, *, training: bool = True) -> dict[str, float]:
@@ -135,7 +132,7 @@ def measure(setting: Setting, repeats: int, *, training: bool = True) -> dict[st
     recipe = load_recipe(DistillRecipe, RECIPES[setting.network], [f"train.precision={setting.precision}"])
     begun = time.perf_counter()
     network = random_student(recipe, setting)
-    _wait(device)
+    wait(device)
     result = {"built_s": time.perf_counter() - begun, "weights_gb": network.nbytes / 1e9}
     family, transformer = network.family, network.transformer
     shape = (family.latent_channels(transformer), setting.size // 8, setting.size // 8)
@@ -162,7 +159,7 @@ def measure(setting: Setting, repeats: int, *, training: bool = True) -> dict[st
     }
     result |= _peak("image_peak_gb", device)
     if training:
-        result |= _training_step(network, recipe, conditioning, shape, device)
+        result |= _training_step(network, recipe, conditioning, shape, sampler, device)
     return result
 
 
@@ -170,7 +167,8 @@ def _training_step(
     network: PolicyNetwork,
     recipe: DistillRecipe,
     conditioning: TextConditioning,
-    shape: tuple[int, int, int],
+    shape: Shape,
+    sampler: SamplerConfig,
     device: torch.device,
 ) -> dict[str, float]:
     """One optimizer step of one sample, without guidance, with activation checkpointing: the second of two."""
@@ -187,7 +185,7 @@ def _training_step(
             lambda x, sigma: network.velocity(x, sigma, conditioning.repeat(len(x))),
             latent,
             generator,
-            recipe.sampler.at_size(shape[1] * shape[2] // network.family.patch(network.transformer) ** 2),
+            sampler,
             recipe.imitation,
             1.0,
         )
@@ -200,7 +198,7 @@ def _training_step(
     _begin_peak(device)
     begun = time.perf_counter()
     step()
-    _wait(device)
+    wait(device)
     return {"step_s": time.perf_counter() - begun} | _peak("step_peak_gb", device)
 
 
@@ -262,11 +260,6 @@ def _free(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return_freed_memory()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _begin_peak(device: torch.device) -> None:

@@ -30,10 +30,10 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(WARM_UPS + repeats):
         for name, run in runs.items():
-            _wait(device)  # GPUs work behind the host's back; the clock must not start on the work before
+            wait(device)  # GPUs work behind the host's back; the clock must not start on the work before
             began = time.perf_counter()
             run()
-            _wait(device)
+            wait(device)
             if turn >= WARM_UPS:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -167,6 +167,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Have the host wait until a device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

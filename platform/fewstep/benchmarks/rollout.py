@@ -23,6 +23,7 @@ from fewstep.benchmarks.measure import (
     peak_memory,
 )
 from fewstep.flow import TEXT_TO_IMAGE_SHIFT as SHIFT
+from fewstep.models.devices import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from fewstep.policies import SUBSTEPS, DXPolicy, GMFlowPolicy, Policy, mean_velocity, rollout
 from fewstep.policies.rollout import rollout_reference, substep_sigmas
 
@@ -58,9 +59,6 @@ examples
   {program}                                 CPU, 2 threads, about a minute
   {program} --device cuda                   shapes of a data-centre GPU
   {program} --repeats 3 --tracking sqlite:///mlflow.db"""
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""glibc's names, from malloc.h: how much free memory, and allocations from what size on, go back to the system."""
 
 FreedMemory = Literal["", "returned", "kept"]
 """What the C library does with freed memory; empty where it can't be told."""

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewstep.config import PRECISIONS
 from fewstep.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def add_precision_option(
         of: what it is the precision of, for the help page.
     """
     parser.add_argument(
-        flag, choices=("float32", "bfloat16", "int8", "int4"), default="float32",
+        flag, choices=PRECISIONS, default="float32",
         help=f"of {of}; int8 and int4 need the extra quantization; default: %(default)s",
     )  # fmt: skip
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from fewstep.config import Precision
+from fewstep.config import PRECISIONS
 
 if TYPE_CHECKING:
     from fewstep.plan import Served
-
-PRECISIONS: tuple[str, ...] = get_args(Precision)
-"""Names of all of them, the most exact first."""
 
 
 def add_machine_options(group: argparse._ArgumentGroup) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from importlib.util import find_spec
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fewstep.config import Precision
+from fewstep.config import PRECISIONS, Precision
 from fewstep.errors import UserError
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-"""All of them, the most exact first."""
 
 NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn, when the libraries are imported (peft does), of parts that are not used here."""
@@ -35,6 +32,9 @@ NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
 for _name in NOISY:
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+PRODUCTS = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
+"""What autocast has computed in bfloat16."""
 
 LIBRARIES = {"int8": "torchao", "int4": "bitsandbytes"}
 """Precisions whose weights are quantised → the library that does it."""
@@ -247,22 +247,31 @@ def _bfloat16_products(forward: Callable[..., Any]) -> Callable[..., Any]:
     def mixed(*args: Any, **kwargs: Any) -> Any:
         device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         # Entered at each call: modes and autocast hold for the thread that enters them.
-        if device == "meta":
-            with _PlannedProducts():
+        if device == "meta":  # which autocast does not know
+            with _Computed(torch.bfloat16, PRODUCTS):
                 return forward(*args, **kwargs)
-        attention = _Float32Attention() if device == "cpu" else nullcontext()
+        # The backward of torch's attention kernel for CPUs is seven times as slow in bfloat16.
+        attention = (
+            _Computed(torch.float32, (F.scaled_dot_product_attention,)) if device == "cpu" else nullcontext()
+        )
         with torch.autocast(device, torch.bfloat16), attention:
             return forward(*args, **kwargs)
 
     return mixed
 
 
-class _Float32Attention(TorchFunctionMode):
-    """A mode in which attention is computed in float32, also inside autocast.
+class _Computed(TorchFunctionMode):
+    """A mode in which some functions compute in one type, also inside autocast.
 
-    The backward of torch's attention kernel for CPUs is seven times as slow in bfloat16.
+    Args:
+        dtype: the type.
+        functions: of torch.
     """
 
+    def __init__(self, dtype: torch.dtype, functions: Sequence[Callable[..., Any]]) -> None:
+        super().__init__()
+        self._dtype, self._functions = dtype, functions
+
     def __torch_function__(
         self,
         func: Any,
@@ -270,32 +279,13 @@ class _Float32Attention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # Called for every torch function inside the mode; only attention is changed.
+        # Called for every torch function inside the mode.
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
+        if func not in self._functions:
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            wide = {name: _cast(value, torch.float32) for name, value in kwargs.items()}
-            return func(*(_cast(value, torch.float32) for value in args), **wide)
-
-
-class _PlannedProducts(TorchFunctionMode):
-    """What autocast does, for the meta device, which autocast does not know."""
-
-    PRODUCTS = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.PRODUCTS:
-            return func(*args, **kwargs)
-        half = {name: _cast(value, torch.bfloat16) for name, value in kwargs.items()}
-        return func(*(_cast(value, torch.bfloat16) for value in args), **half)
+            named = {name: _cast(value, self._dtype) for name, value in kwargs.items()}
+            return func(*(_cast(value, self._dtype) for value in args), **named)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from fewstep.models.devices import map_large_blocks, return_freed_memory
 from fewstep.models.family import Transformer
 
 PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
@@ -31,12 +29,6 @@ LOADED_NUMBERS = 2**26
 
 LARGE = 2**30
 """Bytes of weights from which on the gaps between a network's activations matter more than the time to map them."""
-
-MAPPED_BYTES = 2**22
-"""Size of the host's tensors from which on each is mapped by itself."""
-
-M_MMAP_THRESHOLD = -3
-"""Name of that setting in C's malloc.h."""
 
 VARIANTS = ("*.fp16*", "*.bf16*")
 """Files that are not fetched or read: copies of the same weights in other precisions."""
@@ -111,7 +103,7 @@ def skeleton(kind: type[Any], path: str) -> tuple[Transformer, Path]:
     with init_empty_weights(include_buffers=False):
         network = kind.from_config(kind.load_config(folder))
     # diffusers would leave missing weights at random values; on the meta device, nothing checks later.
-    shapes = _shapes(folder)
+    shapes = {name: shape for name, (_, shape) in _headers(folder).items()}
     if missing := [name for name, own in network.named_parameters() if shapes.get(name) != own.shape]:
         raise ValueError(_lacking(kind, missing))
     return network, folder
@@ -123,16 +115,16 @@ def _lacking(kind: type[Any], missing: list[str]) -> str:
     return f"of a {kind.__name__}'s weights {missing[0]}{others} are missing"
 
 
-def _shapes(folder: Path) -> dict[str, torch.Size]:
-    """Name → shape of the weights in a folder's safetensors, from the files' headers."""
+def _headers(folder: Path) -> dict[str, tuple[str, torch.Size]]:
+    """Name → file and shape of the weights in a folder's safetensors, from the files' headers."""
     # From headers alone, so that a folder that lacks weights is refused before anything large is read.
-    shapes: dict[str, torch.Size] = {}
-    for path in _WithoutVariants().ls(folder):
-        if str(path).endswith(".safetensors"):
+    found: dict[str, tuple[str, torch.Size]] = {}
+    for path in map(str, _WithoutVariants().ls(folder)):
+        if path.endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
-                shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
-    return shapes
+                found |= {name: (path, torch.Size(file.get_slice(name).get_shape())) for name in names}
+    return found
 
 
 def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
@@ -176,41 +168,19 @@ def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     Pages of an open file that were read count as memory of the process, so that it is opened anew for each large
     weight. The largest come first, when converting them takes memory beside nearly nothing.
     """
-    paths = [path for path in _WithoutVariants().ls(folder) if str(path).endswith(".safetensors")]
+    sizes = {(path, name): shape.numel() for name, (path, shape) in _headers(folder).items()}
+    paths = list(dict.fromkeys(path for path, _ in sizes))
     if sum(os.path.getsize(path) for path in paths) > LARGE:
-        _map_large_blocks()
-    sizes: dict[tuple[str, str], int] = {}
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            sizes |= {(str(path), name): math.prod(file.get_slice(name).get_shape()) for name in names}
-    large = sorted(
-        (place for place in sizes if sizes[place] >= LARGE_WEIGHT), key=lambda place: -sizes[place]
-    )
-    for path, name in large:
+        map_large_blocks()
+    large = [place for place in sizes if sizes[place] >= LARGE_WEIGHT]
+    for path, name in sorted(large, key=lambda place: -sizes[place]):
         with safe_open(path, framework="pt") as file:
             yield name, file.get_tensor(name)
         return_freed_memory()
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            for name in [name for name in file.keys() if sizes[str(path), name] < LARGE_WEIGHT]:  # noqa: SIM118
+            for name in [name for place, name in sizes if place == path and sizes[path, name] < LARGE_WEIGHT]:
                 yield name, file.get_tensor(name)
-
-
-def _map_large_blocks() -> None:
-    """Have glibc's allocator take tensors of 4 MB and more from the system, and return them as soon as they are freed.
-
-    By itself it raises that limit to 32 MB, and a network of a billion parameters then takes 100 to 800 MB more than
-    its tensors do, in gaps between them.
-    """
-    with suppress(OSError, AttributeError):  # another system, or another allocator
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-
-
-def return_freed_memory() -> None:
-    """Return freed host memory to the system, which glibc's allocator would keep."""
-    with suppress(OSError, AttributeError):  # another system, or another allocator
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class _WithoutVariants(FileSystem):

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from fewstep.config import Precision, Shape
+from fewstep.config import PRECISIONS, Precision, Shape
 from fewstep.data.schema import DatasetInfo
 from fewstep.encoders.autoencoders import PIXELS_DECODED, KLAutoencoder
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.planned import lower_on_meta
-from fewstep.models.precision import PRECISIONS, held_bytes
+from fewstep.models.precision import held_bytes
 from fewstep.models.teacher import read_card
 from fewstep.plan.meter import DispatchMeter, fused_attention
 from fewstep.plan.parts import autoencoder_on_meta, text_encoder_bytes, usual_parts, usual_precision
-from fewstep.plan.training import FULL_SIZE, any_conditioning, new_student
+from fewstep.plan.training import FULL_SIZE, any_conditioning, new_student, square
 from fewstep.student.card import StudentCard, read_student_card
 from fewstep.student.weights import student_on_meta
 from fewstep.train.recipe import DistillRecipe
@@ -224,14 +225,12 @@ def plan_serving(
     """
     held_in = encoder_precision or usual_precision(served.text_encoder, gpu.on_cpu)
     encoder = text_encoder_bytes(served.text_encoder, held_in)
-    autoencoder, tokens, plans = None, tokens or served.max_tokens, []
+    tokens, plans = tokens or served.max_tokens, []
     for precision in precisions:
         network = served.network(precision)
         shape = _latent_shape(served, network, side)
-        if autoencoder is None:  # the same for all
-            autoencoder = _autoencoder_bytes(served.autoencoder, autoencoder_precision, shape, batch)
         evaluation, operations = _evaluation(network, shape, batch, tokens, gpu.on_cpu)
-        held, whole, tiled = autoencoder
+        held, whole, tiled = _autoencoder_bytes(served.autoencoder, autoencoder_precision, shape, batch)
         memory = ServingMemory(network.nbytes, encoder, held, evaluation, whole, tiled)
         plans.append(
             ServingPlan(
@@ -253,12 +252,7 @@ def plan_serving(
 def _latent_shape(served: Served, network: PolicyNetwork, side: int | None) -> Shape:
     if side is None and served.latent_shape is not None:
         return served.latent_shape
-    family, side = network.family, side or FULL_SIZE
-    if side % (patch := family.patch(network.transformer)):
-        raise UserError(
-            f"--latent-size {side} can't be cut into the network's {patch}-cell patches: give a multiple."
-        )
-    return network.channels, side, side
+    return square(network, side or FULL_SIZE)
 
 
 @torch.no_grad()
@@ -275,6 +269,7 @@ def _evaluation(
     return meter.peak, meter.operations
 
 
+@cache  # the same for every precision of the network
 def _autoencoder_bytes(
     name: str, precision: Precision, shape: Shape, batch: int
 ) -> tuple[int | None, int | None, int | None]:

@@ -26,11 +26,10 @@ from fewstep.models.conditioning import ClassConditioning, Conditioning, TextCon
 from fewstep.models.family_code import use_module
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.planned import lower_on_meta
-from fewstep.models.precision import LIBRARIES
 from fewstep.models.teacher import check_guidance, read_card
 from fewstep.plan.memory import Memory, standing_memory
 from fewstep.plan.meter import DispatchMeter, fused_attention
-from fewstep.train.parallel import is_sharded
+from fewstep.train.parallel import check_sharding
 from fewstep.train.recipe import DistillRecipe
 
 FULL_SIZE = 128
@@ -117,11 +116,7 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
             quantised weights.
     """
     train = recipe.train
-    if train.precision in LIBRARIES and is_sharded(train, machine.gpus):
-        raise UserError(
-            f"train.precision {train.precision}: FSDP does not shard quantised weights: set train.parallel=ddp, with "
-            "which every GPU holds all of them."
-        )
+    check_sharding(train, machine.gpus)
     if recipe.data.batch_size % (machine.gpus * train.accumulate):
         raise UserError(
             f"data.batch_size={recipe.data.batch_size} must be a multiple of GPUs × train.accumulate = "
@@ -244,20 +239,25 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _latent_shape(recipe: DistillRecipe, network: PolicyNetwork, side: int | None) -> Shape:
-    family, transformer = network.family, network.transformer
-    channels = family.latent_channels(transformer)
     if side is None:
         if (data := _dataset(recipe)) is not None:
             return next(iter(data.buckets("train")))
         if (card := read_card(recipe.teacher.path)) is not None:
             return card.latent_shape
-    side = side or FULL_SIZE
-    if side % family.patch(transformer):
+    return square(network, side or FULL_SIZE)
+
+
+def square(network: PolicyNetwork, side: int) -> Shape:
+    """Shape (C, side, side) of a network's latents.
+
+    Raises:
+        UserError: the side can't be cut into its patches.
+    """
+    if side % (patch := network.family.patch(network.transformer)):
         raise UserError(
-            f"--latent-size {side} can't be cut into the teacher's {family.patch(transformer)}-cell patches: give "
-            "a multiple."
+            f"--latent-size {side} can't be cut into the network's {patch}-cell patches: give a multiple."
         )
-    return channels, side, side
+    return network.channels, side, side
 
 
 def _captions(recipe: DistillRecipe) -> int:

@@ -33,13 +33,12 @@ from torch import Tensor
 from fewstep.config import Precision
 from fewstep.errors import UserError
 from fewstep.files import save_weights
-from fewstep.models.devices import check_fits
+from fewstep.models.devices import check_fits, return_freed_memory
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork
 from fewstep.models.packing import PackedTransformer
 from fewstep.models.planned import lower_on_meta
-from fewstep.models.pretrained import return_freed_memory
 from fewstep.models.sharded import fill
 
 REMEDY = "choose a lower precision (bfloat16, int8 or int4), or a device with more"

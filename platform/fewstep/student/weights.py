@@ -1,4 +1,4 @@
-"""What a student's weights will take in a precision, known before any of them is read."""
+"""A student's network without values, which tells what its weights will take before any of them is read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fewstep.student.adapter import adapter_on_meta
 from fewstep.student.card import read_student_card
 
 
-def weights_bytes(folder: Path, precision: Precision, teacher: str | None = None) -> int:
-    """Bytes that the network of a student takes as a pipeline holds it: base, head, and adapters.
+def student_on_meta(folder: Path, precision: Precision, teacher: str | None = None) -> PolicyNetwork:
+    """The network of a student as a pipeline holds it, on the meta device, whose tensors have shapes and no values.
 
     Known from the teacher's configuration and the heads of the adapter's files, without a weight being read.
 
@@ -21,18 +21,6 @@ def weights_bytes(folder: Path, precision: Precision, teacher: str | None = None
         folder: the student's.
         precision: of the base's weights.
         teacher: the teacher's folder or hub id, if it differs from that in the student's card.
-
-    Raises:
-        UserError: as `student_on_meta`.
-    """
-    return student_on_meta(folder, precision, teacher).nbytes
-
-
-def student_on_meta(folder: Path, precision: Precision, teacher: str | None = None) -> PolicyNetwork:
-    """The network of a student as a pipeline holds it, on the meta device, whose tensors have shapes and no values.
-
-    Args:
-        folder, precision, teacher: as for `weights_bytes`.
 
     Raises:
         UserError: there is no student, or an adapter for another base; or the configuration of its teacher is not found

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from fewstep.errors import UserError
+from fewstep.models.precision import LIBRARIES
 from fewstep.train.objectives import Objective
 from fewstep.train.recipe import TrainConfig
 
@@ -20,6 +22,19 @@ BUCKET_BYTES = 1 << 25
 def is_sharded(settings: TrainConfig, world_size: int) -> bool:
     """Whether FSDP shards the model: neither replicas nor the model of a lone worker are sharded."""
     return settings.parallel == "fsdp" and world_size > 1
+
+
+def check_sharding(settings: TrainConfig, workers: int) -> None:
+    """Refuse quantised weights where so many workers would share them.
+
+    Raises:
+        UserError: they would.
+    """
+    if settings.precision in LIBRARIES and is_sharded(settings, workers):
+        raise UserError(
+            f"train.precision {settings.precision}: FSDP does not shard quantised weights: set train.parallel=ddp, "
+            "with which every worker holds all of them."
+        )
 
 
 def shard(objective: Objective, settings: TrainConfig, world_size: int) -> None:

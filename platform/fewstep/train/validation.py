@@ -22,7 +22,7 @@ from fewstep.student.adapter import check_adapter
 from fewstep.student.resolve import resolve_student
 from fewstep.tracking.address import check_reachable
 from fewstep.train.adam8bit import check_torchao
-from fewstep.train.parallel import is_sharded
+from fewstep.train.parallel import check_sharding
 from fewstep.train.recipe import (
     DistillRecipe,
     EvaluationConfig,
@@ -250,11 +250,7 @@ def _check_precision(recipe: DistillRecipe | TeacherRecipe) -> None:
         raise UserError(
             f"{field} {precision}: a teacher's weights are all trained: set it to bfloat16 or float32."
         )
-    if is_sharded(settings, settings.workers):
-        raise UserError(
-            f"{field} {precision}: FSDP does not shard quantised weights: set train.parallel=ddp, with which every "
-            "worker holds all of them."
-        )
+    check_sharding(settings, settings.workers)
 
 
 def _check_cluster(settings: TrainConfig) -> None:
