@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from fewstep.errors import UserError
 from fewstep.files import save_weights
 from fewstep.models.family import Family, Transformer
 from fewstep.models.registry import get_family
+from fewstep.models.weights_hash import weights_hash
 
 BUNDLED_TEACHERS = {
     "emoji": "emoji_teacher",
@@ -130,7 +130,7 @@ def open_teacher(
 def checked_meanwhile(path: str, wanted: TeacherReference) -> Iterator[None]:
     """Compare a teacher's weights with those that are wanted while they are loaded in a `with` block.
 
-    Hashing takes as long as reading: done at the same time, it costs nothing where there is another core.
+    Hashing takes longer than reading: done at the same time, it costs little where there is another core.
 
     Raises:
         UserError: at the end of the block, as `check_reference`.
@@ -143,7 +143,7 @@ def checked_meanwhile(path: str, wanted: TeacherReference) -> Iterator[None]:
 
 def reference_to(path: str, family: str) -> TeacherReference:
     """The reference to a teacher, with a hash of its weights as they are now."""
-    return TeacherReference(path, family, _weights_hash(locate(path)))
+    return TeacherReference(path, family, weights_hash(locate(path)))
 
 
 @contextmanager
@@ -248,19 +248,3 @@ def check_guidance(family: Family, transformer: Transformer, scale: float, field
         raise UserError(
             f"{field}: a {family.name} teacher that takes no condition has none to leave out for guidance: set it to 1."
         )
-
-
-def _weights_hash(location: str) -> str | None:
-    """SHA-256 over the weights' files of a folder, of a network or pipeline; None where there are none (hub ids)."""
-    folder = Path(location)
-    # A network's own folder, or that of a pipeline, in which other parts have weights, too.
-    places = ("*.safetensors", "transformer/*.safetensors", "unet/*.safetensors")
-    files = next((found for place in places if (found := sorted(folder.glob(place)))), None)
-    if files is None:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            while chunk := handle.read(1 << 22):  # in pieces: files may be larger than memory
-                digest.update(chunk)
-    return digest.hexdigest()
