@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import tempfile
 import threading
+import weakref
 from dataclasses import astuple
 from pathlib import Path
 
@@ -457,6 +459,27 @@ def test_a_new_offer_respects_the_memory_and_the_default_stays(model) -> None:
         assert [loaded.name for loaded in store.loaded] == ["d"]
 
     asyncio.run(scenario())
+
+
+def test_a_replaced_model_leaves_memory_at_once(tmp_path: Path) -> None:
+    copy = shutil.copytree(asset("emoji_student"), tmp_path / "student")
+
+    async def scenario() -> None:
+        source = ModelSource(name="a", source="emoji-student")
+        # Compiled blocks refer to themselves, so that reference counts alone would keep them.
+        store = ModelStore({"a": source}, compile="blocks", whole=False)
+        network = (await store.get("a")).pipeline.network
+        old = weakref.ref(next(network.family.blocks(network.transformer)[0].parameters()))
+        del network
+        await store.offer({"a": ModelSource(name="a", source=str(copy))})
+        assert old() is None
+
+    gc.collect()
+    gc.disable()  # as in a server, whose old objects the collector rarely looks at
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.enable()
 
 
 def test_a_model_may_lie_in_object_storage(model, s3_bucket: str, tmp_path: Path, monkeypatch) -> None:

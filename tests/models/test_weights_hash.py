@@ -60,9 +60,7 @@ def test_file_added_is_hashed_too(folder: Path) -> None:
     assert weights_hash(str(folder)) == sha256(*FILES.values(), b"third")
 
 
-def test_recent_file_is_not_remembered(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recent_file_is_not_remembered(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SETTLED_SECONDS", 2)
     assert weights_hash(str(folder)) == sha256(*FILES.values())
     assert not (tmp_path / "home").exists()

@@ -20,6 +20,7 @@ from fewstep.config import PartsConfig, Precision
 from fewstep.engine.in_flight import InFlight
 from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
+from fewstep.models.devices import free_dropped_networks
 from fewstep.models.precision import check_precision, held_bytes, pipeline_arguments
 from fewstep.student import FewStepPipeline, current_version, resolve_student
 from fewstep.student.resolve import fetch_folder
@@ -273,6 +274,8 @@ class ModelStore:
                 continue
             if model is not None and self._loaded.get(name) is model:
                 replaced.append(model)
+        if replaced:
+            await self._in_thread(free_dropped_networks)
         return replaced
 
     async def offer(self, sources: Mapping[str, ModelSource]) -> None:
@@ -297,6 +300,8 @@ class ModelStore:
         self.sources = dict(sources)
         for model in reversed(models):  # the default last: it leaves a full memory last
             self._install(model)
+        del models
+        await self._in_thread(free_dropped_networks)
 
     async def _follow(self, source: ModelSource) -> LoadedModel | None:
         """Load the version that a source's alias names now; None where it is in memory, or failed a moment ago."""
@@ -332,6 +337,8 @@ class ModelStore:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     def _load(self, source: ModelSource) -> LoadedModel:
+        # Models that batches held when they were replaced have their memory still.
+        free_dropped_networks()
         # What is fetched is only needed until it is in memory, so it is deleted then.
         with tempfile.TemporaryDirectory(prefix="fewstep-model-") as scratch:
             into = Path(scratch)
