@@ -241,7 +241,8 @@ def option_or_argument(group: argparse._ArgumentGroup) -> str:
 
 def recipe_fields(name: str) -> str:
     """The fields of the recipe that a command takes, a table for each section of the recipe."""
-    from fewstep.train.recipe import DistillRecipe, TeacherRecipe, document
+    from fewstep.config import document
+    from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
     kind = {"distill": DistillRecipe, "train-teacher": TeacherRecipe}[name]
     sections: dict[str, list[tuple[str, ...]]] = {}

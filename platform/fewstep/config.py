@@ -5,9 +5,15 @@ Free of torch, for processes that only read settings or shards.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import difflib
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fewstep.errors import UserError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 Shape = tuple[int, int, int]
 """Latent shape (C, H, W)."""
@@ -28,6 +34,44 @@ class Config(BaseModel):
         allow_inf_nan=False,
         ser_json_inf_nan="constants",
     )
+
+
+def checked_settings(kind: type[Settings], tree: Any, what: str, keys: str) -> Settings:
+    """Settings of class `kind` from what a file says.
+
+    Args:
+        kind: their class.
+        tree: as read from YAML or JSON.
+        what: the place of the settings, for error messages.
+        keys: where all keys are listed, for error messages.
+
+    Raises:
+        UserError: a key is unknown, or a value is not allowed.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]  # messages are one sentence; the others come up once this one is corrected
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        known = [name for name, _, _ in document(kind)]
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"{keys}."
+        raise UserError(f"{what}: unknown key {key!r}; {hint}")
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    raise UserError(f"{what}: {key or kind.__name__}: {message}{value}.")
+
+
+def document(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Key (with dots), default and documentation of every field, for help pages."""
+    for name, field in kind.model_fields.items():
+        # A field whose default is settings is a section, whose fields are listed in its place.
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            yield from document(type(default), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(default), field.description or ""
 
 
 Precision = Literal["float32", "bfloat16", "int8", "int4"]

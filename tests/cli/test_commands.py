@@ -340,6 +340,14 @@ def test_prepare_data_refuses_numbers_that_can_not_be(
             "applications: [{import_path: a:b, name: [x]}]",
             "applications.0.name: Input should be a valid string",
         ),
+        (
+            "applications: [{import_path: 'fewstep_serve.app:build', args: {engine: {precison: int8}}}]",
+            "default: args: unknown key 'engine.precison'; did you mean 'engine.precision'?",
+        ),
+        (
+            "applications: [{import_path: 'fewstep_serve.app:build', deployments: [{user_config: {models: []}}]}]",
+            "default: user_config: models: Tuple should have at least 1 item",
+        ),
         (None, "can't be read: No such file"),
         ("a: [", "is not valid YAML"),
         ("http_options: {port: 1}", "is no Ray Serve configuration: it has no list of applications"),

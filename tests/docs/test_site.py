@@ -105,7 +105,8 @@ def test_every_command_has_a_page_with_its_options_and_what_it_writes(site: Path
 
 
 def test_pages_of_training_commands_document_every_recipe_field(site: Path) -> None:
-    from fewstep.train.recipe import DistillRecipe, TeacherRecipe, document
+    from fewstep.config import document
+    from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 
     for name, kind in (("distill", DistillRecipe), ("train-teacher", TeacherRecipe)):
         page = (site / "commands" / f"{name}.html").read_text()

@@ -68,7 +68,8 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.models.teacher import TeacherReference
 from fewstep.student import FewStepPipeline, read_student_card, resolve_student, write_student_card
 from fewstep.train import objectives
-from fewstep.train.recipe import DistillRecipe, document, load_recipe
+from fewstep.config import document
+from fewstep.train.recipe import DistillRecipe, load_recipe
 
 assert Path(fewstep.__file__).is_relative_to(Path.cwd())
 recipe = load_recipe(DistillRecipe, "emoji_qwen_4nfe", ["sampler.sparkle=0.75"])

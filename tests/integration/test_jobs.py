@@ -34,7 +34,8 @@ def test_every_job_is_executable_and_its_help_page_has_examples(job: str) -> Non
 
 
 def test_the_help_page_of_the_main_job_documents_every_recipe_field() -> None:
-    from fewstep.train.recipe import DistillRecipe, document
+    from fewstep.config import document
+    from fewstep.train.recipe import DistillRecipe
 
     page = run("jobs/distill_qwen.py", "--help").stdout
     for key, default, text in document(DistillRecipe):

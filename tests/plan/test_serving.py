@@ -186,14 +186,33 @@ def test_commands_plan_without_weights(capsys: pytest.CaptureFixture[str], tmp_p
     config = tmp_path / "config.yaml"
     models = [{"name": name, "source": name} for name in ("emoji-student", "fashion-student")]
     deployment = {"name": "Generator", "user_config": {"models": models}}
-    config.write_text(json.dumps({"applications": [{"name": "a", "deployments": [deployment]}]}))
+    ours = {"name": "a", "import_path": "fewstep_serve.app:build"}
+    config.write_text(json.dumps({"applications": [{**ours, "deployments": [deployment]}]}))
     assert main(["serve", "--dry-run", "--config", str(config), "--cpu", "--batch", "2"]) == 0
     printed = capsys.readouterr().out
     assert "emoji-student on a CPU: 2 images at a time" in printed
     assert "fashion-student on a CPU: 2 images at a time" in printed
-    config.write_text(json.dumps({"applications": [{"name": "a"}]}))
+    config.write_text(json.dumps({"applications": [{"name": "a", "import_path": "other:app"}]}))
     assert main(["serve", "--dry-run", "--config", str(config)]) == 2
-    assert "names no models with a source each" in capsys.readouterr().err
+    assert "has no application of fewstep_serve to plan" in capsys.readouterr().err
+
+
+def test_a_service_is_planned_as_it_is_configured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    engine = {"precision": "int8", "parts": {"text_encoder_precision": "bfloat16"}}
+    offer = {"models": [{"name": "a", "source": "emoji-student"}], "batching": {"max_batch_size": 4}}
+    application = {
+        "import_path": "fewstep_serve.app:build",
+        "args": {"engine": engine},
+        "deployments": [{"name": "Generator", "user_config": offer}],
+    }
+    config.write_text(json.dumps({"applications": [application]}))
+    assert main(["serve", "--dry-run", "--config", str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 images at a time" in printed
+    assert "text encoder in bfloat16, autoencoder in float32" in printed
+    [marked] = [line.split()[0] for line in printed.splitlines() if "(as configured)" in line]
+    assert marked == "int8"
 
 
 def test_sizes_that_cannot_be_cut_are_refused() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli.common import chosen_recipe
+from fewstep.config import document
 from fewstep.errors import UserError
 from fewstep.student import read_student_card, resolve_student
-from fewstep.train.recipe import RECIPES, RENAMED, DistillRecipe, TeacherRecipe, document, load_recipe
+from fewstep.train.recipe import RECIPES, RENAMED, DistillRecipe, TeacherRecipe, load_recipe
 from fewstep.train.runs import RECORDS
 
 

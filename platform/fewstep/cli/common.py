@@ -71,7 +71,7 @@ def add_recipe_options(parser: argparse.ArgumentParser, kind: type[Recipe], defa
         kind: the recipe's type.
         default: name of the recipe that is run where none is given.
     """
-    from fewstep.train.recipe import document
+    from fewstep.config import document
 
     fields = "\n".join(f"  {key} = {value}\n      {text}" for key, value, text in document(kind))
     parser.epilog = (

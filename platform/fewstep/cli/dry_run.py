@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fewstep.config import PRECISIONS
+from fewstep.config import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from fewstep.plan import Served
@@ -53,7 +53,9 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="of its memory, per second; default: %(default)s, an H100",
     )  # fmt: skip
     group.add_argument("--cpu", action="store_true", help="plan for a CPU with that memory")
-    group.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time; default: 1")
+    group.add_argument(
+        "--batch", type=int, metavar="N", help="images at a time; default: as a service is configured, or 1"
+    )
     group.add_argument(
         "--latent-size", type=int, metavar="CELLS",
         help="latent height and width; default: as the student was trained, or 128",
@@ -66,13 +68,16 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="of the text encoder's weights; default: as it is loaded",
     )  # fmt: skip
     group.add_argument(
-        "--autoencoder-precision", choices=PRECISIONS[:2], default="float32",
-        help="of the autoencoder; default: %(default)s",
+        "--autoencoder-precision", choices=PRECISIONS[:2],
+        help="of the autoencoder; default: float32",
     )  # fmt: skip
 
 
 def print_serving_plans(
-    options: argparse.Namespace, models: Sequence[str], tracking_uri: str | None = None
+    options: argparse.Namespace,
+    models: Sequence[str],
+    tracking_uri: str | None = None,
+    configured: Precision | None = None,
 ) -> None:
     """Print what serving takes on the device that the options describe: the recipe's student, or each of `models`.
 
@@ -80,6 +85,7 @@ def print_serving_plans(
         options: what a parser with `add_serving_options` parsed.
         models: names or addresses of students (`resolve_student`).
         tracking_uri: address of MLflow, for students that it holds.
+        configured: the precision that a service has now, which is marked.
 
     Raises:
         UserError: there is no such student or recipe, or it can't be planned.
@@ -93,10 +99,11 @@ def print_serving_plans(
     tables = []
     for served in _served(options, models, tracking_uri):
         plans = plan_serving(
-            served, gpu, side=options.latent_size, batch=options.batch, tokens=options.tokens,
-            encoder_precision=options.encoder_precision, autoencoder_precision=options.autoencoder_precision,
+            served, gpu, side=options.latent_size, batch=options.batch or 1, tokens=options.tokens,
+            encoder_precision=options.encoder_precision,
+            autoencoder_precision=options.autoencoder_precision or "float32",
         )  # fmt: skip
-        tables.append(serving_table(plans))
+        tables.append(serving_table(plans, configured))
     print("\n\n".join(tables), flush=True)
 
 

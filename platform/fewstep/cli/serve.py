@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.dry_run import add_serving_options, print_serving_plans
+from fewstep.config import checked_settings
 from fewstep.errors import UserError
 from fewstep.text import read_settings
 
@@ -19,10 +20,15 @@ if TYPE_CHECKING:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
     from ray.serve.schema import ServeDeploySchema
 
+    from fewstep_serve.config import Offer, ServeConfig
+
 GENERATOR = "Generator"
 """The deployment whose replicas hold the models."""
 READY_S = 300
 """How long a deployment may take until it answers."""
+
+ALL_KEYS = "the documentation's page on serving lists all"
+"""Where an unknown key of a configuration sends its author."""
 
 DESCRIPTION = """\
 Put students behind HTTP on the local Ray node: a page to try them on, OpenAI's images API, live previews. Starts a
@@ -70,13 +76,18 @@ def run(options: argparse.Namespace) -> None:
         return
     config = _parse(text, options.config)
     if options.dry_run:
-        print_serving_plans(options, _sources(config, options.config))
+        found = _settings(config, options.config)
+        if not found:
+            raise UserError(f"--config: {options.config} has no application of fewstep_serve to plan.")
+        for offer, settings in found:
+            _plan(options, offer, settings)
         return
 
     from ray import serve
 
     from fewstep.cluster import connect_ray
 
+    _settings(config, options.config)
     checked = _checked(config, options.config)
     dashboard = connect_ray(show_logs=False, keep_node=options.detach)
     names = [application["name"] for application in config["applications"]]
@@ -129,26 +140,46 @@ def _parse(text: str, file: Path | None) -> dict[str, Any]:
     return config
 
 
-def _sources(config: dict[str, Any], file: Path | None) -> list[str]:
-    """The names or addresses of the students that a configuration serves.
+def _settings(config: dict[str, Any], file: Path | None) -> list[tuple[Offer, ServeConfig]]:
+    """What each application of fewstep's offers, and its settings.
 
     Raises:
-        UserError: it names none.
+        UserError: an application names no models, or a setting does not exist or is not allowed.
     """
-    try:
-        sources = [
-            model["source"]
-            for application in config["applications"]
-            for deployment in application.get("deployments", [])
-            for model in deployment.get("user_config", {}).get("models", [])
-        ]
-    except (AttributeError, KeyError, TypeError):
-        sources = []
-    if not sources or not all(isinstance(source, str) for source in sources):
-        raise UserError(
-            f"--config: {file} names no models with a source each, so that there is nothing to plan."
+    from fewstep_serve.config import Offer, ServeConfig
+
+    found = []
+    for application in config["applications"]:
+        if not str(application.get("import_path")).startswith("fewstep_serve."):
+            continue
+        place = f"--config: {file or 'bundled'}: {application['name']}"
+        settings = checked_settings(ServeConfig, application.get("args") or {}, f"{place}: args", ALL_KEYS)
+        deployments = application.get("deployments") or []
+        try:
+            offers = [one["user_config"] for one in deployments if one.get("user_config") is not None]
+        except (AttributeError, TypeError):
+            raise UserError(
+                f"{place}: deployments is no list of mappings: write one per deployment."
+            ) from None
+        offer = (
+            checked_settings(Offer, offers[0], f"{place}: user_config", ALL_KEYS)
+            if offers
+            else settings.offer
         )
-    return sources
+        found.append((offer, settings))
+    return found
+
+
+def _plan(options: argparse.Namespace, offer: Offer, settings: ServeConfig) -> None:
+    """Print what the models of an application take, each as it is configured where the options do not say."""
+    engine = settings.engine
+    asked = argparse.Namespace(**vars(options))
+    asked.batch = options.batch or offer.batching.max_batch_size
+    asked.encoder_precision = options.encoder_precision or engine.parts.text_encoder_precision
+    asked.autoencoder_precision = options.autoencoder_precision or engine.parts.autoencoder_precision
+    print_serving_plans(
+        asked, [model.source for model in offer.models], engine.tracking_uri, configured=engine.precision
+    )
 
 
 def _checked(config: dict[str, Any], file: Path | None) -> ServeDeploySchema:

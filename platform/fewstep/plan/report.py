@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fewstep.config import Precision
 from fewstep.models.precision import LIBRARIES
 from fewstep.plan.serving import NO_FIT, ServingPlan
 from fewstep.plan.training import Plan
@@ -58,11 +59,12 @@ COLUMNS = ("weights", "text_encoder", "autoencoder", "evaluation", "decoding", "
 """Of the table of a service: fields of `ServingMemory`."""
 
 
-def serving_table(plans: Sequence[ServingPlan]) -> str:
+def serving_table(plans: Sequence[ServingPlan], configured: Precision | None = None) -> str:
     """What a student takes in each precision, as plain text of several lines, and a remedy if it fits in none.
 
     Args:
         plans: of one student, as `plan_serving` gives them.
+        configured: the precision that a service has now, whose row is marked; None: no mark.
     """
     first = plans[0]
     device = "a CPU" if first.gpu.on_cpu else f"a GPU of {first.gpu.memory_gb:g} GB"
@@ -89,7 +91,10 @@ def serving_table(plans: Sequence[ServingPlan]) -> str:
             f"{first.served.name} on {device}: {images} at a time, latents {size}, {first.tokens} tokens",
             "",
             head,
-            *(_serving_row(plan) for plan in plans),
+            *(
+                _serving_row(plan) + (" (as configured)" if plan.precision == configured else "")
+                for plan in plans
+            ),
             *notes,
         ]
     )

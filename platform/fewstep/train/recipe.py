@@ -12,15 +12,15 @@ import copy
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from fewstep.config import Config, Precision
+from fewstep.config import Config, Precision, checked_settings
 from fewstep.data.datasets import EMOJI_DATA
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
@@ -355,10 +355,7 @@ def load_recipe(
         # Not for trees: they come from checkpoints and cards, where users can't change old names.
         for key, now in renamed.items():
             print(f"recipe: {key} is now called {now}", file=sys.stderr)
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_explain(kind, error)) from None
+    return checked_settings(kind, tree, "recipe", "see --help for all keys")
 
 
 def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -378,17 +375,6 @@ def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
                 new[target][name] = new[section].pop(key)
                 renamed[old] = now
     return new, renamed
-
-
-def document(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Key (with dots), default and documentation of every field, for help pages."""
-    for name, field in kind.model_fields.items():
-        # A field whose default is settings is a section, whose fields are listed in its place.
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel):
-            yield from document(type(default), f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(default), field.description or ""
 
 
 def _read(source: str, folder: Path, seen: tuple[str, ...], renamed: dict[str, str]) -> dict[str, Any]:
@@ -438,17 +424,3 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
     return base | changes | both_sections
-
-
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """One sentence about the first of pydantic's errors."""
-    first = error.errors()[0]  # messages are one sentence; the others come up once this one is corrected
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = [name for name, _, _ in document(kind)]
-        near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else "see --help for all keys."
-        return f"recipe: unknown key {key!r}; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-    return f"recipe: {key or kind.__name__}: {message}{value}."
