@@ -9,9 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
+
+from fewstep.models.ending import Ending, last_modules
 
 Transformer = Any
 """An nn.Module of a family's class. The type is Any because torch types every attribute of a module as a tensor or a
@@ -26,6 +28,10 @@ class Family(ABC):
 
     name: Any  # a str; a field of some families, a constant of others
     """Name in recipes and cards."""
+
+    last_layers: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    """Names of the transformer's last modules, whose place a student's head takes: norm and projection, or one layer
+    that is both."""
 
     @abstractmethod
     def load(self, path: str) -> Transformer:
@@ -95,8 +101,23 @@ class Family(ABC):
                 others.
 
         Returns:
-            Packed output tokens, (B, L, ·).
+            Packed output tokens, (B, L, ·), as the last of `last_layers` gives them.
         """
+
+    @property
+    def output_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the names of the last layers' parameters."""
+        return tuple(f"{name}." for name in self.last_layers)
+
+    def ending(self, transformer: Transformer) -> Ending:
+        """What a head is grown from: the last norm and projection, and how the projection's output is to be read."""
+        norm, projection = last_modules(transformer, self.last_layers)
+        return Ending(norm, cast(nn.Linear, projection))
+
+    def velocity(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
+        """The velocity (B, C, H, W), float32, that the teacher's packed tokens (B, L, C·p²) are."""
+        # `unpack` gives n latents per sample, (B, n, C, H, W); a velocity is one.
+        return self.unpack(tokens.float(), channels, height, width)[:, 0]
 
     @abstractmethod
     def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:

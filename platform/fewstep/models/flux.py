@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Transformer
-from fewstep.models.packing import PATCH, PackedTransformer, pack
+from fewstep.models.packing import PATCH, PackedFamily, pack
 
 
 @dataclass(frozen=True)
-class Flux(PackedTransformer):
+class Flux(PackedFamily):
     """Family of diffusers' `FluxTransformer2DModel`.
 
     Args:
@@ -26,7 +26,7 @@ class Flux(PackedTransformer):
 
     name = "flux"
     network: ClassVar[str] = "FluxTransformer2DModel"
-    time_embedding: ClassVar[tuple[str, float]] = ("time_text_embed", 1000.0)
+    time_embedding: ClassVar[str] = "time_text_embed"
 
     def denoise(
         self,

@@ -23,7 +23,7 @@ class Flux2(Flux):
 
     name = "flux2"
     network: ClassVar[str] = "Flux2Transformer2DModel"
-    time_embedding: ClassVar[tuple[str, float]] = ("time_guidance_embed", 1000.0)
+    time_embedding: ClassVar[str] = "time_guidance_embed"
 
     def inputs_beside(self, conditioning: TextConditioning, rows: int, columns: int) -> dict[str, Tensor]:
         """The network's further inputs by name: rotary positions (image, row, column, token of the text)."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.config import Config
 from fewstep.flow import TimeShift
+from fewstep.models.ending import Ending
 from fewstep.models.sharded import fill, whole
 from fewstep.policies import DXPolicy, GMFlowPolicy, Policy
 
@@ -93,7 +94,7 @@ class PolicyHead(nn.Module, ABC):
         """Width of the packed output."""
 
     @abstractmethod
-    def grow(self, norm_out: nn.Module, proj_out: nn.Linear, generator: torch.Generator) -> None:
+    def grow(self, ending: Ending, generator: torch.Generator) -> None:
         """Initialise from the teacher's last norm and output projection.
 
         All parameters, the teacher's and the head's, may be sharded; every rank has to call this at the same time.
@@ -112,21 +113,19 @@ class GMFlowHead(PolicyHead):
     """Predicts a K-component Gaussian mixture over the velocity at every latent location.
 
     Args:
-        norm_out: the teacher's last norm (adaptive: called with hidden states and time embedding); copied.
-        proj_out: the teacher's output projection D → C·p²; every component's mean starts as a copy of it.
+        ending: the teacher's last norm, which is copied, and output projection, as which every component's mean starts.
         channels: latent channels C.
         settings: number of components and width of the log-std MLP.
     """
 
-    def __init__(
-        self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: GMFlowConfig
-    ) -> None:
+    def __init__(self, ending: Ending, channels: int, settings: GMFlowConfig) -> None:
         super().__init__()
+        proj_out = ending.projection
         self.channels, self.components = channels, settings.components
         self.outputs, self.bare = proj_out.out_features, proj_out.bias is None
         self.area = self.outputs // channels  # p², latent cells of a token
         width = proj_out.in_features
-        self.norm_out = copy.deepcopy(norm_out)
+        self.norm_out = copy.deepcopy(ending.norm)
         self.proj_out_means = nn.Linear(width, self.components * proj_out.out_features)
         self.proj_out_logweights = nn.Linear(width, self.components * self.area)
         self.proj_out_logstds = nn.Sequential(
@@ -138,17 +137,16 @@ class GMFlowHead(PolicyHead):
         """Width of the packed output: means, log-weights, and the sample's log-std on every token."""
         return self.components * (self.channels + 1) * self.area + 1
 
-    def grow(self, norm_out: nn.Module, proj_out: nn.Linear, generator: torch.Generator) -> None:
+    def grow(self, ending: Ending, generator: torch.Generator) -> None:
         """Initialise from the teacher: at step 0 the policy moves like one teacher Euler step."""
-        _copy(norm_out, self.norm_out)
-        weight, bias = whole(proj_out.weight), _bias(proj_out)  # (C·p², D), (C·p²,)
+        _copy(ending.norm, self.norm_out)
+        weight, bias = _map(ending)  # (C·p², D), (C·p²,)
         # One number per component and latent channel, equal across the patch; components otherwise start as equals.
         noise = torch.randn(self.components, self.channels, 1, generator=generator) * BIAS_NOISE_STD
+        across = noise.expand(-1, -1, self.area)
+        noise = (across.mT if ending.channel_last else across).flatten(1)
         fill(self.proj_out_means.weight, weight.repeat(self.components, 1))
-        fill(
-            self.proj_out_means.bias,
-            (bias.view(1, self.channels, self.area) + noise.to(bias)).flatten(),
-        )
+        fill(self.proj_out_means.bias, (bias + noise.to(bias)).flatten())
         layers: Any = self.proj_out_logstds  # torch types what an index of a Sequential gives as Module alone
         for layer in (self.proj_out_logweights, layers[3]):
             fill(layer.weight, torch.zeros(layer.weight.shape))
@@ -160,11 +158,13 @@ class GMFlowHead(PolicyHead):
         for parameter in (hidden.weight, hidden.bias):
             fill(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
-    def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
-        """(B, L, D), (B, D) → (B, L, features)."""
-        normed = self.norm_out(hidden, time_embedding)
+    def forward(self, hidden: Tensor, time_embedding: Tensor, *more: Any) -> Tensor:
+        """(B, L, D), (B, D) → (B, L, features); `more` goes to the norm, if the network gives it more."""
+        normed = self.norm_out(hidden, time_embedding, *more)
+        # Some networks embed further times after the samples' own, or keep an axis of one token.
+        of_samples = time_embedding[: len(hidden)].flatten(1)
         # Detached, as in the paper: the log-std is a function of time alone, and must not train the transformer.
-        logstds = self.proj_out_logstds(time_embedding.detach())
+        logstds = self.proj_out_logstds(of_samples.detach())
         return torch.cat(
             [
                 self.proj_out_means(normed),
@@ -199,17 +199,17 @@ class DXHead(PolicyHead):
     """Predicts N velocities, which become x0 at N times of the segment.
 
     Args:
-        norm_out: the teacher's last norm; copied.
-        proj_out: the teacher's output projection D → C·p²; the N velocities start as copies of it.
+        ending: the teacher's last norm, which is copied, and output projection, as whose copies the velocities start.
         channels: latent channels C.
         settings: number of points, and what they stand for.
     """
 
-    def __init__(self, norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: DXConfig) -> None:
+    def __init__(self, ending: Ending, channels: int, settings: DXConfig) -> None:
         super().__init__()
+        proj_out = ending.projection
         self.channels, self.settings = channels, settings
         self.outputs, self.bare = proj_out.out_features, proj_out.bias is None
-        self.norm_out = copy.deepcopy(norm_out)
+        self.norm_out = copy.deepcopy(ending.norm)
         self.proj_out = nn.Linear(proj_out.in_features, settings.points * proj_out.out_features)
 
     @property
@@ -217,20 +217,21 @@ class DXHead(PolicyHead):
         """Width of the packed output."""
         return self.proj_out.out_features
 
-    def grow(self, norm_out: nn.Module, proj_out: nn.Linear, generator: torch.Generator) -> None:
+    def grow(self, ending: Ending, generator: torch.Generator) -> None:
         """Initialise from the teacher: grid, N copies; polynomial, a copy for order 0 and zeros above."""
-        _copy(norm_out, self.norm_out)
+        _copy(ending.norm, self.norm_out)
         points = self.settings.points
-        weight, bias = whole(proj_out.weight).repeat(points, 1), _bias(proj_out).repeat(points)
+        weight, bias = _map(ending)
+        weight, bias = weight.repeat(points, 1), bias.repeat(points)
         if self.settings.mode == "polynomial":  # order 0 is x̂_0 at the source; higher orders start at 0
-            weight[proj_out.out_features :] = 0
-            bias[proj_out.out_features :] = 0
+            weight[self.outputs :] = 0
+            bias[self.outputs :] = 0
         fill(self.proj_out.weight, weight)
         fill(self.proj_out.bias, bias)
 
-    def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
-        """(B, L, D), (B, D) → (B, L, features)."""
-        return self.proj_out(self.norm_out(hidden, time_embedding))
+    def forward(self, hidden: Tensor, time_embedding: Tensor, *more: Any) -> Tensor:
+        """(B, L, D), (B, D) → (B, L, features); `more` goes to the norm, if the network gives it more."""
+        return self.proj_out(self.norm_out(hidden, time_embedding, *more))
 
     def parameters_of(self, packed: Tensor, unpack: Unpack) -> dict[str, Tensor]:
         """The result of `forward`, unpacked: output (B, N, C, H, W), float32."""
@@ -245,9 +246,12 @@ class DXHead(PolicyHead):
         )  # fmt: skip
 
 
-def _bias(proj_out: nn.Linear) -> Tensor:
-    """The whole bias of a projection, which may be sharded; zeros if the teacher, such as FLUX.2, has none."""
-    return torch.zeros(proj_out.out_features) if proj_out.bias is None else whole(proj_out.bias)
+def _map(ending: Ending) -> tuple[Tensor, Tensor]:
+    """The whole weight (C·p², D) and bias (C·p²,) of the map to velocities, whose parameters may be sharded."""
+    layer = ending.projection
+    weight = ending.sign * whole(layer.weight)
+    # Some teachers, such as FLUX.2, have no bias.
+    return weight, torch.zeros(len(weight)) if layer.bias is None else ending.sign * whole(layer.bias)
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
@@ -256,8 +260,8 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
         fill(own, whole(theirs))
 
 
-def build_head(norm_out: nn.Module, proj_out: nn.Linear, channels: int, settings: PolicyConfig) -> PolicyHead:
+def build_head(ending: Ending, channels: int, settings: PolicyConfig) -> PolicyHead:
     """The head that `settings` describe; `grow` initialises it."""
     if isinstance(settings, GMFlowConfig):
-        return GMFlowHead(norm_out, proj_out, channels, settings)
-    return DXHead(norm_out, proj_out, channels, settings)
+        return GMFlowHead(ending, channels, settings)
+    return DXHead(ending, channels, settings)

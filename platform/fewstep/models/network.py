@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from fewstep.config import Precision
 from fewstep.models.adapters import LoRAConfig, add_adapters
+from fewstep.models.ending import SwitchedNorm, put_switches
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, PolicyHead, Unpack, build_head
 from fewstep.models.precision import (
@@ -32,28 +33,6 @@ from fewstep.models.precision import (
 from fewstep.models.pretrained import read_weights, stream_weights
 from fewstep.models.sharded import fill
 from fewstep.policies import Policy
-
-
-class _SwitchedNorm(nn.Module):
-    """Takes the place of the base's last norm: the teacher's norm, or the student's whole head."""
-
-    def __init__(self, teacher: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.teacher, self.head, self.student = teacher, head, True
-
-    def forward(self, hidden: Tensor, time_embedding: Tensor) -> Tensor:
-        return self.head(hidden, time_embedding) if self.student else self.teacher(hidden, time_embedding)
-
-
-class _SwitchedProjection(nn.Module):
-    """Takes the place of the base's output projection: the projection, or nothing after the student's head."""
-
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        self.teacher, self.student = teacher, True
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden if self.student else self.teacher(hidden)
 
 
 class PolicyNetwork(nn.Module):
@@ -95,14 +74,12 @@ class PolicyNetwork(nn.Module):
         base = dict(transformer.named_parameters())
         # Before adapters and head are added, so that the copy is the teacher itself.
         self.teacher = copy.deepcopy(transformer) if full else None
-        # Every family's transformer ends in these two; the head takes the place of both.
-        norm_out, proj_out = transformer.norm_out, transformer.proj_out
-        head = build_head(norm_out, proj_out, self.channels, policy).requires_grad_(True)
+        ending = family.ending(transformer)
+        head = build_head(ending, self.channels, policy).requires_grad_(True)
         if lora is not None:
             add_adapters(transformer, family, lora, ranks)
         # With `full` the teacher is the copy, and the student's own norm and projection would only be unused weights.
-        transformer.norm_out = _SwitchedNorm(nn.Identity() if full else norm_out, head)
-        transformer.proj_out = _SwitchedProjection(nn.Identity() if full else proj_out)
+        self._switches = put_switches(transformer, family.last_layers, head, keep=not full)
         if full:
             transformer.requires_grad_(True)
             for name in family.unused_parameters(transformer):
@@ -112,14 +89,20 @@ class PolicyNetwork(nn.Module):
         here = {id(parameter): name for name, parameter in self.named_parameters()}
         self._base = {name: here[id(parameter)] for name, parameter in base.items() if id(parameter) in here}
         # On the meta device there are no values yet: `fill` reads them, and begins then.
-        if not proj_out.weight.is_meta:
+        if not ending.projection.weight.is_meta:
             self._begin()
         self.train()
 
     @property
     def head(self) -> PolicyHead:
         """The student's policy head."""
-        return self.transformer.norm_out.head
+        [switch] = [one for one in self._switches if isinstance(one, SwitchedNorm)]
+        return cast(PolicyHead, switch.head)
+
+    @property
+    def head_prefix(self) -> str:
+        """What the names of the head's parameters begin with."""
+        return f"transformer.{self.family.last_layers[0]}.head."
 
     def transformers(self) -> list[nn.Module]:
         """The student's transformer, and the teacher's if that is another one."""
@@ -250,11 +233,8 @@ class PolicyNetwork(nn.Module):
         """
         # On the CPU whatever the device, and in the same order on each rank: all draw the same values.
         generator = torch.Generator().manual_seed(self.seed)
-        end: Any = self.transformer if self.teacher is None else self.teacher
-        norm_out, proj_out = end.norm_out, end.proj_out
-        if self.teacher is None:
-            norm_out, proj_out = norm_out.teacher, proj_out.teacher
-        self.head.grow(norm_out, proj_out, generator)
+        teacher = self.transformer if self.teacher is None else self.teacher
+        self.head.grow(self.family.ending(teacher), generator)
         for layer in self._adapted_layers:
             for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
                 # As peft initialises: A at random, B zero, so that B·A is zero.
@@ -311,8 +291,7 @@ class PolicyNetwork(nn.Module):
         """
         with torch.no_grad():
             packed = self(x, t, conditioning, student=False, guidance_scale=guidance_scale)
-        # `unpack` gives n latents per sample, (B, n, C, H, W); a velocity is one.
-        return self._unpack(packed, x)(packed.float(), self.channels)[:, 0]
+        return self.family.velocity(packed, self.channels, *x.shape[-2:])
 
     def policy(
         self, x_src: Tensor, t_src: Tensor, conditioning: Any, guidance_scale: float | Tensor | None = None
@@ -345,7 +324,8 @@ class PolicyNetwork(nn.Module):
         # So the flag that peft's layers read is set directly.
         for layer in self._adapted_layers:
             layer._disable_adapters = not student
-        self.transformer.norm_out.student = self.transformer.proj_out.student = student
+        for switch in self._switches:
+            switch.student = student
 
     @property
     def _adapted_layers(self) -> list[Any]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
-from typing import Any, ClassVar
-
 from torch import Tensor
 
-from fewstep.models.family import Family, Transformer
-from fewstep.models.pretrained import from_pretrained, network_folder, skeleton
+from fewstep.models.diffusers_family import DiffusersFamily
+from fewstep.models.family import Transformer
 
 PATCH = 2
 """Side of a patch in latent cells."""
@@ -31,31 +27,16 @@ def unpack(tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 4, 1, 5, 2, 6).reshape(batch, -1, channels, height, width)
 
 
-class PackedTransformer(Family):
+def unpack_channel_last(tokens: Tensor, channels: int, height: int, width: int, patch: int = PATCH) -> Tensor:
+    """(B, L, n·p²·c), values ordered by row, column, channel → n latents per sample, (B, n, c, H, W)."""
+    batch = len(tokens)
+    # (B, rows, columns, n, p, p, c) → (B, n, c, rows, p, columns, p)
+    patches = tokens.reshape(batch, height // patch, width // patch, -1, patch, patch, channels)
+    return patches.permute(0, 3, 6, 1, 4, 2, 5).reshape(batch, -1, channels, height, width)
+
+
+class PackedFamily(DiffusersFamily):
     """Base of the families of diffusers' transformers that take tokens of 2×2 patches and text token states."""
-
-    network: ClassVar[str]
-    """Name of the network's class in diffusers."""
-    time_embedding: ClassVar[tuple[str, float]]
-    """Name of the module that embeds the time, and the factor on t in what it is called with."""
-
-    def load(self, path: str) -> Transformer:
-        """The network of a diffusers folder or hub id, in float32."""
-        return from_pretrained(self._class(), path)
-
-    def skeleton(self, path: str) -> tuple[Transformer, Path | None]:
-        """The network with its parameters on the meta device, and the folder of safetensors that has them."""
-        folder = network_folder(path)
-        # Older repositories have only pickled weights, which diffusers reads.
-        return skeleton(self._class(), path) if any(folder.glob("*.safetensors")) else (self.load(path), None)
-
-    def build(self, config: dict[str, Any]) -> Transformer:
-        """A new network, from the keyword arguments of its class."""
-        return self._class()(**config)
-
-    def _class(self) -> type[Any]:
-        # Imported when needed: diffusers takes seconds to import.
-        return getattr(import_module("diffusers"), self.network)
 
     def latent_channels(self, transformer: Transformer) -> int:
         """Latent channels C, a quarter of the network's: a token holds four cells."""

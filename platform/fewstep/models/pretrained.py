@@ -91,7 +91,8 @@ def read(kind: type[Any], place: str | Path, **where: Any) -> Transformer:
 def skeleton(kind: type[Any], path: str) -> tuple[Transformer, Path]:
     """A diffusers network with its parameters on the meta device, and the folder of its weights.
 
-    Buffers, such as rotary frequencies that a constructor computes, have their values.
+    Buffers have their values: those that the folder has, and others as the constructor computes them, such as rotary
+    frequencies.
 
     Raises:
         ValueError: a weight is missing there, or has another shape.
@@ -103,9 +104,16 @@ def skeleton(kind: type[Any], path: str) -> tuple[Transformer, Path]:
     with init_empty_weights(include_buffers=False):
         network = kind.from_config(kind.load_config(folder))
     # diffusers would leave missing weights at random values; on the meta device, nothing checks later.
-    shapes = {name: shape for name, (_, shape) in _headers(folder).items()}
-    if missing := [name for name, own in network.named_parameters() if shapes.get(name) != own.shape]:
+    stored = _headers(folder)
+    shapes = {name: shape for name, (_, shape) in stored.items()}
+    buffers = {name: own for name, own in network.named_buffers() if name in network.state_dict()}
+    tensors = {**dict(network.named_parameters()), **buffers}
+    if missing := [name for name, own in tensors.items() if shapes.get(name) != own.shape]:
         raise ValueError(_lacking(kind, missing))
+    # Such as SD3's table of positions, which is for another size where a model was fine-tuned.
+    for name, buffer in buffers.items():
+        with safe_open(stored[name][0], framework="pt") as file:
+            buffer.copy_(file.get_tensor(name))
     return network, folder
 
 

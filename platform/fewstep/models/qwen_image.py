@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Transformer
-from fewstep.models.packing import PATCH, PackedTransformer, pack
+from fewstep.models.packing import PATCH, PackedFamily, pack
 
 
-class QwenImage(PackedTransformer):
+class QwenImage(PackedFamily):
     """Family of diffusers' `QwenImageTransformer2DModel`."""
 
     name = "qwen_image"
     network: ClassVar[str] = "QwenImageTransformer2DModel"
-    time_embedding: ClassVar[tuple[str, float]] = ("time_text_embed", 1.0)
+    time_embedding: ClassVar[str] = "time_text_embed"
+    time_scale: ClassVar[float] = 1.0
 
     def denoise(
         self,

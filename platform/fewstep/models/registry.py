@@ -12,6 +12,7 @@ from fewstep.models.flux import Flux
 from fewstep.models.flux2 import Flux2
 from fewstep.models.qwen_image import QwenImage
 from fewstep.models.unet import UNet
+from fewstep.models.z_image import ZImage
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -58,3 +59,4 @@ register(QwenImage())
 register(Flux())
 register(Flux2())
 register(UNet())
+register(ZImage())

@@ -37,7 +37,7 @@ from fewstep.models.devices import check_fits, return_freed_memory
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import LoRAConfig, PolicyNetwork
-from fewstep.models.packing import PackedTransformer
+from fewstep.models.packing import PackedFamily
 from fewstep.models.planned import lower_on_meta
 from fewstep.models.sharded import fill
 
@@ -46,9 +46,6 @@ REMEDY = "choose a lower precision (bfloat16, int8 or int4), or a device with mo
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
-HEAD = "transformer.norm_out.head."
-"""Prefix of the names of the head's parameters in a `PolicyNetwork`."""
-
 LORA_A = ".lora_A.weight"
 """End of the name of a LoRA's first matrix, after the name of its layer."""
 
@@ -73,9 +70,6 @@ ALPHA = ".alpha"
 PROJECTION, BIAS = "proj_out.weight", "proj_out.bias"
 """Names of the weights of a DX head."""
 
-OUTPUT = ("norm_out.", "proj_out.")
-"""Prefixes of the names of the base's own last layers, and of the head's that take their place."""
-
 
 def adapter_state(network: PolicyNetwork, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The student's weights under their published names, on the CPU.
@@ -85,7 +79,7 @@ def adapter_state(network: PolicyNetwork, weights: Mapping[str, Tensor] | None =
         weights: values, such as the EMA's, in place of the network's trainable parameters; by the network's own names.
     """
     chosen: Mapping[str, Tensor] = network.trainable() if weights is None else weights
-    return {_published(name): tensor.detach().cpu().contiguous() for name, tensor in chosen.items()}
+    return {_published(name, network): tensor.detach().cpu().contiguous() for name, tensor in chosen.items()}
 
 
 def save_adapter(network: PolicyNetwork, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -136,7 +130,7 @@ def _base_config(network: PolicyNetwork, points: int) -> dict[str, Any]:
     """The base's configuration as an adapter's says it: with the outputs of `points` velocities."""
     # Without notes such as the path that it was loaded from.
     base = {k: v for k, v in network.transformer.config.items() if not k.startswith("_")}
-    if isinstance(network.family, PackedTransformer):
+    if isinstance(network.family, PackedFamily):
         # Of these networks the published format counts outputs per token, as if each token were a patch of one cell.
         base |= {"patch_size": 1, "out_channels": points * network.head.outputs}
     return base
@@ -173,7 +167,7 @@ def load_adapter(
         network.fill(base, torch.device(device))
     for name in own:
         # Taken out, as it is copied: no second copy of all of them is to stay.
-        network.assign(name, state.pop(_published(name)), network.get_parameter(name).device)
+        network.assign(name, state.pop(_published(name, network)), network.get_parameter(name).device)
     return_freed_memory()
     return network
 
@@ -216,9 +210,12 @@ def _student_of(
     """
     state = _unprefixed(state, transformer, folder)
     _check_layers(transformer, config, state, folder)
-    settings = _policy_config(config, policy, state, transformer.proj_out.out_features, folder)
+    settings = _policy_config(
+        config, policy, state, family.ending(transformer).projection.out_features, folder
+    )
     # The file itself does not say so, but only a full student has weights of the base's inner layers.
-    full = any(name in state for name, _ in transformer.named_parameters() if not name.startswith(OUTPUT))
+    output = family.output_prefixes
+    full = any(name in state for name, _ in transformer.named_parameters() if not name.startswith(output))
     ranks = {
         name.removesuffix(LORA_A): len(tensor) for name, tensor in state.items() if name.endswith(LORA_A)
     }
@@ -261,7 +258,7 @@ def _fitting(network: PolicyNetwork, state: dict[str, Tensor], folder: Path) -> 
     Raises:
         UserError: they are not.
     """
-    own = {_published(name): parameter for name, parameter in network.trainable().items()}
+    own = {_published(name, network): parameter for name, parameter in network.trainable().items()}
     if BIAS in own and BIAS not in state and network.head.bare:
         # The public format has the bias of the base's projection, and this base (FLUX.2) has none: ours is 0 then.
         state = state | {BIAS: torch.zeros(own[BIAS].shape)}
@@ -317,7 +314,7 @@ def _some(names: list[str]) -> str:
 def _fill(network: PolicyNetwork, state: dict[str, Tensor]) -> None:
     """Copy weights by their published names into the network's trainable parameters."""
     for name, parameter in network.trainable().items():
-        fill(parameter, state[_published(name)])
+        fill(parameter, state[_published(name, network)])
 
 
 def read_adapter(
@@ -476,10 +473,14 @@ def _scaled(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _published(name: str) -> str:
+def _published(name: str, network: PolicyNetwork) -> str:
     """The published name of one of a `PolicyNetwork`'s parameters."""
     # peft puts the adapter's name, here always "default", into the names of its parameters.
-    return name.removeprefix(HEAD).removeprefix("transformer.").replace(".default.weight", ".weight")
+    return (
+        name.removeprefix(network.head_prefix)
+        .removeprefix("transformer.")
+        .replace(".default.weight", ".weight")
+    )
 
 
 def _policy_config(

@@ -42,14 +42,14 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.files import save_weights, shared_weights
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.diffusers_family import DiffusersFamily
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, build_head
-from fewstep.models.packing import PackedTransformer
 from fewstep.models.pretrained import stream_weights
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import checked_meanwhile, open_teacher, told_guidance
 from fewstep.policies import Policy
-from fewstep.student.adapter import HEAD, OUTPUT, adapter_state
+from fewstep.student.adapter import adapter_state
 from fewstep.student.arguments import CALLBACK_TENSORS, OutputType, StepEnd, asked_tensors
 from fewstep.student.card import StudentCard, read_student_card, write_student_card
 from fewstep.student.pipeline import FewStepPipeline
@@ -76,9 +76,7 @@ class StudentHead(nn.Module):
         # The head is built from a transformer's last layers; on the meta device, that transformer takes no memory.
         with torch.device("meta"):
             transformer = family.build(base)
-            head = build_head(
-                transformer.norm_out, transformer.proj_out, family.latent_channels(transformer), policy
-            )
+            head = build_head(family.ending(transformer), family.latent_channels(transformer), policy)
         self.head = head.to_empty(device="cpu")
 
     @property
@@ -425,7 +423,7 @@ def merged_transformer(
     Raises:
         UserError: the teacher is not found.
     """
-    transformer, _, folder = open_teacher(
+    transformer, family, folder = open_teacher(
         teacher or card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
     )
     own = dict(transformer.named_parameters())
@@ -434,7 +432,7 @@ def merged_transformer(
         if name not in own:
             continue
         layer = name.removesuffix(".weight")
-        if not name.startswith(OUTPUT):  # of the last norm and projection nothing is used
+        if not name.startswith(family.output_prefixes):  # of the last norm and projection nothing is used
             value = state.get(name, value)
             if (down := state.get(f"{layer}.lora_A.weight")) is not None:
                 # alpha = rank, so adapters are added with factor 1.
@@ -464,7 +462,9 @@ def _state(network: Any) -> dict[str, Tensor]:
     own = {
         name: parameter
         for name, parameter in network.named_parameters()
-        if name.startswith(HEAD) or ".lora_" in name or (full and name.startswith("transformer."))
+        if name.startswith(network.head_prefix)
+        or ".lora_" in name
+        or (full and name.startswith("transformer."))
     }
     return adapter_state(network, own)
 
@@ -502,29 +502,34 @@ class _Grafted(nn.Module):
         transformer, head, dtype = self.transformer, self._pipeline.head.head, self.transformer.dtype
         # The whole forward runs, and the input of its last norm is caught on the way: a compiled or offloaded
         # transformer can't be run in part.
-        caught: list[tuple[Tensor, Tensor]] = []
-        embedding, factor = cast(PackedTransformer, self.family).time_embedding
+        caught: list[tuple[Any, ...]] = []
+        family = cast(DiffusersFamily, self.family)
 
         def exact_time(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
             # The transformer rounds the time to the type of its weights first: in bfloat16, 0.9987 is 1.0.
-            return (factor * t_src.float(), *given[1:])
+            return (family.embedded_time(t_src), *given[1:])
 
-        hooks = [transformer.norm_out.register_forward_pre_hook(lambda _, given: caught.append(given))]
+        def catch(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            caught.append((*given, *named.values()))
+
+        last = transformer.get_submodule(family.last_layers[0])
+        hooks = [last.register_forward_pre_hook(catch, with_kwargs=True)]
         if dtype != torch.float32:
-            hooks.append(getattr(transformer, embedding).register_forward_pre_hook(exact_time))
+            embedding = transformer.get_submodule(family.time_embedding)
+            hooks.append(embedding.register_forward_pre_hook(exact_time))
         try:
-            self.family.denoise(
+            family.denoise(
                 transformer, x_src.to(dtype), t_src, conditioning.to(x_src.device, dtype), guidance_scale
             )
         finally:
             for hook in hooks:
                 hook.remove()
-        [(hidden, time_embedding)] = caught
+        [inputs] = caught
         height, width = x_src.shape[-2:]
         # The head computes in float32, also if the transformer runs in bfloat16.
         return head.policy(
-            head(hidden.float(), time_embedding.float()),
-            lambda tokens, channels: self.family.unpack(tokens, channels, height, width),
+            head(*(value.float() if value.is_floating_point() else value for value in inputs)),
+            lambda tokens, channels: family.unpack(tokens, channels, height, width),
             x_src,
             t_src,
         )

@@ -317,7 +317,7 @@ class _VelocityNetwork(nn.Module):
         self, x: Tensor, t: Tensor, conditioning: Any, guidance_scale: Tensor | None = None
     ) -> Tensor:
         tokens = self.family.denoise(self.transformer, x, t, conditioning, guidance_scale)
-        return self.family.unpack(tokens.float(), self.channels, x.shape[-2], x.shape[-1])[:, 0]
+        return self.family.velocity(tokens, self.channels, *x.shape[-2:])
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """The velocity, (B, C, H, W), with gradient if autograd is enabled."""
