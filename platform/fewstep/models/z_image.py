@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ class ZImage(DiffusersFamily):
     def ending(self, transformer: Transformer) -> Ending:
         """The last layer's norm and projection; it predicts −u."""
         [layer] = last_modules(transformer, self.last_layers)
-        return Ending(_ScaledNorm(layer), layer.linear, sign=-1.0, channel_last=True)
+        return Ending(_ScaledNorm(layer), cast(nn.Linear, layer.linear), sign=-1.0, channel_last=True)
 
     def velocity(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
         """The velocity (B, C, H, W), float32, that the teacher's packed tokens (B, L, C·4), −u, are."""
