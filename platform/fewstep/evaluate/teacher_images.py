@@ -61,6 +61,8 @@ class TeacherImages:
                 how.shift or card.sampler.shift,
                 # Left out where it is 0, so that images kept before there was such a setting are still found.
                 *([how.orthogonal] if how.orthogonal else []),
+                *([how.renorm] if how.renorm != "none" else []),
+                *([how.scheduler] if how.scheduler is not None and how.shift is None else []),
             ],
             "autoencoder": card.autoencoder,
             "text_encoder": card.text_encoder,

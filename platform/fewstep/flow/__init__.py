@@ -1,8 +1,15 @@
 """Time, guidance and sampling of flow models, in plain torch."""
 
-from fewstep.flow.guidance import GuidanceInterval, TeacherSamplerConfig, guided_velocity
+from fewstep.flow.guidance import (
+    GuidanceInterval,
+    Renorm,
+    TeacherSamplerConfig,
+    guided_velocity,
+    renormalised,
+)
 from fewstep.flow.sampler import (
     Generators,
+    StepSchedule,
     euler,
     euler_step,
     gaussian_noise,
@@ -20,9 +27,11 @@ __all__ = [
     "Generators",
     "GuidanceInterval",
     "NextStep",
+    "Renorm",
     "SamplerConfig",
     "SamplerSchedule",
     "Segments",
+    "StepSchedule",
     "TeacherSamplerConfig",
     "TimeShift",
     "auto_temperature",
@@ -32,4 +41,5 @@ __all__ = [
     "generate",
     "generate_step",
     "guided_velocity",
+    "renormalised",
 ]

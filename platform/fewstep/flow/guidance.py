@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from fewstep.config import Config
 from fewstep.policies.base import per_latent
+
+Renorm = Literal["none", "token", "token_cap", "sample_cap"]
+"""What of a guided velocity is scaled to the conditional one's norm: nothing, every token, too large tokens, or too
+large samples."""
 
 
 def guided_velocity(
@@ -45,6 +51,36 @@ def guided_velocity(
     return pos + (weight - 1) * difference
 
 
+def renormalised(guided: Tensor, pos: Tensor, how: Renorm, patch: int = 1) -> Tensor:
+    """A guided velocity, scaled towards the norm of the conditional one, as some teachers' own pipelines do.
+
+    Args:
+        guided: guided velocity, (B, C, H, W).
+        pos: conditional velocity u_c, (B, C, H, W).
+        how: what is scaled, and whether up, too.
+        patch: side p of the patches that are the teacher's tokens.
+
+    Returns:
+        (B, C, H, W).
+    """
+    if how == "none":
+        return guided
+    if how == "sample_cap":
+        axes = tuple(range(1, pos.ndim))
+        ratio = _norm(pos, axes) / _norm(guided, axes)
+        return guided * ratio.clamp(max=1)
+    tokens, wanted = (F.pixel_unshuffle(u, patch) for u in (guided, pos))  # (B, C·p², H/p, W/p)
+    ratio = _norm(wanted, (1,)) / _norm(tokens, (1,))
+    if how == "token_cap":
+        ratio = ratio.clamp(max=1)
+    return F.pixel_shuffle(tokens * ratio, patch)
+
+
+def _norm(u: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Euclidean norm over `axes`, which are kept; never 0."""
+    return torch.linalg.vector_norm(u, dim=axes, keepdim=True).clamp(min=1e-8)
+
+
 @dataclass(frozen=True)
 class GuidanceInterval:
     """Guidance of strength `scale` where low ≤ σ ≤ high, and none (scale 1) outside."""
@@ -74,9 +110,16 @@ class TeacherSamplerConfig(Config):
     """Guidance scale that a guidance-distilled network takes as an input (FLUX.1 dev: 3.5); null for all others."""
     orthogonal: float = Field(0.0, ge=0, le=1)
     """Orthogonal guidance: share of the guidance direction's component parallel to x0 that is removed."""
+    renorm: Renorm = "none"
+    """Scaling of the guided velocity to the norm of the conditional one: "token", of every token (Qwen-Image's own
+    pipeline); "token_cap", of tokens whose norm is larger (LongCat-Image's); "sample_cap", of samples whose norm is
+    larger (Z-Image's cfg_normalization). The method's published students were trained with "none"."""
     shift: float | None = Field(None, gt=0)
     """Time shift of the teacher's own sampler, with which the student is compared; null takes the one in the teacher's
-    card or, without a card, the student's."""
+    card, else the teacher's own schedule (`scheduler`), else the student's shift."""
+    scheduler: dict[str, Any] | None = None
+    """Configuration of the teacher's scheduler, as in diffusers' scheduler_config.json; null takes the one beside the
+    teacher's weights, if there is one."""
 
     @model_validator(mode="after")
     def _interval_ascends(self) -> TeacherSamplerConfig:

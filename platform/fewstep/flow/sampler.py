@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -114,23 +114,31 @@ def gaussian_noise(
     return torch.randn(tuple(shape), generator=generator, device=source).to(device)
 
 
+class StepSchedule(Protocol):
+    """The times of an Euler sampler's steps: a `TimeShift`, or a teacher's own schedule."""
+
+    def sigmas(self, steps: int) -> Tensor:
+        """σ before each of `steps` steps and after the last, (steps + 1,) float32 on the CPU, falling to 0."""
+        ...
+
+
 def euler(
-    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, shift: TimeShift = NO_SHIFT
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, schedule: StepSchedule = NO_SHIFT
 ) -> Tensor:
-    """A teacher's own sampler: explicit Euler over `steps` uniform steps of raw time.
+    """A teacher's own sampler: explicit Euler steps.
 
     Args:
         velocity: the teacher, from x_t (B, C, H, W) and σ_t (B,) to dx/dσ.
         x: noise at σ = 1, (B, C, H, W).
         steps: number of velocity queries.
-        shift: from raw time to σ.
+        schedule: their times; uniform in raw time for a `TimeShift`.
 
     Returns:
         The clean latent, (B, C, H, W).
     """
-    # The steps' indices stay on the CPU: `euler_step` computes times there.
+    # The steps' indices stay on the CPU: `euler_step` looks times up there.
     for i in range(steps):
-        x = euler_step(velocity, x, torch.full((len(x),), i), steps, shift)
+        x = euler_step(velocity, x, torch.full((len(x),), i), steps, schedule)
     return x
 
 
@@ -139,7 +147,7 @@ def euler_step(
     x: Tensor,
     step: Tensor,
     steps: Tensor | int,
-    shift: TimeShift = NO_SHIFT,
+    schedule: StepSchedule = NO_SHIFT,
 ) -> Tensor:
     """One step of `euler`; each sample of the batch may have its own number of steps, and be at any of them.
 
@@ -148,15 +156,16 @@ def euler_step(
         x: the samples' states, (B, C, H, W).
         step: index of each sample's step, from 0, (B,) int64 on the CPU.
         steps: number of steps of each sample, (B,) int64 on the CPU, or one number for all.
-        shift: from raw time to σ.
+        schedule: the times of the steps.
 
     Returns:
         The states after the step, (B, C, H, W).
     """
-    # In float64, so that times are rounded once, after the shift. (B,)
-    sigma, after = (
-        shift.warp(1 - i.double() / steps).float().to(x.device, non_blocking=True) for i in (step, step + 1)
-    )
+    counts = [steps] * len(x) if isinstance(steps, int) else steps.tolist()
+    tables = {count: schedule.sigmas(count) for count in set(counts)}
+    pairs = [tables[count][index : index + 2] for count, index in zip(counts, step.tolist(), strict=True)]
+    # (B,) each: the samples' times now, and after the step
+    sigma, after = (column.to(x.device, non_blocking=True) for column in torch.stack(pairs, 1))
     return x + per_latent(after - sigma, x) * velocity(x, sigma)  # after < σ
 
 

@@ -30,6 +30,11 @@ class TimeShift:
         """τ = σ / (m + (1 − m)σ)."""
         return sigma / (self.m + (1 - self.m) * sigma)
 
+    def sigmas(self, steps: int) -> Tensor:
+        """σ before each of `steps` uniform steps of raw time and after the last, (steps + 1,) float32, from 1 to 0."""
+        # In float64, so that times are rounded once, after the shift.
+        return self.warp(1 - torch.arange(steps + 1, dtype=torch.float64) / steps).float()
+
     @classmethod
     def for_sequence(cls, length: int) -> TimeShift:
         """Dynamic shift (METHOD.md section 2) for a sequence of `length` image tokens.

@@ -33,6 +33,30 @@ class Family(ABC):
     """Names of the transformer's last modules, whose place a student's head takes: norm and projection, or one layer
     that is both."""
 
+    passes_sigmas: ClassVar[bool] = True
+    """Whether its own pipeline gives its scheduler σ from 1 to 1/n in n equal steps to shift, or leaves σ to it."""
+
+    def schedule_mu(self, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float:
+        """log of the shift of its own pipeline's schedule, where the scheduler's configuration makes it dynamic.
+
+        Linear in the number of image tokens, as in FLUX.1's pipeline.
+
+        Args:
+            scheduler: configuration of the scheduler.
+            tokens: image tokens.
+            steps: number of Euler steps.
+        """
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        names = {
+            "base_seq_len": "base_image_seq_len",
+            "max_seq_len": "max_image_seq_len",
+            "base_shift": "base_shift",
+            "max_shift": "max_shift",
+        }
+        given = {key: scheduler[name] for key, name in names.items() if name in scheduler}
+        return calculate_shift(tokens, **given)
+
     @abstractmethod
     def load(self, path: str) -> Transformer:
         """The pretrained network of a diffusers folder or hub id, in float32."""
@@ -80,6 +104,11 @@ class Family(ABC):
     @abstractmethod
     def patch(self, transformer: Transformer) -> int:
         """Side p of a patch; latent height and width must be multiples of it."""
+
+    def tokens(self, transformer: Transformer, height: int, width: int) -> int:
+        """Number of image tokens of a latent of this height and width."""
+        patch = self.patch(transformer)
+        return (height // patch) * (width // patch)
 
     @abstractmethod
     def denoise(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,6 +34,12 @@ class Flux2(Flux):
             "img_ids": grid(1, rows, columns, 1, device=device),
             "txt_ids": grid(1, 1, 1, length, device=device),
         }
+
+    def schedule_mu(self, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float:
+        """log of the shift; it depends on the number of steps, but for more than 4,300 tokens."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(tokens, steps)
 
     def pooled_width(self, transformer: Transformer) -> int | None:
         """None: the network takes only token states."""

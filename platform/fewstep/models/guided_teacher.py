@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.flow import GuidanceInterval, guided_velocity
+from fewstep.flow import GuidanceInterval, Renorm, guided_velocity, renormalised
 from fewstep.policies.base import per_latent
 
 
@@ -20,6 +20,8 @@ class GuidedTeacher:
         scale: guidance scale w; 1 is no guidance, and takes one network pass instead of two.
         interval: range of σ in which the scale applies; outside it is 1.
         orthogonal: share of the guidance direction's component parallel to x̂_0 that is removed.
+        renorm: how the guided velocity is scaled back, see `renormalised`.
+        patch: side of the patches that are the network's tokens.
     """
 
     def __init__(
@@ -29,7 +31,10 @@ class GuidedTeacher:
         scale: float,
         interval: tuple[float, float] = (0.0, 1.0),
         orthogonal: float = 0.0,
+        renorm: Renorm = "none",
+        patch: int = 1,
     ) -> None:
+        self.renorm, self.patch = renorm, patch
         self.network, self.null, self.scale = network, null, scale
         self.interval, self.orthogonal = GuidanceInterval(scale, *interval), orthogonal
 
@@ -66,6 +71,7 @@ class GuidedTeacher:
         # x̂_0 of the conditional velocity: the direction that orthogonal guidance leaves alone
         clean = x_again - per_latent(again, x_again) * of_rows if self.orthogonal else None
         guided = guided_velocity(of_rows, negative, self.interval.at(again), self.orthogonal, clean)
+        guided = renormalised(guided, of_rows, self.renorm, self.patch)
         # The other samples keep their conditional velocity.
         return guided if rows is None else positive.index_copy(0, rows, guided)
 

@@ -17,6 +17,7 @@ from fewstep.assets import bundled_folder, expanded, is_hub_id
 from fewstep.errors import UserError
 from fewstep.files import save_weights
 from fewstep.models.family import Family, Transformer
+from fewstep.models.pretrained import network_folder, scheduler_config
 from fewstep.models.registry import get_family
 from fewstep.models.weights_hash import weights_hash
 
@@ -167,6 +168,15 @@ def read_card(path: str) -> TeacherCard | None:
     if fields.pop("schema_version", 1) == 1:
         fields["guidance_scale"] = fields.pop("guidance")  # cards from before fewstep 0.2
     return TeacherCard(**{**fields, "latent_shape": tuple(fields["latent_shape"])})
+
+
+def own_scheduler(path: str) -> dict[str, Any] | None:
+    """Configuration of the scheduler beside a teacher's weights; None if there is none."""
+    location = locate(path)
+    try:
+        return scheduler_config(network_folder(location))
+    except OSError:  # not in diffusers' format
+        return None
 
 
 def save_teacher(

@@ -27,6 +27,7 @@ from fewstep.flow import (
     Generators,
     NextStep,
     SamplerConfig,
+    StepSchedule,
     TimeShift,
     euler,
     euler_step,
@@ -38,7 +39,9 @@ from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
+from fewstep.models.own_schedule import OwnSchedule, samples_by_euler
 from fewstep.models.precision import check_arithmetic, precision_of
+from fewstep.models.pretrained import scheduler_config
 from fewstep.models.teacher import checked_meanwhile, open_teacher
 from fewstep.student.adapter import load_adapter, save_adapter
 from fewstep.student.arguments import (
@@ -107,6 +110,7 @@ class FewStepPipeline:
         parts: PartsConfig = PartsConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self.card, self.device, self.parts = card, torch.device(device), parts
+        self._schedules: dict[Sequence[int], StepSchedule] = {}  # of the teacher, by the shape of the latents
         self._interrupt, self.num_timesteps = False, 0  # of the last call, by the names that callbacks know
         self.network = network.to(self.device).eval().requires_grad_(False)
         if isinstance(network, PolicyNetwork):
@@ -141,7 +145,10 @@ class FewStepPipeline:
         how = self.card.teacher_sampler
         # Without guidance no null condition is needed, so that the encoder is not loaded for it.
         null = None if how.guidance_scale == 1 else self.text_encoder.null().to(self.device)
-        return GuidedTeacher(self.network, null, how.guidance_scale, how.guidance_interval, how.orthogonal)
+        patch = self.network.family.patch(self.network.transformer)
+        return GuidedTeacher(
+            self.network, null, how.guidance_scale, how.guidance_interval, how.orthogonal, how.renorm, patch
+        )
 
     @classmethod
     def from_pretrained(
@@ -185,6 +192,10 @@ class FewStepPipeline:
         check_arithmetic(precision, device)
         # Without values, which `load_adapter` reads straight to where they stay.
         transformer, family, base = open_teacher(*named)
+        how = card.teacher_sampler
+        if how.scheduler is None and base is not None:  # cards from before fewstep 0.2 do not hold it
+            how = how.model_copy(update={"scheduler": scheduler_config(base)})
+            card = card.model_copy(update={"teacher_sampler": how})
         with checked_meanwhile(named[0], card.teacher):
             network = load_adapter(transformer, family, folder, base, precision, device)
         return cls(network, card, device, parts)
@@ -333,9 +344,8 @@ class FewStepPipeline:
         Raises:
             UserError: a value out of range.
         """
-        # A dynamic shift depends on the number of the network's tokens, one per patch.
-        patch = self.network.family.patch(self.network.transformer)
-        tokens = (shape[1] // patch) * (shape[2] // patch)
+        # On which a dynamic shift depends
+        tokens = self.network.family.tokens(self.network.transformer, shape[1], shape[2])
         return self.card.sampler.override(nfe, temperature, h).at_size(tokens)
 
     def _check_length(self, prompts: Sequence[str], limit: int) -> None:
@@ -417,7 +427,7 @@ class FewStepPipeline:
             steps: Euler steps, of `teacher.passes` network passes each.
         """
         velocity = partial(self.teacher.velocity, conditioning=conditioning)
-        return euler(velocity, noise.to(self.device), steps, self._teacher_shift(noise))
+        return euler(velocity, noise.to(self.device), steps, self._teacher_schedule(noise))
 
     @torch.inference_mode()
     def sample_teacher_step(
@@ -425,14 +435,22 @@ class FewStepPipeline:
     ) -> Tensor:
         """One step of `sample_teacher`; each sample of the batch may be at another step (see `euler_step`)."""
         velocity = partial(self.teacher.velocity, conditioning=conditioning)
-        return euler_step(velocity, x, step, steps, self._teacher_shift(x))
+        return euler_step(velocity, x, step, steps, self._teacher_schedule(x))
 
-    def _teacher_shift(self, x: Tensor) -> TimeShift:
-        # The teacher's own shift; without one, the student's for this size (which may be dynamic).
-        own = self.card.teacher_sampler.shift
-        channels, height, width = x.shape[1:]
-        sampler = self.sampler_for((channels, height, width))
-        return sampler.time_shift if own is None else TimeShift(own)
+    def _teacher_schedule(self, x: Tensor) -> StepSchedule:
+        """The schedule of the teacher's own sampler for latents of the size of `x`."""
+        how, shape = self.card.teacher_sampler, x.shape[1:]
+        if how.shift is not None:
+            return TimeShift(how.shift)
+        if shape not in self._schedules:
+            family, transformer = self.network.family, self.network.transformer
+            # Without a scheduler of its own, the student's shift for this size (which may be dynamic).
+            self._schedules[shape] = (
+                OwnSchedule(how.scheduler, family, family.tokens(transformer, *shape[1:]))
+                if how.scheduler is not None and samples_by_euler(how.scheduler)
+                else self.sampler_for((shape[0], shape[1], shape[2])).time_shift
+            )
+        return self._schedules[shape]
 
     @property
     def size(self) -> tuple[int, int]:

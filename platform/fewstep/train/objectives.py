@@ -31,6 +31,7 @@ from fewstep.models.teacher import (
     TeacherCard,
     load_teacher,
     open_teacher,
+    own_scheduler,
     read_card,
     reference_to,
     save_teacher,
@@ -114,6 +115,8 @@ class Distillation:
             teacher.guidance_scale,
             teacher.guidance_interval,
             teacher.orthogonal,
+            teacher.renorm,
+            self.family.patch(self.transformer),
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -158,22 +161,24 @@ class Distillation:
 
     def _sampler_at(self, shape: Sequence[int]) -> SamplerConfig:
         """The recipe's sampler for latents of shape (C, H, W)."""
-        patch = self.family.patch(self.transformer)
-        return self.recipe.sampler.at_size((shape[1] // patch) * (shape[2] // patch))
+        return self.recipe.sampler.at_size(self.family.tokens(self.transformer, shape[1], shape[2]))
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the student's folder: adapters, head and card."""
         recipe, teacher = self.recipe, read_card(self.recipe.teacher.path)
         info = DatasetInfo.open(recipe.data.path)
         # The card holds all that generating needs, so what the recipe leaves to the teacher's card is resolved now.
-        own_shift = recipe.teacher.shift or (teacher.shift if teacher else None)
+        own = {
+            "shift": recipe.teacher.shift or (teacher.shift if teacher else None),
+            "scheduler": recipe.teacher.scheduler or own_scheduler(recipe.teacher.path),
+        }
         card = StudentCard(
             teacher=self.reference,
             text_encoder=info.encoding.text_encoder,
             autoencoder=info.encoding.autoencoder,
             latent_shape=next(iter(info.buckets("train"))),
             sampler=recipe.sampler,
-            teacher_sampler=recipe.teacher.sampler.model_copy(update={"shift": own_shift}),
+            teacher_sampler=recipe.teacher.sampler.model_copy(update=own),
             max_tokens=info.encoding.max_tokens,
             recipe=recipe.model_dump(mode="json"),
         )
@@ -230,9 +235,7 @@ class FlowMatching:
 
     def sample(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
         """Latents (B, C, H, W) of 32 guided Euler steps, from noise of that shape."""
-        return euler(
-            lambda x, sigma: self.teacher.velocity(x, sigma, conditioning), noise, steps=32, shift=self.shift
-        )
+        return euler(lambda x, sigma: self.teacher.velocity(x, sigma, conditioning), noise, 32, self.shift)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the teacher's folder: weights and card."""
