@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.flow import GuidanceInterval, guided_velocity
+from fewstep.flow import GuidanceInterval, guided_velocity, renormalised
 
 POS, NEG, X_0 = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0)).unbind(1)[:3]
 
@@ -40,3 +40,40 @@ def test_guidance_is_off_outside_its_interval() -> None:
     interval = GuidanceInterval(2.7, 0.1, 0.6)
     scales = interval.at(torch.tensor([0.05, 0.1, 0.3, 0.6, 0.61, 1.0]))
     torch.testing.assert_close(scales, torch.tensor([1.0, 2.7, 2.7, 2.7, 1.0, 1.0]))
+
+
+U, V = torch.randn(2, 1, 2, 4, 4, generator=torch.Generator().manual_seed(1)).unbind()
+
+
+def packed(u: torch.Tensor) -> torch.Tensor:
+    """(1, C, H, W) → tokens (tokens, C·4) of 2×2 patches."""
+    return torch.nn.functional.unfold(u, 2, stride=2)[0].mT
+
+
+def test_every_token_gets_the_norm_of_the_conditional_one() -> None:
+    guided = guided_velocity(U, V, 4.0)
+    scaled = renormalised(guided, U, "token", patch=2)
+    torch.testing.assert_close(packed(scaled).norm(dim=1), packed(U).norm(dim=1))
+    # Only lengths change.
+    cosine = torch.nn.functional.cosine_similarity(packed(scaled), packed(guided))
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
+def test_a_cap_leaves_smaller_tokens_as_they_are() -> None:
+    guided = torch.cat([3 * U[..., :2], 0.5 * U[..., 2:]], dim=-1)
+    scaled = renormalised(guided, U, "token_cap", patch=2)
+    torch.testing.assert_close(scaled[..., :2], U[..., :2])
+    assert torch.equal(scaled[..., 2:], guided[..., 2:])
+
+
+def test_a_samples_norm_is_capped_as_a_whole() -> None:
+    guided = torch.cat([3 * U, 0.5 * U])
+    scaled = renormalised(guided, torch.cat([U, U]), "sample_cap")
+    torch.testing.assert_close(scaled, torch.cat([U, 0.5 * U]))
+
+
+def test_no_guidance_is_not_renormalised_and_zeros_stay_zeros() -> None:
+    for how in ("none", "token", "token_cap", "sample_cap"):
+        assert torch.equal(renormalised(U, U, how, patch=2), U)
+        zero = torch.zeros_like(U)
+        assert torch.equal(renormalised(zero, zero, how, patch=2), zero)

@@ -46,16 +46,9 @@ class Family(ABC):
             tokens: image tokens.
             steps: number of Euler steps.
         """
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        names = {
-            "base_seq_len": "base_image_seq_len",
-            "max_seq_len": "max_image_seq_len",
-            "base_shift": "base_shift",
-            "max_shift": "max_shift",
-        }
-        given = {key: scheduler[name] for key, name in names.items() if name in scheduler}
-        return calculate_shift(tokens, **given)
+        few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        return low + (tokens - few) / (many - few) * (high - low)
 
     @abstractmethod
     def load(self, path: str) -> Transformer:

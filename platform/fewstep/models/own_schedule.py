@@ -41,6 +41,9 @@ class OwnSchedule:
 
     def sigmas(self, steps: int) -> Tensor:
         """σ before each of `steps` steps and after the last, (steps + 1,) float32, falling to 0."""
+        if steps == 1:
+            # A schedule stretched to end at a terminal σ is undefined for one step, which goes from noise to data.
+            return torch.tensor([1.0, 0.0])
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(self.scheduler))
@@ -52,5 +55,4 @@ class OwnSchedule:
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
         else:
             scheduler.set_timesteps(steps, **shift)
-        # A schedule stretched to end at a terminal σ is undefined for one step, which goes from noise to data.
-        return torch.tensor([1.0, 0.0]) if steps == 1 else scheduler.sigmas
+        return scheduler.sigmas
