@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,9 @@ class DiffusersFamily(Family):
 
     network: ClassVar[str]
     """Name of the network's class in diffusers."""
+
+    pipeline: ClassVar[str]
+    """Name of its pipeline's class in diffusers."""
 
     time_embedding: ClassVar[str]
     """Name of the module that embeds the time."""
@@ -50,6 +54,20 @@ class DiffusersFamily(Family):
         """A new network, from the keyword arguments of its class."""
         return self._class()(**config)
 
+    def bare_pipeline(self, **parts: Any) -> Any:
+        """The family's diffusers pipeline with these parts alone; the others are None."""
+        kind = _of_diffusers(self.pipeline)
+        needed = [
+            name
+            for name, parameter in inspect.signature(kind).parameters.items()
+            if parameter.default is inspect.Parameter.empty
+        ]
+        return kind(**(dict.fromkeys(needed) | parts))
+
     def _class(self) -> type[Any]:
-        # Imported when needed: diffusers takes seconds to import.
-        return getattr(import_module("diffusers"), self.network)
+        return _of_diffusers(self.network)
+
+
+def _of_diffusers(name: str) -> type[Any]:
+    # Imported when needed: diffusers takes seconds to import.
+    return getattr(import_module("diffusers"), name)

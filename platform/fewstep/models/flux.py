@@ -26,6 +26,7 @@ class Flux(PackedFamily):
 
     name = "flux"
     network: ClassVar[str] = "FluxTransformer2DModel"
+    pipeline: ClassVar[str] = "FluxPipeline"
     time_embedding: ClassVar[str] = "time_text_embed"
 
     def denoise(

@@ -24,6 +24,7 @@ class Flux2(Flux):
 
     name = "flux2"
     network: ClassVar[str] = "Flux2Transformer2DModel"
+    pipeline: ClassVar[str] = "Flux2Pipeline"
     time_embedding: ClassVar[str] = "time_guidance_embed"
 
     def inputs_beside(self, conditioning: TextConditioning, rows: int, columns: int) -> dict[str, Tensor]:

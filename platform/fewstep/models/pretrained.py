@@ -41,8 +41,8 @@ def network_folder(path: str) -> Path:
     """The folder of a network's own files.
 
     Args:
-        path: folder or hub id of the network itself, or of a pipeline with a `transformer`. The files of a hub id are
-            fetched into the hub's local cache, once per machine.
+        path: folder or hub id of the network itself, or of a pipeline with a `transformer`. The files of a hub id,
+            which may end in @REVISION, are fetched into the hub's local cache, once per machine.
 
     Raises:
         OSError: neither has a `config.json`, or the hub can't be reached.
@@ -51,7 +51,15 @@ def network_folder(path: str) -> Path:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(path, allow_patterns=list(PARTS), ignore_patterns=list(VARIANTS)))
+        name, _, revision = path.partition("@")
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=list(PARTS),
+                ignore_patterns=list(VARIANTS),
+            )
+        )
     for candidate in (folder, folder / "transformer"):
         if (candidate / "config.json").exists():
             return candidate

@@ -16,6 +16,7 @@ class QwenImage(PackedFamily):
 
     name = "qwen_image"
     network: ClassVar[str] = "QwenImageTransformer2DModel"
+    pipeline: ClassVar[str] = "QwenImagePipeline"
     time_embedding: ClassVar[str] = "time_text_embed"
     time_scale: ClassVar[float] = 1.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +17,7 @@ from fewstep.assets import bundled_folder, expanded, is_hub_id
 from fewstep.errors import UserError
 from fewstep.files import save_weights
 from fewstep.models.family import Family, Transformer
+from fewstep.models.folded import LoRAFile, folded_hash, folded_teacher
 from fewstep.models.pretrained import network_folder, scheduler_config
 from fewstep.models.registry import get_family
 from fewstep.models.weights_hash import weights_hash
@@ -66,6 +67,8 @@ class TeacherReference:
     """Hash of the weights' files; None for hub ids."""
     code_sha256: str | None = None
     """Hash of the user's file that registers the family (`family_code.py`); None for fewstep's own families."""
+    loras: tuple[LoRAFile, ...] = ()
+    """LoRAs that are folded into the weights; the hash is then that of base and LoRAs together."""
 
 
 def locate(path: str, field: str = "teacher.path") -> str:
@@ -115,15 +118,23 @@ def load_teacher(
 
 
 def open_teacher(
-    path: str, family: str, embedded_guidance_scale: float | None = None
+    path: str,
+    family: str,
+    embedded_guidance_scale: float | None = None,
+    loras: Sequence[LoRAFile] = (),
 ) -> tuple[Transformer, Family, Path | None]:
     """Like `load_teacher`, but with the parameters on the meta device, if the family can do that.
+
+    Args:
+        path, family, embedded_guidance_scale: as for `load_teacher`.
+        loras: what is folded into the weights.
 
     Returns:
         The network, its family, and the folder that `read_weights` can fill it from; None if it has its values already.
     """
     with _refusing(path, family):
-        transformer, weights = get_family(family).skeleton(locate(path))
+        folder = folded_teacher(locate(path), get_family(family), loras)
+        transformer, weights = get_family(family).skeleton(folder)
     return transformer, told_guidance(get_family(family), transformer, embedded_guidance_scale, path), weights
 
 
@@ -137,14 +148,15 @@ def checked_meanwhile(path: str, wanted: TeacherReference) -> Iterator[None]:
         UserError: at the end of the block, as `check_reference`.
     """
     with ThreadPoolExecutor(1, "fewstep-hash") as thread:
-        hashing = thread.submit(reference_to, path, wanted.family)
+        hashing = thread.submit(reference_to, path, wanted.family, wanted.loras)
         yield
         check_reference(hashing.result(), wanted)
 
 
-def reference_to(path: str, family: str) -> TeacherReference:
+def reference_to(path: str, family: str, loras: Sequence[LoRAFile] = ()) -> TeacherReference:
     """The reference to a teacher, with a hash of its weights as they are now."""
-    return TeacherReference(path, family, weights_hash(locate(path)))
+    digest = folded_hash(weights_hash(locate(path)), loras)
+    return TeacherReference(path, family, digest, loras=tuple(loras))
 
 
 @contextmanager

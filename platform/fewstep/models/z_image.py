@@ -26,6 +26,7 @@ class ZImage(DiffusersFamily):
 
     name = "z_image"
     network: ClassVar[str] = "ZImageTransformer2DModel"
+    pipeline: ClassVar[str] = "ZImagePipeline"
     time_embedding: ClassVar[str] = "t_embedder"
     last_layers: ClassVar[tuple[str, ...]] = (LAST_LAYER,)
 

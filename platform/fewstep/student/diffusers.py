@@ -424,7 +424,10 @@ def merged_transformer(
         UserError: the teacher is not found.
     """
     transformer, family, folder = open_teacher(
-        teacher or card.teacher.path, card.teacher.family, card.teacher_sampler.embedded_guidance_scale
+        teacher or card.teacher.path,
+        card.teacher.family,
+        card.teacher_sampler.embedded_guidance_scale,
+        card.teacher.loras,
     )
     own = dict(transformer.named_parameters())
     base = own.items() if folder is None else stream_weights(folder)

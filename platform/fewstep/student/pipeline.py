@@ -191,7 +191,7 @@ class FewStepPipeline:
         precision = precision_of(torch_dtype, quantization)
         check_arithmetic(precision, device)
         # Without values, which `load_adapter` reads straight to where they stay.
-        transformer, family, base = open_teacher(*named)
+        transformer, family, base = open_teacher(*named, card.teacher.loras)
         how = card.teacher_sampler
         if how.scheduler is None and base is not None:  # cards from before fewstep 0.2 do not hold it
             how = how.model_copy(update={"scheduler": scheduler_config(base)})

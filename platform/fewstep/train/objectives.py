@@ -98,9 +98,10 @@ class Distillation:
     ) -> None:
         self.recipe = recipe
         student, teacher = recipe.student, recipe.teacher
-        named = teacher.path, teacher.family, teacher.embedded_guidance_scale
-        self.reference = reference_to(teacher.path, teacher.family)
-        transformer, self.family, self._weights = open_teacher(*named)
+        self.reference = reference_to(teacher.path, teacher.family, teacher.loras)
+        transformer, self.family, self._weights = open_teacher(
+            teacher.path, teacher.family, teacher.embedded_guidance_scale, teacher.loras
+        )
         self.model = PolicyNetwork(
             transformer, self.family, student.policy, student.lora, recipe.train.seed, student.full
         )

@@ -26,6 +26,7 @@ from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
+from fewstep.models.folded import LoRAFile
 from fewstep.models.heads import GMFlowConfig, PolicyConfig
 from fewstep.text import read_settings
 from fewstep.train.overrides import override
@@ -64,6 +65,9 @@ class TeacherConfig(TeacherSamplerConfig):
     """Name of the network's family."""
     module: str | None = None
     """A Python file that registers that family, for a teacher of your own (docs/tutorials/own_teacher.md)."""
+    loras: tuple[LoRAFile, ...] = ()
+    """LoRAs that are folded into the network before distillation, as `[{path: style.safetensors, scale: 0.8}]`: files,
+    folders or hub ids, with keys in the style of diffusers, peft or kohya."""
 
     @property
     def sampler(self) -> TeacherSamplerConfig:

@@ -14,10 +14,11 @@ from fewstep.models.adapters import lora_target_modules
 from fewstep.models.dual_stream import counterparts
 from fewstep.models.family import Family, Transformer
 from fewstep.models.family_code import use_module
+from fewstep.models.folded import check_loras
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.precision import LIBRARIES, check_arithmetic, check_precision
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import check_guidance, open_teacher
+from fewstep.models.teacher import check_guidance, locate, open_teacher
 from fewstep.student.adapter import check_adapter
 from fewstep.student.resolve import resolve_student
 from fewstep.tracking.address import check_reachable
@@ -49,6 +50,7 @@ def check(recipe: DistillRecipe | TeacherRecipe) -> DatasetInfo:
         teacher = recipe.teacher
         # On the meta device: sizes and names are all that is checked, and a large teacher would take minutes to load.
         transformer, family, _ = open_teacher(teacher.path, teacher.family, teacher.embedded_guidance_scale)
+        check_loras(locate(teacher.path), family, teacher.loras)
         _check_fit(info, transformer, family, teacher.path)
         check_guidance(family, transformer, teacher.guidance_scale, "teacher.guidance_scale")
         if (lora := recipe.student.lora) is not None:

@@ -1,0 +1,247 @@
+"""Teachers that are a base with LoRA files folded into it, or a single file: written once, as a diffusers folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fewstep.assets import expanded, is_hub_id
+from fewstep.config import Config
+from fewstep.errors import UserError
+from fewstep.files import save_weights
+from fewstep.models.diffusers_family import DiffusersFamily
+from fewstep.models.family import Family, Transformer
+from fewstep.models.pretrained import network_folder, stream_weights
+from fewstep.models.weights_hash import weights_hash
+
+SHARD_BYTES = 2 * 10**9
+"""Size of the written files of weights: what is held in memory at a time."""
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+"""Name of the list of these files, by diffusers' convention."""
+
+
+class LoRAFile(Config):
+    """A LoRA that is folded into a teacher's weights before distillation."""
+
+    path: str
+    """A safetensors file, a folder with one, or a hub id; keys in the style of diffusers, peft or kohya."""
+    scale: float = 1.0
+    """Factor on it."""
+
+
+def folded_teacher(base: str, family: Family, loras: Sequence[LoRAFile]) -> str:
+    """The folder of a base with LoRAs folded in, which is written when it is first asked for.
+
+    It is kept in `~/.cache/fewstep/teachers`, under the hashes of base and LoRAs. Weights are read, folded and written
+    one by one, each sum rounded once to the type of the base's file.
+
+    Args:
+        base: folder or hub id of the network or its pipeline.
+        family: of the network.
+        loras: what is folded in; none returns `base`.
+
+    Raises:
+        UserError: a LoRA can't be read, or has layers that the network lacks.
+    """
+    if not loras:
+        return base
+    family = _loading(family)
+    source = network_folder(base)
+    key = folded_hash(weights_hash(str(source)), loras)
+    assert key is not None, "a network's folder has weights"
+    folder = Path.home() / ".cache" / "fewstep" / "teachers" / key[:32]
+    if not folder.exists():
+        _write(folder, source, _Deltas(family, source, loras).added(stream_weights(source)))
+    return str(folder)
+
+
+def check_loras(base: str, family: Family, loras: Sequence[LoRAFile]) -> None:
+    """Check that LoRAs can be folded into a network, without reading its weights.
+
+    Raises:
+        UserError: as `folded_teacher`.
+    """
+    if loras:
+        _Deltas(_loading(family), network_folder(base), loras)
+
+
+def folded_hash(base: str | None, loras: Sequence[LoRAFile]) -> str | None:
+    """SHA-256 of a base's hash and its LoRAs' contents and scales; `base` itself without LoRAs, or if it is None."""
+    if base is None or not loras:
+        return base
+    facts = [base, *((_sha256(_lora_file(lora.path)), lora.scale) for lora in loras)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _loading(family: Family) -> DiffusersFamily:
+    """The family, if diffusers loads LoRAs into its networks.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not isinstance(family, DiffusersFamily):
+        raise UserError(
+            f"teacher.loras: diffusers loads no LoRA into networks of the family {family.name!r}: fold it into the "
+            "teacher's weights before, and leave the list empty."
+        )
+    return family
+
+
+class _Deltas:
+    """What LoRAs add to a network's weights.
+
+    Args:
+        family: of the network.
+        source: folder of the network.
+        loras: what is added.
+
+    Raises:
+        UserError: a file holds no LoRA of this network.
+    """
+
+    def __init__(self, family: DiffusersFamily, source: Path, loras: Sequence[LoRAFile]) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self._layers: list[tuple[float, Mapping[str, Any]]] = []
+        for lora in loras:
+            network, _ = family.skeleton(str(source))
+            _make_hollow(network)
+            wanted = _load(family, network, lora.path)
+            layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+            # diffusers only warns of what it leaves out.
+            if unknown := sorted(wanted - set(layers)):
+                raise UserError(
+                    f"teacher.loras: {lora.path} adapts {unknown[0]}, which this {family.network} lacks."
+                )
+            if not layers:
+                raise UserError(
+                    f"teacher.loras: {lora.path} adapts no layer of a {family.network}: choose another."
+                )
+            self._layers.append((lora.scale, {f"{name}.weight": layer for name, layer in layers.items()}))
+
+    def added(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights with the LoRAs folded in, in the types that they have."""
+        for name, weight in weights:
+            present = [(scale, layers[name]) for scale, layers in self._layers if name in layers]
+            if present:
+                total = weight.float()
+                for scale, layer in present:
+                    for adapter in layer.lora_A:
+                        total = total + scale * layer.get_delta_weight(adapter).float()
+                weight = total.to(weight.dtype)
+            yield name, weight
+
+
+def _make_hollow(network: Transformer) -> None:
+    """Give a network on the meta device zeros that take no memory: peft would move a LoRA to the base's device."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                zeros = torch.zeros(()).expand(parameter.shape)
+                module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+
+
+def _load(family: DiffusersFamily, network: Transformer, path: str) -> set[str]:
+    """Load a LoRA into a network by the loader of its pipeline, which knows the styles of keys.
+
+    Returns:
+        Names of the layers that the file has weights for.
+
+    Raises:
+        UserError: it can't be read, or has no weights of such a network.
+    """
+    file = _lora_file(path)
+    pipeline = family.bare_pipeline(transformer=network)
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(
+            f"teacher.loras: diffusers loads no LoRA into networks of the family {family.name!r}: fold it into the "
+            "teacher's weights before, and leave the list empty."
+        )
+    where = {"weight_name": file.name}
+    try:
+        state = pipeline.lora_state_dict(str(file.parent), **where)
+        pipeline.load_lora_weights(str(file.parent), **where)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"teacher.loras: {path} can't be loaded into a {family.network}: {reason}") from None
+    prefix = "transformer."
+    weights = state[0] if isinstance(state, tuple) else state
+    return {
+        name.removeprefix(prefix).partition(".lora_")[0]
+        for name in weights
+        if name.startswith(prefix) and ".lora_" in name
+    }
+
+
+def _lora_file(path: str) -> Path:
+    """The file of a LoRA.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    place = expanded(path)
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        if not is_hub_id(path):
+            raise UserError(f"teacher.loras: there is no file {path!r}: correct the path.")
+        from huggingface_hub import snapshot_download
+
+        place = Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
+    files = sorted(place.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"teacher.loras: {path} has {len(files)} *.safetensors files: name the file itself.")
+    return files[0]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write(folder: Path, source: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Write a network's folder with other weights; it appears when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        place = Path(scratch) / folder.name
+        place.mkdir()
+        shutil.copy(source / "config.json", place)
+        for scheduler in (source / "scheduler", source.parent / "scheduler"):
+            if (scheduler / "scheduler_config.json").exists():
+                shutil.copy(scheduler / "scheduler_config.json", place)
+                break
+        _write_shards(place, weights)
+        try:
+            place.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process has written the same meanwhile
+                raise
+
+
+def _write_shards(place: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
+    shard: dict[str, Tensor] = {}
+    files: dict[str, str] = {}
+
+    def save() -> None:
+        name = f"diffusion_pytorch_model-{len(set(files.values())) + 1:05}.safetensors"
+        save_weights(shard, place / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, weight in weights:
+        shard[name] = weight.contiguous()
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            save()
+    if shard:
+        save()
+    (place / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=2) + "\n")
