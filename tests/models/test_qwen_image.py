@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.packing import pack, unpack
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import load_teacher
+from fewstep.models.teacher import load_teacher, open_teacher
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -75,3 +77,34 @@ def test_a_missing_teacher_is_refused(path: str) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="holds no qwen_image model"):
         load_teacher(str(tmp_path), "qwen_image")
+
+
+SMALL = {
+    "num_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 6, 6),
+    "in_channels": 16,
+    "out_channels": 4,
+}
+
+
+def test_edit_networks_generate_without_further_images() -> None:
+    family = get_family("qwen_image")
+    torch.manual_seed(0)
+    plain, edits = family.build(SMALL), family.build(SMALL | {"zero_cond_t": True})
+    edits.load_state_dict(plain.state_dict())
+    condition = TextConditioning.collate([torch.randn(5, 24), torch.randn(7, 24)])
+    inputs = torch.randn(2, 4, 4, 6), torch.tensor([0.3, 0.8]), condition
+    with torch.no_grad():
+        torch.testing.assert_close(family.denoise(edits, *inputs), family.denoise(plain, *inputs))
+
+
+def test_networks_with_a_further_condition_are_refused(tmp_path: Path) -> None:
+    family = get_family("qwen_image")
+    network = family._class()(**SMALL, use_additional_t_cond=True)
+    network.save_pretrained(tmp_path)
+    for load in (load_teacher, open_teacher):
+        with pytest.raises(UserError, match="takes an additional condition on the time"):
+            load(str(tmp_path), "qwen_image")

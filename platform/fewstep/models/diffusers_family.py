@@ -42,17 +42,35 @@ class DiffusersFamily(Family):
 
     def load(self, path: str) -> Transformer:
         """The network of a diffusers folder or hub id, in float32."""
-        return from_pretrained(self._class(), path)
+        return self._checked(from_pretrained(self._class(), path))
 
     def skeleton(self, path: str) -> tuple[Transformer, Path | None]:
         """The network with its parameters on the meta device, and the folder of safetensors that has them."""
         folder = network_folder(path)
-        # Older repositories have only pickled weights, which diffusers reads.
-        return skeleton(self._class(), path) if any(folder.glob("*.safetensors")) else (self.load(path), None)
+        if not any(folder.glob("*.safetensors")):
+            return self.load(
+                path
+            ), None  # older repositories have only pickled weights, which diffusers reads
+        network, folder = skeleton(self._class(), path)
+        return self._checked(network), folder
 
     def build(self, config: dict[str, Any]) -> Transformer:
         """A new network, from the keyword arguments of its class."""
-        return self._class()(**config)
+        return self._checked(self._class()(**config))
+
+    def unsupported(self, transformer: Transformer) -> str | None:
+        """What a network of the class takes that the family does not give it; None for nothing."""
+        return None
+
+    def _checked(self, transformer: Transformer) -> Transformer:
+        """The network.
+
+        Raises:
+            ValueError: it takes inputs that the family does not give.
+        """
+        if (what := self.unsupported(transformer)) is not None:
+            raise ValueError(f"the network takes {what}, which the family {self.name} does not give it")
+        return transformer
 
     def bare_pipeline(self, **parts: Any) -> Any:
         """The family's diffusers pipeline with these parts alone; the others are None."""

@@ -35,10 +35,15 @@ class QwenImage(PackedFamily):
             encoder_hidden_states=conditioning.states,
             encoder_hidden_states_mask=conditioning.mask,
             timestep=t,
-            # (frames, rows, columns) of each image's tokens, for rotary positions
-            img_shapes=[(1, height // PATCH, width // PATCH)] * len(x),
+            # (frames, rows, columns) of each image of each sample, for rotary positions. Lists in a list, because
+            # networks that embed the time of further images as 0 (Qwen-Image-Edit-2511) take no others.
+            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x),
             return_dict=False,
         )[0]
+
+    def unsupported(self, transformer: Transformer) -> str | None:
+        """The further condition on the time of layered networks."""
+        return "an additional condition on the time" if transformer.config.use_additional_t_cond else None
 
     def lora_targets(self, transformer: Transformer) -> list[str]:
         """Image and text FFNs, but not the last block's text FFN, and the time embedding (METHOD.md section 5)."""
