@@ -103,7 +103,7 @@ def test_edit_networks_generate_without_further_images() -> None:
 
 def test_networks_with_a_further_condition_are_refused(tmp_path: Path) -> None:
     family = get_family("qwen_image")
-    network = family._class()(**SMALL, use_additional_t_cond=True)
+    network = family.network_class(**SMALL, use_additional_t_cond=True)
     network.save_pretrained(tmp_path)
     for load in (load_teacher, open_teacher):
         with pytest.raises(UserError, match="takes an additional condition on the time"):

@@ -42,7 +42,7 @@ class DiffusersFamily(Family):
 
     def load(self, path: str) -> Transformer:
         """The network of a diffusers folder or hub id, in float32."""
-        return self._checked(from_pretrained(self._class(), path))
+        return self._checked(from_pretrained(self.network_class, path))
 
     def skeleton(self, path: str) -> tuple[Transformer, Path | None]:
         """The network with its parameters on the meta device, and the folder of safetensors that has them."""
@@ -51,12 +51,12 @@ class DiffusersFamily(Family):
             return self.load(
                 path
             ), None  # older repositories have only pickled weights, which diffusers reads
-        network, folder = skeleton(self._class(), path)
+        network, folder = skeleton(self.network_class, path)
         return self._checked(network), folder
 
     def build(self, config: dict[str, Any]) -> Transformer:
         """A new network, from the keyword arguments of its class."""
-        return self._checked(self._class()(**config))
+        return self._checked(self.network_class(**config))
 
     def unsupported(self, transformer: Transformer) -> str | None:
         """What a network of the class takes that the family does not give it; None for nothing."""
@@ -82,7 +82,9 @@ class DiffusersFamily(Family):
         ]
         return kind(**(dict.fromkeys(needed) | parts))
 
-    def _class(self) -> type[Any]:
+    @property
+    def network_class(self) -> type[Any]:
+        """The network's class in diffusers."""
         return _of_diffusers(self.network)
 
 

@@ -17,9 +17,9 @@ from fewstep.assets import bundled_folder, expanded, is_hub_id
 from fewstep.errors import UserError
 from fewstep.files import save_weights
 from fewstep.models.family import Family, Transformer
-from fewstep.models.folded import LoRAFile, folded_hash, folded_teacher
 from fewstep.models.pretrained import network_folder, scheduler_config
 from fewstep.models.registry import get_family
+from fewstep.models.teacher_folder import LoRAFile, folded_hash, teacher_folder
 from fewstep.models.weights_hash import weights_hash
 
 BUNDLED_TEACHERS = {
@@ -72,10 +72,10 @@ class TeacherReference:
 
 
 def locate(path: str, field: str = "teacher.path") -> str:
-    """The folder of a teacher given by its bundled name or folder; a hub id is returned as it is.
+    """The folder or file of a teacher given by its bundled name or path; a hub id is returned as it is.
 
     Args:
-        path: a bundled name, a folder or a hub id (owner/name).
+        path: a bundled name, a folder, a file of weights or a hub id (owner/name).
         field: name of the setting, for error messages.
 
     Raises:
@@ -83,13 +83,13 @@ def locate(path: str, field: str = "teacher.path") -> str:
     """
     if path in BUNDLED_TEACHERS:
         return str(bundled_folder(path, BUNDLED_TEACHERS))
-    folder = expanded(path)
-    if folder.is_dir():
-        return str(folder)
+    place = expanded(path)
+    if place.is_dir() or (place.is_file() and place.suffix == ".safetensors"):
+        return str(place)
     if not is_hub_id(path):
         raise UserError(
-            f"{field}: there is no folder {path!r}; give a diffusers folder, a hub id (owner/name) or one of "
-            f"the bundled names: {', '.join(BUNDLED_TEACHERS)}."
+            f"{field}: there is no folder {path!r}; give a diffusers folder, a *.safetensors file, a hub id "
+            f"(owner/name or owner/name@revision) or one of the bundled names: {', '.join(BUNDLED_TEACHERS)}."
         )
     return path
 
@@ -112,7 +112,7 @@ def load_teacher(
     """
     # `get_family` raises a UserError of its own; what the loaders of diffusers and safetensors raise is translated.
     with _refusing(path, family):
-        transformer = get_family(family).load(locate(path))
+        transformer = get_family(family).load(teacher_folder(locate(path), get_family(family)))
     known = told_guidance(get_family(family), transformer, embedded_guidance_scale, path)
     return transformer, known, reference_to(path, family)
 
@@ -133,7 +133,7 @@ def open_teacher(
         The network, its family, and the folder that `read_weights` can fill it from; None if it has its values already.
     """
     with _refusing(path, family):
-        folder = folded_teacher(locate(path), get_family(family), loras)
+        folder = teacher_folder(locate(path), get_family(family), loras)
         transformer, weights = get_family(family).skeleton(folder)
     return transformer, told_guidance(get_family(family), transformer, embedded_guidance_scale, path), weights
 

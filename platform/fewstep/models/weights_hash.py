@@ -19,7 +19,7 @@ _PIECE = 1 << 18
 
 
 def weights_hash(location: str) -> str | None:
-    """SHA-256 over the weights' files of a folder, of a network or pipeline; None where there are none (hub ids).
+    """SHA-256 over a file, or the weights' files of a network's or pipeline's folder; None where there are none.
 
     Hashing takes longer than loading from a warm disk. So the result is kept in `~/.cache/fewstep/hashes`, under the
     files' paths, sizes, inodes and times of change, and read from there while all of these are the same.
@@ -27,7 +27,8 @@ def weights_hash(location: str) -> str | None:
     folder = Path(location)
     # A network's own folder, or that of a pipeline, in which other parts have weights, too.
     places = ("*.safetensors", "transformer/*.safetensors", "unet/*.safetensors")
-    files = next((found for place in places if (found := sorted(folder.glob(place)))), None)
+    files = [folder] if folder.is_file() else None
+    files = files or next((found for place in places if (found := sorted(folder.glob(place)))), None)
     if files is None:
         return None
     before, newest = _state(files)

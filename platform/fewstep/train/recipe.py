@@ -26,8 +26,8 @@ from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
-from fewstep.models.folded import LoRAFile
 from fewstep.models.heads import GMFlowConfig, PolicyConfig
+from fewstep.models.teacher_folder import LoRAFile
 from fewstep.text import read_settings
 from fewstep.train.overrides import override
 

@@ -14,11 +14,11 @@ from fewstep.models.adapters import lora_target_modules
 from fewstep.models.dual_stream import counterparts
 from fewstep.models.family import Family, Transformer
 from fewstep.models.family_code import use_module
-from fewstep.models.folded import check_loras
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.precision import LIBRARIES, check_arithmetic, check_precision
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import check_guidance, locate, open_teacher
+from fewstep.models.teacher_folder import check_loras
 from fewstep.student.adapter import check_adapter
 from fewstep.student.resolve import resolve_student
 from fewstep.tracking.address import check_reachable

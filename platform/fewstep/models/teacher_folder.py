@@ -7,11 +7,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.assets import expanded, is_hub_id
@@ -20,7 +22,7 @@ from fewstep.errors import UserError
 from fewstep.files import save_weights
 from fewstep.models.diffusers_family import DiffusersFamily
 from fewstep.models.family import Family, Transformer
-from fewstep.models.pretrained import network_folder, stream_weights
+from fewstep.models.pretrained import network_folder, scheduler_config, stream_weights
 from fewstep.models.weights_hash import weights_hash
 
 SHARD_BYTES = 2 * 10**9
@@ -28,6 +30,10 @@ SHARD_BYTES = 2 * 10**9
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 """Name of the list of these files, by diffusers' convention."""
+
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""What the names in single files may begin with."""
 
 
 class LoRAFile(Config):
@@ -39,29 +45,68 @@ class LoRAFile(Config):
     """Factor on it."""
 
 
-def folded_teacher(base: str, family: Family, loras: Sequence[LoRAFile]) -> str:
-    """The folder of a base with LoRAs folded in, which is written when it is first asked for.
+def teacher_folder(base: str, family: Family, loras: Sequence[LoRAFile] = ()) -> str:
+    """The diffusers folder of a teacher: of a base with LoRAs folded in, of a single file, or `base` itself.
 
-    It is kept in `~/.cache/fewstep/teachers`, under the hashes of base and LoRAs. Weights are read, folded and written
-    one by one, each sum rounded once to the type of the base's file.
+    What is not such a folder yet is written when it is first asked for, and kept in `~/.cache/fewstep/teachers` under
+    the hashes of base and LoRAs. Weights are read, folded and written one by one, each sum rounded once to the type of
+    the base's file.
 
     Args:
-        base: folder or hub id of the network or its pipeline.
+        base: folder or hub id of the network or its pipeline, or a single file of its weights.
         family: of the network.
-        loras: what is folded in; none returns `base`.
+        loras: what is folded in.
 
     Raises:
-        UserError: a LoRA can't be read, or has layers that the network lacks.
+        UserError: a LoRA can't be read, or has layers that the network lacks; or diffusers can't read the single file.
     """
+    if (file := Path(base)).is_file():
+        base = _converted(file, family)
     if not loras:
         return base
     family = _loading(family)
     source = network_folder(base)
     key = folded_hash(weights_hash(str(source)), loras)
-    assert key is not None, "a network's folder has weights"
-    folder = Path.home() / ".cache" / "fewstep" / "teachers" / key[:32]
+    folder = _kept(key)
     if not folder.exists():
-        _write(folder, source, _Deltas(family, source, loras).added(stream_weights(source)))
+        with _appearing(folder, source) as place:
+            shutil.copy(source / "config.json", place)
+            _write_shards(place, _Deltas(family, source, loras).added(stream_weights(source)))
+    return str(folder)
+
+
+def _converted(file: Path, family: Family) -> str:
+    """The folder of a network that is a single file, converted by diffusers.
+
+    Raises:
+        UserError: diffusers can't read it.
+    """
+    if not isinstance(family, DiffusersFamily) or not hasattr(family.network_class, "from_single_file"):
+        raise UserError(
+            f"teacher.path: diffusers reads no single files of the family {family.name!r}: give a folder instead of "
+            f"{file}."
+        )
+    folder = _kept(weights_hash(str(file)))
+    if folder.exists():
+        return str(folder)
+    # Without one beside the file, diffusers fetches that of the model which the weights' names belong to.
+    config = {"config": str(file.parent)} if (file.parent / "config.json").exists() else {}
+    try:
+        state = load_file(file)
+        for prefix in PREFIXES:
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        dtype = next(iter(state.values())).dtype
+        network = family.network_class.from_single_file(state, torch_dtype=dtype, **config)
+        if lacking := [name for name, parameter in network.named_parameters() if parameter.is_meta]:
+            raise ValueError(f"{lacking[0]} is missing")
+    except (OSError, ValueError, KeyError, RuntimeError, StopIteration, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"teacher.path: diffusers can't read {file} as a {family.network} ({reason}): put its config.json beside "
+            "it, or give a folder."
+        ) from None
+    with _appearing(folder, file.parent) as place:
+        network.save_pretrained(place)
     return str(folder)
 
 
@@ -69,7 +114,7 @@ def check_loras(base: str, family: Family, loras: Sequence[LoRAFile]) -> None:
     """Check that LoRAs can be folded into a network, without reading its weights.
 
     Raises:
-        UserError: as `folded_teacher`.
+        UserError: as `teacher_folder`.
     """
     if loras:
         _Deltas(_loading(family), network_folder(base), loras)
@@ -209,18 +254,22 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _write(folder: Path, source: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Write a network's folder with other weights; it appears when it is whole."""
+def _kept(key: str | None) -> Path:
+    """The folder in which a teacher of this hash is kept."""
+    assert key is not None, "a network's folder has weights"
+    return Path.home() / ".cache" / "fewstep" / "teachers" / key[:32]
+
+
+@contextmanager
+def _appearing(folder: Path, source: Path) -> Iterator[Path]:
+    """A place to write a folder, which appears when it is whole; with the scheduler of the `source` folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         place = Path(scratch) / folder.name
         place.mkdir()
-        shutil.copy(source / "config.json", place)
-        for scheduler in (source / "scheduler", source.parent / "scheduler"):
-            if (scheduler / "scheduler_config.json").exists():
-                shutil.copy(scheduler / "scheduler_config.json", place)
-                break
-        _write_shards(place, weights)
+        if (scheduler := scheduler_config(source)) is not None:
+            (place / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+        yield place
         try:
             place.rename(folder)
         except OSError:
