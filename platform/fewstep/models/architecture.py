@@ -16,9 +16,16 @@ from fewstep.models.teacher import locate, told_guidance
 
 NETWORKS = {
     "Qwen/Qwen-Image": "qwen_image",
+    "Qwen/Qwen-Image-2.1": "qwen_image21",
+    "Qwen/Qwen-Image-2512": "qwen_image",
+    "Tongyi-MAI/Z-Image": "z_image",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
     "black-forest-labs/FLUX.2-dev": "flux2_dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2_klein_4b",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux2_klein_9b",
     "facebook/DiT-XL-2-256": "dit_xl_2",
+    "meituan-longcat/LongCat-Image": "longcat_image",
+    "stabilityai/stable-diffusion-3.5-large": "sd35_large",
 }
 """Hub ids whose architecture is known without a network connection → folder in `assets/networks`."""
 

@@ -115,6 +115,11 @@ class TextConditioning(Conditioning):
         pooled = None if self.pooled is None else change(self.pooled)
         return TextConditioning(change(self.states), change(self.mask), pooled)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each text; on the meta device, where masks have no values, all have the full length."""
+        return [self.mask.shape[1]] * len(self) if self.mask.is_meta else self.mask.sum(1).tolist()
+
     def summary(self) -> Tensor:
         """One vector per text: the pooled one, (B, P), or the mean of the token states, (B, D), where there is none."""
         if self.pooled is not None:

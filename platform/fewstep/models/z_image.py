@@ -43,8 +43,8 @@ class ZImage(DiffusersFamily):
         guidance_scale: float | Tensor | None = None,
     ) -> Tensor:
         """Call the network; it takes no guidance scale. Its tokens are −u."""
-        lengths = conditioning.mask.sum(1).tolist()
-        captions = [states[:length] for states, length in zip(conditioning.states, lengths, strict=True)]
+        texts = zip(conditioning.states, conditioning.lengths, strict=True)
+        captions = [states[:length] for states, length in texts]
         # An axis of one frame: (C, 1, H, W) each
         tokens = self.tokens_of(transformer, list(x.unsqueeze(2)), 1 - t, captions)
         # The image's tokens come before its padding and the caption's.
