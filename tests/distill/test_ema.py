@@ -142,3 +142,20 @@ def test_float32_weights_are_never_copied_all_together(offload: bool) -> None:
         with ema.swapped():
             assert meter.now <= 4000
     assert meter.peak <= 2 * 4000, "one at a time, and the one before it"
+
+
+def test_before_it_begins_the_average_is_the_weights() -> None:
+    weight = torch.zeros(1)
+    ema, plain = PowerEMA({"w": weight}, begin=4), PowerEMA({"w": weight})
+    for step in range(1, 6):
+        weight.fill_(step)
+        ema.update(step)
+        plain.update(step)
+        if step < 4:
+            assert ema.state_dict()["w"].item() == step
+    # From then on with the decay of the whole run's step.
+    wanted = 3.0
+    for step in (4, 5):
+        wanted += (1 - (1 - 1 / step) ** 8) * (step - wanted)
+    assert ema.state_dict()["w"].item() == pytest.approx(wanted)
+    assert plain.state_dict()["w"].item() != pytest.approx(wanted)

@@ -338,6 +338,48 @@ def test_the_policys_mean_velocity_over_a_teachers_step_meets_its_velocity() -> 
     assert student.target.grad.any()
 
 
+def test_as_published_a_teachers_step_leaves_room_for_the_window_after_it() -> None:
+    """One step at ratio 1 is the segment without the window; the policy is compared over both together."""
+    student, settings = Student(spread=0.5), changed(intermediate_states=1, window=3, mixing_adds_window=True)
+    teacher = Teacher()
+    result = imitation_loss(student, teacher, data(), seeded(), *settings, 1.0)
+    policy, (raw_src, size) = student.policies[0], settings.segments.containing(result.raw_t)
+    mean = mean_velocity(policy, policy.x_src, raw_src, raw_src - size, settings.shift)
+    target = to_target(policy.x_src, policy.sigma_src)
+    torch.testing.assert_close(
+        result.per_sample, (mean - target).square().flatten(1).mean(1), rtol=1e-3, atol=1e-4
+    )
+    # With further steps, all of them end a window before the segment does.
+    student, settings = Student(spread=0.5), changed(intermediate_states=4, window=6, mixing_adds_window=True)
+    teacher = Teacher()
+    result = imitation_loss(student, teacher, data(), seeded(), *settings, 1.0)
+    raw_src, size = settings.segments.containing(result.raw_t)
+    last = settings.shift.unwarp(teacher.asked[-1][1])
+    assert (last >= raw_src - size + 6 / 128 - 1e-4).all()
+
+
+def test_as_published_a_walk_goes_on_where_the_exploring_policy_arrives() -> None:
+    ends = changed(nfe=4).segments.boundaries.float()
+    starts = {}
+    for explored in (False, True):
+        student = Student(TARGET + 0.3, spread=0.5)
+        settings = changed(nfe=4, gm_dropout=0.5, explored_walk=explored)
+        list(imitation_walk(student, Teacher(), data(), seeded(), *settings))
+        starts[explored] = [policy.x_src for policy in student.policies]
+        sources = torch.stack([policy.sigma_src[0] for policy in student.policies])
+        torch.testing.assert_close(sources, settings.shift.warp(ends[:-1]))
+    assert torch.equal(starts[True][0], starts[False][0])
+    assert not torch.equal(starts[True][1], starts[False][1])
+    # Without dropout, and without steps of the teacher's, the exploring policy is the student's own.
+    alike = []
+    for explored in (False, True):
+        student = Student(TARGET + 0.3, spread=0.5)
+        settings = changed(nfe=4, gm_dropout=0.0, explored_walk=explored)
+        list(imitation_walk(student, Teacher(), data(), seeded(), *settings))
+        alike.append(torch.stack([policy.x_src for policy in student.policies]))
+    torch.testing.assert_close(*alike, atol=1e-3, rtol=1e-3)
+
+
 def test_mixed_trajectories_are_a_function_of_the_seed() -> None:
     runs = [mixed(0.5)[1].asked for _ in range(2)]
     for first, second in zip(*runs, strict=True):

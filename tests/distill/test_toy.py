@@ -82,7 +82,7 @@ def learned_errors(one_thread: None) -> dict[int, float]:
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, STEPS)
         for _ in range(STEPS):
             policy = GMFlowPolicy(means, logstds, logweights, noise, ONE)
-            loss = segment_errors(policy, teacher, noise, ONE, ONE, generator, SAMPLER, CONFIG).mean()
+            loss = segment_errors(policy, teacher, noise, ONE, ONE, generator, SAMPLER, CONFIG)[0].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -11,6 +11,7 @@ import pytest
 from fewstep.cli.common import chosen_recipe
 from fewstep.config import document
 from fewstep.errors import UserError
+from fewstep.models.heads import DXConfig
 from fewstep.student import read_student_card, resolve_student
 from fewstep.train.recipe import RECIPES, RENAMED, DistillRecipe, TeacherRecipe, load_recipe
 from fewstep.train.runs import RECORDS
@@ -227,3 +228,11 @@ def test_an_old_key_beside_an_empty_or_broken_section() -> None:
     assert load_recipe(DistillRecipe, {"imitation": {"nfe": 2}, "sampler": None}, []).sampler.nfe == 2
     with pytest.raises(UserError, match="sampler"):
         load_recipe(DistillRecipe, {"imitation": {"nfe": 2}, "sampler": 5}, [])
+
+
+def test_a_section_of_another_type_takes_the_place_of_the_bases() -> None:
+    assert load_recipe(DistillRecipe, "flux_4nfe_dx").student.policy == DXConfig(points=10, mode="grid")
+    polynomial = load_recipe(DistillRecipe, "qwen_image_4nfe_dx_polynomial").student
+    assert polynomial.policy == DXConfig(points=10, mode="polynomial")
+    assert polynomial.lora is not None
+    assert polynomial.lora.rank == 256

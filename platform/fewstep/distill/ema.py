@@ -17,7 +17,9 @@ class PowerEMA:
     sharded alike. They are on the devices of the weights, or all in the host's memory.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], gamma: float = 7.0, offload: bool = False) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], gamma: float = 7.0, offload: bool = False, begin: int = 1
+    ) -> None:
         """Start at the weights' values.
 
         Args:
@@ -25,16 +27,17 @@ class PowerEMA:
             gamma: γ; a larger one averages over fewer of the last updates.
             offload: keep the averages in the host's memory. They then pass through the weights' device one at a time,
                 and the numbers are the same.
+            begin: update from which averages are taken; before, they are the weights.
         """
         self._live = dict(parameters)
-        self._gamma = gamma
+        self._gamma, self._begin = gamma, begin
         self._offload = offload
         # float32 whatever the weights are: near decay 1, an update is smaller than bfloat16's last digit.
         self._averages = {name: self._first(p.detach()) for name, p in self._live.items()}
 
     def decay(self, step: int) -> float:
         """Weight of the old average in update `step`, counted from 1."""
-        return (1 - 1 / step) ** (self._gamma + 1)
+        return 0.0 if step < self._begin else (1 - 1 / step) ** (self._gamma + 1)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -38,6 +38,12 @@ class ImitationConfig(Config):
     mixing_steps: int = Field(0, ge=0)
     """Scheduled trajectory mixing, for guidance-distilled teachers: optimizer steps over which the share of a segment
     that the teacher's own steps take falls from all to none; 0 uses the student's rollouts alone from the start."""
+    mixing_adds_window: bool = False
+    """Scheduled trajectory mixing as in the published configurations: the teacher's steps share what the micro window
+    leaves of the segment, and the policy's velocity is averaged over a step and the window after it."""
+    explored_walk: bool = False
+    """data_free as in the published configurations: the next segment starts where the behaviour policy, with dropout
+    and after the teacher's steps, arrives, instead of where the student's own rollout does."""
 
 
 def teacher_ratio(step: int, mixing_steps: int) -> float:
@@ -85,7 +91,7 @@ def imitation_loss(
     x_src = torch.lerp(x_0, draw_noise(x_0, generator), sigma_src.view(-1, *[1] * (x_0.ndim - 1)))
 
     policy = student(x_src, sigma_src)
-    per_sample = segment_errors(
+    per_sample, _ = segment_errors(
         policy, teacher, x_src, raw_src, segment_size, generator, sampler, config, ratio
     )
     per_sample = config.loss_scale * per_sample
@@ -115,21 +121,23 @@ def imitation_walk(
         generator: source of dropout and visited times.
         sampler: the student's segments, for one number of evaluations (no `more_nfes`), with a shift that is a number.
         config: window, number of states, loss scale.
-        ratio: the teacher's share of the trajectories within segments; the next segment always starts where the
-            student's rollout ends.
+        ratio: the teacher's share of the trajectories within segments; the next segment starts where the student's
+            own rollout ends (but see `explored_walk`).
     """
     x, batch, shift = noise, len(noise), sampler.time_shift
     for upper, lower in pairwise(sampler.segments.boundaries.float()):
         raw_src, segment_size = upper.expand(batch), (upper - lower).expand(batch)
         policy = student(x, shift.warp(raw_src).to(x.device, non_blocking=True))
-        per_sample = segment_errors(
+        per_sample, explored = segment_errors(
             policy, teacher, x, raw_src, segment_size, generator, sampler, config, ratio
         )
         per_sample = config.loss_scale * per_sample
         # The next segment's start is an input to it, as data would be: no gradient flows back into this segment.
         # Without dropout, because this is the trajectory that sampling takes.
+        own = _Explored(policy.detach(), x, raw_src)
+        walker = explored if config.explored_walk else own
         with torch.no_grad():
-            x, _ = rollout(policy.detach(), x, raw_src, lower.expand(batch), shift, sampler.substeps)
+            x, _ = rollout(walker.policy, walker.x, walker.raw, lower.expand(batch), shift, sampler.substeps)
         yield LossResult(float(upper - lower) * per_sample.mean(), per_sample.detach(), raw_src)
 
 
@@ -143,8 +151,8 @@ def segment_errors(
     sampler: SamplerConfig,
     config: ImitationConfig,
     ratio: float = 0.0,
-) -> Tensor:
-    """Mean squared error between policy and teacher at states that the policy itself visits, (B,).
+) -> tuple[Tensor, _Explored]:
+    """Mean squared error between policy and teacher at states that the policy itself visits.
 
     Args:
         policy: the student's, at the segments' sources.
@@ -156,13 +164,16 @@ def segment_errors(
         sampler: shift and substeps of the student.
         config: window, number of states, dropout.
         ratio: share of each segment that the teacher's own steps take, in [0, 1]; the policy's rollouts take the rest.
+
+    Returns:
+        The errors, (B,), and the last visited state.
     """
     # The behaviour policy visits the states. It has no gradient: the student is to lower its loss by imitating better,
     # not by visiting states that are easier. Dropout makes it visit states that the whole mixture would rarely reach.
     behaviour = policy.detach().with_dropout(config.gm_dropout, generator)
     trajectory = (behaviour, teacher, x_src, raw_src, segment_size, generator, sampler, config)
     with torch.no_grad():  # rollouts and teacher; the policy's own velocity below is all that has a gradient
-        visits = _follow_both(*trajectory, ratio) if ratio else _follow_policy(*trajectory)
+        visits, last = _follow_both(*trajectory, ratio) if ratio else _follow_policy(*trajectory)
 
     shift, substeps = sampler.time_shift, sampler.substeps
     # The whole policy against the target, without the dropout of the behaviour policy that visited the state.
@@ -173,7 +184,18 @@ def segment_errors(
         .mean(1)
         for x_a, raw_a, window, target in visits
     ]
-    return torch.stack(errors).mean(0)
+    return torch.stack(errors).mean(0), last
+
+
+class _Explored(NamedTuple):
+    """Where a trajectory has arrived."""
+
+    policy: Policy
+    """The policy that it follows."""
+    x: Tensor
+    """(B, C, H, W)."""
+    raw: Tensor
+    """Its raw time, (B,)."""
 
 
 class _Visit(NamedTuple):
@@ -198,7 +220,7 @@ def _follow_policy(
     generator: torch.Generator,
     sampler: SamplerConfig,
     config: ImitationConfig,
-) -> list[_Visit]:
+) -> tuple[list[_Visit], _Explored]:
     """S states of the policy's own rollout, with the teacher's velocity at each; see `segment_errors`."""
     shift = sampler.time_shift
     # A segment shorter than the window has it shortened: then the policy is compared over the whole segment.
@@ -217,7 +239,8 @@ def _follow_policy(
     sigmas = shift.warp(visited).flatten()  # (S, B) → (S·B,), state by state as `cat` below
     # One call for all S states: the teacher's evaluations take most of a step's time, and large batches are cheaper.
     targets = teacher(torch.cat(states), sigmas).float().chunk(len(states))
-    return [_Visit(*visit) for visit in zip(states, visited, [window] * len(states), targets, strict=True)]
+    visits = [_Visit(*visit) for visit in zip(states, visited, [window] * len(states), targets, strict=True)]
+    return visits, _Explored(behaviour, x, raw)
 
 
 def _follow_both(
@@ -230,7 +253,7 @@ def _follow_both(
     sampler: SamplerConfig,
     config: ImitationConfig,
     ratio: float,
-) -> list[_Visit]:
+) -> tuple[list[_Visit], _Explored]:
     """Scheduled trajectory mixing (METHOD.md section 4): policy rollouts and S teacher steps alternate.
 
     The teacher's steps together take `ratio` of the segment and have random lengths. The ends of the rollouts before
@@ -245,7 +268,8 @@ def _follow_both(
     rolled = (1 - ratio) * (segment_size - window) * _sorted_uniform(count, raw_src, generator)
     # S − 1 cuts, and the end of the last step
     cuts = _sorted_uniform(count - 1, raw_src, generator)
-    ends = ratio * segment_size * torch.cat([cuts, torch.ones_like(raw_src)[None]])
+    shared = segment_size - window if config.mixing_adds_window else segment_size
+    ends = ratio * shared * torch.cat([cuts, torch.ones_like(raw_src)[None]])
     # Lengths of the steps, and the raw times at which they begin: after the rollouts and the steps before them
     steps = torch.cat([ends[:1], ends.diff(dim=0)])
     begins = raw_src - (rolled + ends - steps)
@@ -258,10 +282,11 @@ def _follow_both(
         # One call per state: each depends on the teacher's step before it.
         target = teacher(x, sigma).float()
         # As the teacher's steps shorten, the micro window takes over: at ratio 0 it is all there is to compare over.
-        visits.append(_Visit(x, begin, torch.maximum(step, (1 - ratio) * window), target))
+        span = step + window if config.mixing_adds_window else torch.maximum(step, (1 - ratio) * window)
+        visits.append(_Visit(x, begin, span, target))
         # The Euler step moves the state itself: the next rollout of the behaviour policy starts at its end.
         x = torch.addcmul(x, per_latent((after - sigma).to(x.device, non_blocking=True), x), target)
-    return visits
+    return visits, _Explored(behaviour, x, raw)
 
 
 def _sorted_uniform(count: int, raw_src: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +22,9 @@ class LoRAConfig(Config):
     """Rank of every adapter; alpha equals the rank, so adapters are scaled by 1."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability on the adapters' inputs, in training."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Distribution of the adapters' first matrices at the start: peft's usual one, uniform in ±1/√in; or normal with a
+    standard deviation of 1/rank, as in the published configurations."""
     targets: tuple[str, ...] = ("paper",)
     """Linear layers to adapt, by the ends of their module names; "paper" stands for the paper's list for the family."""
 

@@ -29,9 +29,6 @@ from fewstep.policies import DXPolicy, GMFlowPolicy, Policy
 Unpack = Callable[[Tensor, int], Tensor]
 """(tokens (B, L, n·c·p²), c) → (B, n, c, H, W): the inverse of a family's packing to patches."""
 
-BIAS_NOISE_STD = 0.05
-"""Standard deviation of the mixture's means around the teacher's velocity at initialisation."""
-
 INITIAL_STD = 0.05
 """Standard deviation of every mixture component at initialisation."""
 
@@ -45,6 +42,9 @@ class GMFlowConfig(Config):
     """Mixture components K: 8 for text-to-image, 32 for ImageNet."""
     logstd_width: int = Field(1024, ge=1)
     """Inner width of the 2-layer MLP that predicts the mixture's log standard deviation."""
+    bias_noise_std: float = Field(0.05, ge=0)
+    """Standard deviation of the mixture's means around the teacher's velocity at the start; 0.1 in the published FLUX.2
+    student."""
 
 
 class DXConfig(Config):
@@ -122,6 +122,7 @@ class GMFlowHead(PolicyHead):
         super().__init__()
         proj_out = ending.projection
         self.channels, self.components = channels, settings.components
+        self.bias_noise_std = settings.bias_noise_std
         self.outputs, self.bare = proj_out.out_features, proj_out.bias is None
         self.area = self.outputs // channels  # p², latent cells of a token
         width = proj_out.in_features
@@ -142,7 +143,7 @@ class GMFlowHead(PolicyHead):
         _copy(ending.norm, self.norm_out)
         weight, bias = _map(ending)  # (C·p², D), (C·p²,)
         # One number per component and latent channel, equal across the patch; components otherwise start as equals.
-        noise = torch.randn(self.components, self.channels, 1, generator=generator) * BIAS_NOISE_STD
+        noise = torch.randn(self.components, self.channels, 1, generator=generator) * self.bias_noise_std
         across = noise.expand(-1, -1, self.area)
         noise = (across.mT if ending.channel_last else across).flatten(1)
         fill(self.proj_out_means.weight, weight.repeat(self.components, 1))

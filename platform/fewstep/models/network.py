@@ -238,9 +238,11 @@ class PolicyNetwork(nn.Module):
         for layer in self._adapted_layers:
             for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
                 # As peft initialises: A at random, B zero, so that B·A is zero.
-                drawn = nn.init.kaiming_uniform_(
-                    torch.empty(down.weight.shape), a=math.sqrt(5), generator=generator
-                )
+                drawn = torch.empty(down.weight.shape)
+                if self.lora_config is not None and self.lora_config.init == "gaussian":
+                    nn.init.normal_(drawn, std=1 / len(drawn), generator=generator)
+                else:
+                    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
                 fill(down.weight, drawn)
                 fill(up.weight, torch.zeros(up.weight.shape))
 

@@ -244,7 +244,11 @@ def check_adapter(network: PolicyNetwork, folder: Path) -> dict[str, Tensor]:
     state = _unprefixed(state, network.transformer, folder)
     state = _fitting(network, state, folder)
     given = _policy_config(config, policy, state, network.head.outputs, folder)
-    if given != network.policy_config:
+    own = network.policy_config
+    # How a head starts is no property of its weights.
+    if isinstance(given, GMFlowConfig) and isinstance(own, GMFlowConfig):
+        own = own.model_copy(update={"bias_noise_std": given.bias_noise_std})
+    if given != own:
         raise UserError(
             f"{folder} is not an adapter for this head: it has {given!r}, and the student is to have "
             f"{network.policy_config!r}: set student.policy to the adapter's."

@@ -6,6 +6,7 @@ uninterrupted run would have given: bit for bit in float32 on a CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -58,7 +59,7 @@ class Learner:
         blocks = self.objective.family.blocks(self.objective.transformer)
         self.optimizers = build_optimizers(self.parameters.values(), blocks, recipe.optimizer)
         config = recipe.optimizer
-        self.ema = PowerEMA(self.parameters, config.ema_gamma, config.ema_offload)
+        self.ema = PowerEMA(self.parameters, config.ema_gamma, config.ema_offload, config.ema_from)
         self.batch_size = recipe.data.batch_size // (world_size * recipe.train.accumulate)
         self.batches = 0
         self._generator = torch.Generator()  # on the CPU, so that random numbers are the same on every device
@@ -100,7 +101,9 @@ class Learner:
         """Update the weights by the gradients of all ranks, clear the gradients, and update the EMA."""
         parameters, config = self.parameters.values(), self.recipe.optimizer
         average_gradients(parameters, self.recipe.train, self.world_size)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        # Before `clip_from`, the norm is only told.
+        limit = config.max_grad_norm if step >= config.clip_from else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next forward

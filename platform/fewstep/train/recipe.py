@@ -183,8 +183,13 @@ class OptimizerConfig(Config):
     """Decoupled weight decay, on matrices."""
     max_grad_norm: float = Field(50.0, gt=0)
     """Largest gradient norm; larger gradients are scaled down to it."""
+    clip_from: int = Field(1, ge=1)
+    """Step from which gradients are scaled down; in the published configurations that of the warm-up's end."""
     ema_gamma: float = Field(7.0, gt=0)
     """γ of the power schedule of the EMA of the weights: decay (1 − 1/t)^(γ+1)."""
+    ema_from: int = Field(1, ge=1)
+    """Step from which the EMA averages; before, it equals the weights. In the published configurations the warm-up's
+    end."""
     ema_offload: bool = False
     """Keep the EMA of the weights in the host's memory instead of the GPU's, through which it passes at each step."""
 
@@ -425,6 +430,9 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both_sections = {
         key: _merged(base[key], value)
         for key, value in changes.items()
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
+        # A section of another type, such as another policy, has other fields: it takes the place of the base's.
+        if isinstance(value, dict)
+        and isinstance(of_base := base.get(key), dict)
+        and value.get("type", of_base.get("type")) == of_base.get("type")
     }
     return base | changes | both_sections

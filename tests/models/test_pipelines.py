@@ -1,0 +1,36 @@
+"""A teacher samples as its own pipeline does: conformance with diffusers' pipelines on tiny random networks.
+
+`python -m pipelines` in this folder prints the table of differences.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pipelines.compare import CASES, SIZES, Case, compared
+
+from fewstep.models.registry import registered
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
+    folder = tmp_path_factory.mktemp(request.param.name)
+    request.param.write(folder)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_teacher_samples_as_its_own_pipeline(
+    case: tuple[Case, Path], size: tuple[int, int], guidance_scale: float
+) -> None:
+    found, folder = case
+    difference = compared(found, folder, size, guidance_scale)
+    assert difference.latents < 1e-3
+    assert difference.levels <= 1
+
+
+def test_every_family_of_texts_is_compared() -> None:
+    without_pipeline = {"dit", "unet"}  # of classes, and a diffusion process
+    assert {case.family for case in CASES} >= set(registered()) - without_pipeline
