@@ -81,6 +81,10 @@ class Family(ABC):
     def patch(self, transformer: Transformer) -> int:
         """Side p of a patch; latent height and width must be multiples of it."""
 
+    def largest_side(self, transformer: Transformer) -> int | None:
+        """Most latent height and width that the network has positions for; None if it has no such limit."""
+        return None
+
     @abstractmethod
     def denoise(
         self,
