@@ -1,0 +1,77 @@
+"""Parts that several tiny pipelines have: tokenizers, autoencoders, and weights of which none is zero."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+PAD, BEGIN, UNKNOWN, END = SPECIAL = ["<pad>", "<s>", "<unk>", "</s>"]
+"""Tokens 0 to 3. No text ends in token 2, which in a configuration of CLIP stands for another way of finding the end."""
+
+CHAT = ["<|im_start|>", "<|im_end|>"]
+QWEN3 = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""The part of Qwen3's chat template that captions reach."""
+
+
+def tokenizer(
+    folder: Path, length: int, template: str = "$A", words: str = "", chat: str | None = None
+) -> int:
+    """Write a tokenizer of letters, in which every caption has its own tokens; return the size of its vocabulary.
+
+    Args:
+        folder: for `PreTrainedTokenizerFast`.
+        length: most tokens (`model_max_length`).
+        template: what stands before and after a text.
+        words: that are one token each, of a fixed template; all other words are letters.
+        chat: template of messages.
+    """
+    letters = string.ascii_lowercase + string.digits
+    pieces = [*SPECIAL, *CHAT, "\n", *string.punctuation, *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {
+        piece: index for index, piece in enumerate(dict.fromkeys([*pieces, *words.lower().split()]))
+    }
+    built = Tokenizer(WordPiece(vocabulary, unk_token=UNKNOWN))
+    built.normalizer = Lowercase()
+    built.pre_tokenizer = Split(Regex(r"\n|[A-Za-z0-9]+|[^A-Za-z0-9\s]"), "removed", invert=True)
+    built.post_processor = TemplateProcessing(single=template, special_tokens=[(BEGIN, 1), (END, 3)])
+    built.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CHAT])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=built, pad_token=PAD, bos_token=BEGIN, eos_token=END, unk_token=UNKNOWN,
+        padding_side="right", model_max_length=length,
+    )  # fmt: skip
+    fast.chat_template = chat
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+def autoencoder(channels: int, scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    """A tiny autoencoder of 2×2 pixels per latent cell, with a model's normalisation of latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), layers_per_block=1, latent_channels=channels, norm_num_groups=2,
+        sample_size=16, scaling_factor=scaling_factor, shift_factor=shift_factor,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def varied(network: nn.Module, seed: int = 0) -> nn.Module:
+    """The same network with all parameters moved a little, as many begin at 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return network.eval()
