@@ -49,8 +49,8 @@ class ZImage(DiffusersFamily):
             captions = [states[:length] for states, length in zip(captions, lengths, strict=True)]
         # An axis of one frame: (C, 1, H, W) each
         tokens = self.tokens_of(transformer, list(x.unsqueeze(2)), 1 - t, captions)
-        # The image's tokens come before its padding and the caption's.
-        return tokens[:, : x.shape[-2] * x.shape[-1] // PATCH**2]
+        # The image's tokens come before its padding and the caption's. Copied, as FSDP warns of results that are views.
+        return tokens[:, : x.shape[-2] * x.shape[-1] // PATCH**2].clone()
 
     def ending(self, transformer: Transformer) -> Ending:
         """The last layer's norm and projection; it predicts −u."""

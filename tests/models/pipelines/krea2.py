@@ -12,10 +12,9 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
+from pipelines.parts import tokenizer, varied
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel
-
-from pipelines.parts import tokenizer, varied
 
 CELL = 2
 """Pixels per latent cell."""

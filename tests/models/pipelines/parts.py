@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 PAD, BEGIN, UNKNOWN, END = SPECIAL = ["<pad>", "<s>", "<unk>", "</s>"]
-"""Tokens 0 to 3. No text ends in token 2, which in a configuration of CLIP stands for another way of finding the end."""
+"""Tokens 0 to 3. No text ends in token 2: CLIP's models then look for the end in another way."""
 
 CHAT = ["<|im_start|>", "<|im_end|>"]
 QWEN3 = (

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from pipelines.parts import autoencoder, tokenizer, varied
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -15,8 +16,6 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
-
-from pipelines.parts import autoencoder, tokenizer, varied
 
 CELL = 2
 """Pixels per latent cell."""

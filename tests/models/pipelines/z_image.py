@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from pipelines.parts import QWEN3, autoencoder, tokenizer, varied
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
-
-from pipelines.parts import QWEN3, autoencoder, tokenizer, varied
 
 CELL = 2
 """Pixels per latent cell."""
