@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -68,7 +69,8 @@ class SD3(DiffusersFamily):
 
     def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
         """Packed tokens (B, L, n·c·p²) → n latents per sample, (B, n, c, H, W)."""
-        return unpack_channel_last(tokens, channels, height, width)
+        patch = math.isqrt(height * width // tokens.shape[1])
+        return unpack_channel_last(tokens, channels, height, width, patch)
 
     def lora_targets(self, transformer: Transformer) -> list[str]:
         """Image and text FFNs, and the time embedding."""
