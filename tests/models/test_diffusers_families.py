@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import DiffusionPipeline
 from pipelines.parts import varied
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fewstep.data.columns import Encoding
 from fewstep.errors import UserError
+from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.diffusers_family import DiffusersFamily
@@ -29,7 +31,9 @@ from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher, open_teacher
 from fewstep.plan.training import measure, square
+from fewstep.student import FewStepPipeline, StudentCard, save_student
 from fewstep.student.adapter import load_adapter, save_adapter
+from fewstep.student.diffusers import save_diffusers
 from fewstep.train.recipe import DistillRecipe
 from fewstep.train.validation import _check_fit
 
@@ -343,3 +347,86 @@ def test_sizes_that_the_network_has_no_place_for_are_refused(case: Case) -> None
         with pytest.raises(UserError, match=message) as caught:
             _check_fit(info, network, family, "teacher")
         assert str(caught.value).count(".\n") == 0
+
+
+# --- diffusers
+
+
+TEXTS = {
+    "sd3": {"in_channels": 3, "out_channels": 3, "joint_attention_dim": 384, "pooled_projection_dim": 384},
+    "krea2": {"in_channels": 12, "text_hidden_dim": 128},
+    "z_image": {"in_channels": 3, "cap_feat_dim": 384},
+}
+"""Of networks for pixels and the bundled text encoder, whose states are 384 wide."""
+
+
+@pytest.fixture(params=[False, True], ids=["adapters", "full"])
+def pipe(case: Case, request: pytest.FixtureRequest, tmp_path: Path) -> FewStepPipeline:
+    """A student of the bundled text encoder."""
+    config: dict[str, Any] = import_module(f"pipelines.{case.name}").CONFIG
+    torch.manual_seed(0)
+    varied(case.family.build(config | TEXTS[case.name])).save_pretrained(tmp_path / "teacher")
+    transformer, family, reference = load_teacher(str(tmp_path / "teacher"), case.name)
+    lora = None if request.param else LoRAConfig(rank=2)
+    network = stirred(PolicyNetwork(transformer, family, GMFLOW, lora, full=request.param))
+    card = StudentCard(
+        teacher=reference,
+        text_encoder="minilm",
+        autoencoder="pixel",
+        latent_shape=(3, HEIGHT, WIDTH),
+        sampler=SamplerConfig(nfe=2),
+        teacher_sampler=TeacherSamplerConfig(guidance_scale=3.0),
+    )
+    save_student(network, card, tmp_path / "student")
+    return FewStepPipeline.from_pretrained(tmp_path / "student")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_exported_student_gives_the_same_images(
+    pipe: FewStepPipeline, merged: bool, tmp_path: Path
+) -> None:
+    prompts = (
+        ["red heart", "red heart"] if pipe.card.teacher.family == "sd3" else ["red heart", "a very old owl"]
+    )
+    ours = pipe(prompts, seed=[0, 1], output_type="latent").images
+    save_diffusers(pipe, tmp_path / "exported", merged=merged)
+    for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 0.3)):
+        exported = DiffusionPipeline.from_pretrained(
+            tmp_path / "exported", trust_remote_code=True, torch_dtype=dtype
+        )
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        theirs = exported(prompts, generator=generators, output_type="latent").images
+        torch.testing.assert_close(theirs, ours, atol=error, rtol=0)
+        assert (theirs - ours).abs().mean() < error / 10
+
+
+def test_an_exported_student_in_bfloat16_is_told_exact_times(
+    case: Case, pipe: FewStepPipeline, tmp_path: Path
+) -> None:
+    save_diffusers(pipe, tmp_path / "exported")
+    exported = DiffusionPipeline.from_pretrained(
+        tmp_path / "exported", trust_remote_code=True, torch_dtype=torch.bfloat16
+    )
+    times: list[list[Tensor]] = [[], []]
+    for transformer, seen in zip((pipe.network.transformer, exported.transformer), times, strict=True):
+        embedding = transformer.get_submodule(case.family.time_embedding)
+        embedding.register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0]))
+    pipe("red heart", num_inference_steps=3, output_type="latent")
+    exported("red heart", num_inference_steps=3, output_type="latent")
+    assert len(times[0]) == len(times[1]) == 3
+    assert all(torch.equal(*pair) for pair in zip(*times, strict=True))
+
+
+def test_what_diffusers_keeps_in_float32_is_kept_so_on_a_teacher_too(
+    pipe: FewStepPipeline, tmp_path: Path
+) -> None:
+    types = []
+    for merged in (False, True):
+        save_diffusers(pipe, folder := tmp_path / f"merged-{merged}", merged=merged)
+        exported = DiffusionPipeline.from_pretrained(
+            folder, trust_remote_code=True, torch_dtype=torch.bfloat16
+        )
+        own = exported.transformer.named_parameters()
+        types.append({name: p.dtype for name, p in own})
+    assert types[0] == types[1]
+    assert (torch.float32 in types[0].values()) == (pipe.card.teacher.family == "krea2")
