@@ -37,8 +37,7 @@ class DiffusersFamily(Family):
         """Call a network that would rearrange its tokens to images itself, and return the tokens, (B, L, ·)."""
         width = self.latent_channels(transformer) * self.patch(transformer) ** 2
         catch = TokenCatch.of(transformer, self.last_layers[-1], width)
-        transformer(*inputs, return_dict=False, **named)
-        return catch.take()
+        return catch.during(lambda: transformer(*inputs, return_dict=False, **named))
 
     def load(self, path: str) -> Transformer:
         """The network of a diffusers folder or hub id, in float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ class Ending:
         projection: D → C·p².
         sign: −1 for a network whose output is −u.
         channel_last: whether the values of a token are ordered by row, column, channel; otherwise channel, row, column.
+        time_width: width of the time embedding; None if it is D.
     """
 
     norm: nn.Module
     projection: nn.Linear | LastProjection
     sign: float = 1.0
     channel_last: bool = False
+    time_width: int | None = None
 
 
 class SwitchedNorm(nn.Module):
@@ -99,14 +101,15 @@ def put_switches(
 class TokenCatch:
     """Keeps the output of a network's last module, which the network itself would rearrange to images.
 
-    A forward hook; the network goes on with zeros of the width that it expects, and its own result is not used.
+    A forward hook; while it listens, the network goes on with zeros of the width that it expects, and its own result is
+    not used. At all other calls, by whomever, the network is as it was.
 
     Args:
         width: values per token that the network's own projection gives.
     """
 
     def __init__(self, width: int) -> None:
-        self._width = width
+        self._width, self._listens = width, False
         self._tokens: Tensor | None = None
 
     @classmethod
@@ -122,11 +125,18 @@ class TokenCatch:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """The hook."""
+        if not self._listens:
+            return output
         self._tokens = output
         return output.detach().new_zeros(()).expand(*output.shape[:-1], self._width)
 
-    def take(self) -> Tensor:
-        """The tokens of the last call, (B, L, ·); they are not kept."""
-        tokens, self._tokens = self._tokens, None
+    def during(self, call: Callable[[], Any]) -> Tensor:
+        """The tokens (B, L, ·) of one call of the network; they are not kept."""
+        self._listens = True
+        try:
+            call()
+        finally:
+            self._listens = False
+            tokens, self._tokens = self._tokens, None
         assert tokens is not None, "the network has just been called"
         return tokens

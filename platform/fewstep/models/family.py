@@ -103,6 +103,10 @@ class Family(ABC):
         patch = self.patch(transformer)
         return (height // patch) * (width // patch)
 
+    def largest_side(self, transformer: Transformer) -> int | None:
+        """Most latent height and width that the network has positions for; None if it has no such limit."""
+        return None
+
     @abstractmethod
     def denoise(
         self,

@@ -130,7 +130,10 @@ class GMFlowHead(PolicyHead):
         self.proj_out_means = nn.Linear(width, self.components * proj_out.out_features)
         self.proj_out_logweights = nn.Linear(width, self.components * self.area)
         self.proj_out_logstds = nn.Sequential(
-            nn.SiLU(), nn.Linear(width, settings.logstd_width), nn.SiLU(), nn.Linear(settings.logstd_width, 1)
+            nn.SiLU(),
+            nn.Linear(ending.time_width or width, settings.logstd_width),
+            nn.SiLU(),
+            nn.Linear(settings.logstd_width, 1),
         )
 
     @property

@@ -10,7 +10,9 @@ from fewstep.models.dit import DiT
 from fewstep.models.family import Family
 from fewstep.models.flux import Flux
 from fewstep.models.flux2 import Flux2
+from fewstep.models.krea2 import Krea2
 from fewstep.models.qwen_image import QwenImage
+from fewstep.models.sd3 import SD3
 from fewstep.models.unet import UNet
 from fewstep.models.z_image import ZImage
 
@@ -60,3 +62,5 @@ register(Flux())
 register(Flux2())
 register(UNet())
 register(ZImage())
+register(SD3())
+register(Krea2())

@@ -47,13 +47,20 @@ class ZImage(DiffusersFamily):
         captions = [states[:length] for states, length in texts]
         # An axis of one frame: (C, 1, H, W) each
         tokens = self.tokens_of(transformer, list(x.unsqueeze(2)), 1 - t, captions)
-        # The image's tokens come before its padding and the caption's.
-        return tokens[:, : x.shape[-2] * x.shape[-1] // PATCH**2]
+        # The image's tokens come before its padding and the caption's. Copied, as FSDP warns of results that are views.
+        return tokens[:, : x.shape[-2] * x.shape[-1] // PATCH**2].clone()
 
     def ending(self, transformer: Transformer) -> Ending:
         """The last layer's norm and projection; it predicts −u."""
         [layer] = last_modules(transformer, self.last_layers)
-        return Ending(_ScaledNorm(layer), cast(nn.Linear, layer.linear), sign=-1.0, channel_last=True)
+        [_, scale] = layer.adaLN_modulation
+        return Ending(
+            _ScaledNorm(layer),
+            cast(nn.Linear, layer.linear),
+            sign=-1.0,
+            channel_last=True,
+            time_width=scale.in_features,
+        )
 
     def velocity(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
         """The velocity (B, C, H, W), float32, that the teacher's packed tokens (B, L, C·4), −u, are."""
@@ -70,6 +77,10 @@ class ZImage(DiffusersFamily):
     def patch(self, transformer: Transformer) -> int:
         """2, in latent cells."""
         return PATCH
+
+    def largest_side(self, transformer: Transformer) -> int | None:
+        """Most latent height and width, those of the network's tables of positions."""
+        return PATCH * min(transformer.config.axes_lens[1:])
 
     def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
         """Packed tokens (B, L, n·c·4) → n latents per sample, (B, n, c, H, W)."""

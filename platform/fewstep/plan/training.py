@@ -251,11 +251,15 @@ def square(network: PolicyNetwork, side: int) -> Shape:
     """Shape (C, side, side) of a network's latents.
 
     Raises:
-        UserError: the side can't be cut into its patches.
+        UserError: the side can't be cut into its patches, or is larger than it has positions for.
     """
     if side % (patch := network.family.patch(network.transformer)):
         raise UserError(
             f"--latent-size {side} can't be cut into the network's {patch}-cell patches: give a multiple."
+        )
+    if (most := network.family.largest_side(network.transformer)) is not None and side > most:
+        raise UserError(
+            f"--latent-size {side} is more than the network's {most} positions: give at most {most}."
         )
     return network.channels, side, side
 

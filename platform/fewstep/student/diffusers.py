@@ -32,9 +32,19 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     ImagePipelineOutput,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
-from diffusers.loaders import Flux2LoraLoaderMixin, FluxLoraLoaderMixin, QwenImageLoraLoaderMixin
+from diffusers.loaders import (
+    Flux2LoraLoaderMixin,
+    FluxLoraLoaderMixin,
+    Krea2LoraLoaderMixin,
+    QwenImageLoraLoaderMixin,
+    SD3LoraLoaderMixin,
+    ZImageLoraLoaderMixin,
+)
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -184,7 +194,12 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
     # The classes by name: `from_pipe` passes on only components of exactly a class that stands here.
     def __init__(
         self,
-        transformer: QwenImageTransformer2DModel | FluxTransformer2DModel | Flux2Transformer2DModel,
+        transformer: QwenImageTransformer2DModel
+        | FluxTransformer2DModel
+        | Flux2Transformer2DModel
+        | ZImageTransformer2DModel
+        | SD3Transformer2DModel
+        | Krea2Transformer2DModel,
         head: StudentHead,
     ) -> None:
         super().__init__()
@@ -349,10 +364,25 @@ class Flux2FewStepPipeline(FewStepDiffusionPipeline, Flux2LoraLoaderMixin):
     """For students of FLUX.2; takes its style LoRAs."""
 
 
+class ZImageFewStepPipeline(FewStepDiffusionPipeline, ZImageLoraLoaderMixin):
+    """For students of Z-Image; takes its style LoRAs."""
+
+
+class SD3FewStepPipeline(FewStepDiffusionPipeline, SD3LoraLoaderMixin):
+    """For students of Stable Diffusion 3 and 3.5; takes their style LoRAs for the transformer."""
+
+
+class Krea2FewStepPipeline(FewStepDiffusionPipeline, Krea2LoraLoaderMixin):
+    """For students of Krea 2; takes its style LoRAs."""
+
+
 PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "qwen_image": QwenImageFewStepPipeline,
     "flux": FluxFewStepPipeline,
     "flux2": Flux2FewStepPipeline,
+    "z_image": ZImageFewStepPipeline,
+    "sd3": SD3FewStepPipeline,
+    "krea2": Krea2FewStepPipeline,
 }
 """The teacher's family → the pipeline for its students."""
 
@@ -430,6 +460,8 @@ def merged_transformer(
         card.teacher.loras,
     )
     own = dict(transformer.named_parameters())
+    # Parts, such as Krea 2's norms, that diffusers also leaves in float32 when it loads in another type.
+    exact = set(transformer._keep_in_fp32_modules or ())
     base = own.items() if folder is None else stream_weights(folder)
     for name, value in base:
         if name not in own:
@@ -443,8 +475,9 @@ def merged_transformer(
                     value.device
                 )
         path, _, last = name.rpartition(".")
+        held = torch.float32 if exact.intersection(name.split(".")) else dtype
         # Copied, as users may change the weights: they may be mapped pages of a file.
-        parameter = nn.Parameter(value.to(dtype, copy=True), requires_grad=False)
+        parameter = nn.Parameter(value.to(held, copy=True), requires_grad=False)
         setattr(transformer.get_submodule(path), last, parameter)
     return transformer.eval()
 
@@ -521,7 +554,7 @@ class _Grafted(nn.Module):
             embedding = transformer.get_submodule(family.time_embedding)
             hooks.append(embedding.register_forward_pre_hook(exact_time))
         try:
-            family.denoise(
+            tokens = family.denoise(
                 transformer, x_src.to(dtype), t_src, conditioning.to(x_src.device, dtype), guidance_scale
             )
         finally:
@@ -530,8 +563,10 @@ class _Grafted(nn.Module):
         [inputs] = caught
         height, width = x_src.shape[-2:]
         # The head computes in float32, also if the transformer runs in bfloat16.
+        packed = head(*(value.float() if value.is_floating_point() else value for value in inputs))
         return head.policy(
-            head(*(value.float() if value.is_floating_point() else value for value in inputs)),
+            # In Z-Image, padding and caption follow the image up to the last layer.
+            packed[:, : tokens.shape[1]],
             lambda tokens, channels: family.unpack(tokens, channels, height, width),
             x_src,
             t_src,

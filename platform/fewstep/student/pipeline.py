@@ -462,7 +462,7 @@ class FewStepPipeline:
         """Shape (C, h, w) of the latent of an image of (height, width) pixels; by default, sides are as trained.
 
         Raises:
-            UserError: a side is not a multiple of what autoencoder and network need.
+            UserError: a side is not a multiple of what autoencoder and network need, or larger than the network takes.
         """
         for name, side in (("height", height), ("width", width)):
             if side is not None and (isinstance(side, bool) or not isinstance(side, Integral)):
@@ -485,5 +485,12 @@ class FewStepPipeline:
             raise UserError(
                 f"an image of {width}x{height} pixels doesn't fit this model: both sides must be multiples of "
                 f"{multiple}."
+            )
+        most = self.network.family.largest_side(self.network.transformer)
+        if most is not None and max(shape[1:]) > most:
+            largest, _ = self.autoencoder.image_size(most, most)
+            raise UserError(
+                f"an image of {width}x{height} pixels doesn't fit this model: it has positions for sides of at most "
+                f"{largest}."
             )
         return shape

@@ -179,6 +179,12 @@ def _check_fit(info: DatasetInfo, transformer: Transformer, family: Family, teac
             f"data.path: latents of {uneven[0]} can't be cut into the teacher's {patch}x{patch} patches: prepare the "
             "data at a size that is a multiple of the patch."
         )
+    most = family.largest_side(transformer)
+    if large := [f"{s[1]}x{s[2]}" for s in sorted(shapes) if most is not None and max(s[1:]) > most]:
+        raise UserError(
+            f"data.path: latents of {large[0]} are larger than the {most}x{most} that the teacher {teacher!r} has "
+            "positions for: prepare the data at a smaller size."
+        )
     _check_pooled(info, transformer, family, teacher)
 
 

@@ -1,0 +1,70 @@
+"""A tiny pipeline of Stable Diffusion 3.5, as the medium model is: dual attention in its first layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from pipelines.parts import autoencoder, tokenizer, varied
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+CELL = 2
+"""Pixels per latent cell."""
+
+CONFIG: dict[str, Any] = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+    "attention_head_dim": 8, "num_attention_heads": 3, "joint_attention_dim": 28, "caption_projection_dim": 24,
+    "pooled_projection_dim": 14, "pos_embed_max_size": 12, "dual_attention_layers": (0, 1),
+    "qk_norm": "rms_norm",
+}  # fmt: skip
+
+
+def write(folder: Path) -> None:
+    """Write the pipeline, with random weights that are the same at each call."""
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {}
+    for suffix, width, projection in (("", 8, 6), ("_2", 12, 8)):
+        words = tokenizer(folder / f"tokenizer{suffix}", 77, "<s> $A </s>")
+        clip = CLIPTextConfig(
+            vocab_size=words, hidden_size=width, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, projection_dim=projection, bos_token_id=1, eos_token_id=3, pad_token_id=0,
+        )  # fmt: skip
+        parts[f"text_encoder{suffix}"] = CLIPTextModelWithProjection(clip).eval()
+    words = tokenizer(folder / "tokenizer_3", 512, "$A </s>")
+    t5 = T5Config(vocab_size=words, d_model=28, d_kv=4, d_ff=16, num_layers=2, num_heads=3, eos_token_id=3)
+    parts["text_encoder_3"] = T5EncoderModel(t5).eval()
+    for suffix in ("", "_2", "_3"):
+        parts[f"tokenizer{suffix}"] = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
+    StableDiffusion3Pipeline(
+        transformer=varied(SD3Transformer2DModel(**CONFIG)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(4, 1.5305, 0.0609),
+        **parts,
+    ).save_pretrained(folder)
+
+
+def sample(
+    folder: Path,
+    prompts: list[str],
+    noise: Tensor,
+    steps: int,
+    guidance_scale: float,
+    negative: str | None = None,
+) -> Tensor:
+    """The pipeline's own latents (B, C, H, W) from noise of that shape; a guidance scale of 1 is none."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        list(prompts), negative_prompt=None if negative is None else [negative] * len(prompts),
+        height=CELL * noise.shape[2], width=CELL * noise.shape[3], num_inference_steps=steps,
+        guidance_scale=guidance_scale, latents=noise, output_type="latent",
+    ).images  # fmt: skip

@@ -1,0 +1,58 @@
+"""A tiny pipeline of Z-Image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from pipelines.parts import QWEN3, autoencoder, tokenizer, varied
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+CELL = 2
+"""Pixels per latent cell."""
+
+CONFIG: dict[str, Any] = {
+    "in_channels": 4, "dim": 264, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+    "cap_feat_dim": 16, "axes_dims": [44, 44, 44], "axes_lens": [1024, 16, 16],
+}  # fmt: skip
+"""More than 256 wide, as the time embedding is never wider than that."""
+
+
+def write(folder: Path) -> None:
+    """Write the pipeline, with random weights that are the same at each call."""
+    torch.manual_seed(0)
+    words = tokenizer(folder / "tokenizer", 1024, words="user assistant think", chat=QWEN3)
+    qwen = Qwen3Config(
+        vocab_size=words, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(4, 0.3611, 0.1159),
+        text_encoder=Qwen3Model(qwen).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        transformer=varied(ZImageTransformer2DModel(**CONFIG)),
+    ).save_pretrained(folder)
+
+
+def sample(
+    folder: Path,
+    prompts: list[str],
+    noise: Tensor,
+    steps: int,
+    guidance_scale: float,
+    negative: str | None = None,
+) -> Tensor:
+    """The pipeline's own latents (B, C, H, W) from noise of that shape; a guidance scale of 1 is none."""
+    pipe = ZImagePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        list(prompts),  # which the pipeline overwrites
+        negative_prompt=None if negative is None else [negative] * len(prompts),
+        height=CELL * noise.shape[2], width=CELL * noise.shape[3], num_inference_steps=steps,
+        guidance_scale=guidance_scale - 1,  # it counts from 0
+        latents=noise, output_type="latent",
+    ).images  # fmt: skip
