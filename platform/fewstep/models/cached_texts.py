@@ -87,9 +87,9 @@ class CachedTexts(Conditioning):
 
         def finish() -> None:
             pairs = zip(self.tensors, leaves.tensors, strict=True)
-            reached = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
-            if reached:
-                torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+            reached = {tensor: leaf.grad for tensor, leaf in pairs if leaf.grad is not None}
+            if reached:  # a loss may have been looked at only
+                torch.autograd.backward(list(reached), list(reached.values()))
 
         return leaves, finish
 

@@ -32,6 +32,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     ImagePipelineOutput,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
 )
 from diffusers.loaders import Flux2LoraLoaderMixin, FluxLoraLoaderMixin, QwenImageLoraLoaderMixin
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.files import save_weights, shared_weights
-from fewstep.models.conditioning import TextConditioning
+from fewstep.models.conditioning import Conditioning
 from fewstep.models.diffusers_family import DiffusersFamily
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, build_head
@@ -184,7 +185,10 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
     # The classes by name: `from_pipe` passes on only components of exactly a class that stands here.
     def __init__(
         self,
-        transformer: QwenImageTransformer2DModel | FluxTransformer2DModel | Flux2Transformer2DModel,
+        transformer: QwenImageTransformer2DModel
+        | QwenImage21Transformer2DModel
+        | FluxTransformer2DModel
+        | Flux2Transformer2DModel,
         head: StudentHead,
     ) -> None:
         super().__init__()
@@ -341,6 +345,10 @@ class QwenImageFewStepPipeline(FewStepDiffusionPipeline, QwenImageLoraLoaderMixi
     """For students of Qwen-Image; takes its style LoRAs."""
 
 
+class QwenImage21FewStepPipeline(FewStepDiffusionPipeline, QwenImageLoraLoaderMixin):
+    """For students of Qwen-Image 2.1; takes its style LoRAs."""
+
+
 class FluxFewStepPipeline(FewStepDiffusionPipeline, FluxLoraLoaderMixin):
     """For students of FLUX.1; takes its style LoRAs."""
 
@@ -351,6 +359,7 @@ class Flux2FewStepPipeline(FewStepDiffusionPipeline, Flux2LoraLoaderMixin):
 
 PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "qwen_image": QwenImageFewStepPipeline,
+    "qwen_image21": QwenImage21FewStepPipeline,
     "flux": FluxFewStepPipeline,
     "flux2": Flux2FewStepPipeline,
 }
@@ -491,15 +500,23 @@ class _Grafted(nn.Module):
         """The merged transformer, with the style LoRAs that are loaded."""
         return self._pipeline.transformer
 
+    def prepare(self, conditioning: Conditioning, *, student: bool) -> Conditioning:
+        """As `PolicyNetwork.prepare`; there is only the student."""
+        return self.family.prepare(
+            self.transformer, conditioning.to(self._pipeline.head.device, self.transformer.dtype)
+        )
+
     def policy(
         self,
         x_src: Tensor,
         t_src: Tensor,
-        conditioning: TextConditioning,
+        conditioning: Conditioning,
         guidance_scale: float | None = None,
     ) -> Policy:
         """The student's policy for the segments that start at x_src (B, C, H, W), t_src (B,)."""
         transformer, head, dtype = self.transformer, self._pipeline.head.head, self.transformer.dtype
+        # Before hooks are there, which are for one call of the transformer.
+        conditioning = self.prepare(conditioning, student=True)
         # The whole forward runs, and the input of its last norm is caught on the way: a compiled or offloaded
         # transformer can't be run in part.
         caught: list[tuple[Any, ...]] = []
@@ -518,9 +535,7 @@ class _Grafted(nn.Module):
             embedding = transformer.get_submodule(family.time_embedding)
             hooks.append(embedding.register_forward_pre_hook(exact_time))
         try:
-            family.denoise(
-                transformer, x_src.to(dtype), t_src, conditioning.to(x_src.device, dtype), guidance_scale
-            )
+            family.denoise(transformer, x_src.to(dtype), t_src, conditioning, guidance_scale)
         finally:
             for hook in hooks:
                 hook.remove()
