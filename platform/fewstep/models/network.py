@@ -281,7 +281,7 @@ class PolicyNetwork(nn.Module):
         with self._role(student) as transformer:
             return self.family.denoise(transformer, x, t, conditioning, guidance_scale)
 
-    def prepare(self, conditioning: Any, *, student: bool) -> Any:
+    def prepare(self, conditioning: Any, *, student: bool = False) -> Any:
         """What of a conditioning depends on neither states nor times, computed once for many calls in one role.
 
         It holds until the student's weights change; the teacher's holds for ever, and has no gradient. FSDP has to know

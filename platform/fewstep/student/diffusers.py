@@ -500,7 +500,7 @@ class _Grafted(nn.Module):
         """The merged transformer, with the style LoRAs that are loaded."""
         return self._pipeline.transformer
 
-    def prepare(self, conditioning: Conditioning, *, student: bool) -> Conditioning:
+    def prepare(self, conditioning: Conditioning, *, student: bool = True) -> Conditioning:
         """As `PolicyNetwork.prepare`; there is only the student."""
         return self.family.prepare(
             self.transformer, conditioning.to(self._pipeline.head.device, self.transformer.dtype)
@@ -516,7 +516,7 @@ class _Grafted(nn.Module):
         """The student's policy for the segments that start at x_src (B, C, H, W), t_src (B,)."""
         transformer, head, dtype = self.transformer, self._pipeline.head.head, self.transformer.dtype
         # Before hooks are there, which are for one call of the transformer.
-        conditioning = self.prepare(conditioning, student=True)
+        conditioning = self.prepare(conditioning)
         # The whole forward runs, and the input of its last norm is caught on the way: a compiled or offloaded
         # transformer can't be run in part.
         caught: list[tuple[Any, ...]] = []
