@@ -139,13 +139,18 @@ class Engine:
         generations = [entry.item for entry in batch]
         pipeline, watch = key.model.pipeline, key.model.stopwatch
         begin = time.perf_counter()
-        conditioning = Conditioning.join([one.conditioning for one in generations]).to(pipeline.device)
         x = torch.cat([one.latent for one in generations]).to(pipeline.device)
         clean = None
         torch.compiler.cudagraph_mark_step_begin()  # what a compiled network gave before may be overwritten now
         # Read from this thread, which is safe: a future that is done stays so.
         wanted = key.model.interruption.unless(lambda: all(entry.abandoned for entry in batch))
         with watch.measuring(), wanted:
+            # Of each image once, and alone: what it gets does not depend on the images that it begins with.
+            for one in generations:
+                if one.done == 0:
+                    there = one.conditioning.to(pipeline.device)
+                    one.conditioning = pipeline.prepare(there, by_teacher=key.by_teacher)
+            conditioning = Conditioning.join([one.conditioning for one in generations])
             if key.by_teacher:
                 done, total = torch.tensor([(one.done, one.total) for one in generations]).T
                 x = pipeline.sample_teacher_step(x, conditioning, done, total)

@@ -125,7 +125,7 @@ class Generation:
     """Called on the engine's event loop after each evaluation of the student."""
 
     conditioning: Conditioning = field(init=False, repr=False)
-    """Its encoded caption, B = 1."""
+    """Its encoded caption, B = 1; from its first evaluation on, what the network has prepared of it."""
     latent: Tensor = field(init=False, repr=False)
     """x at the next evaluation, (1, C, H, W) float32 on the CPU; the clean latent at the end."""
     generator: torch.Generator = field(init=False, repr=False)

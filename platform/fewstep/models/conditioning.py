@@ -46,6 +46,19 @@ class Conditioning(ABC):
         return self.map(lambda tensor: tensor[samples])
 
     @property
+    def prepared(self) -> bool:
+        """Whether it holds what `Family.prepare` has computed, with which only that network can be called."""
+        return False
+
+    def cut(self) -> tuple[Self, Callable[[], None]]:
+        """The same batch with its tensors cut from the graph that computed them, for several backward passes.
+
+        Returns:
+            The batch, and a function that takes the gradients that its tensors got meanwhile back into that graph.
+        """
+        return self, lambda: None
+
+    @property
     def device(self) -> torch.device:
         """The device of its tensors."""
         return self.tensors[0].device

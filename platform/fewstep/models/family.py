@@ -107,6 +107,14 @@ class Family(ABC):
         """Most latent height and width that the network has positions for; None if it has no such limit."""
         return None
 
+    def prepare(self, transformer: Transformer, conditioning: Any) -> Any:
+        """What of a `Conditioning` depends on neither latents nor time, computed once for many calls of `denoise`.
+
+        By default nothing, and the conditioning is returned as it is; so is one that is prepared already. It holds as
+        long as the network's weights, adapters included, stay as they are, and has a gradient if autograd is enabled.
+        """
+        return conditioning
+
     @abstractmethod
     def denoise(
         self,
@@ -122,7 +130,8 @@ class Family(ABC):
             transformer: of this family.
             x: latents, (B, C, H, W).
             t: σ of the latents, in [0, 1], (B,).
-            conditioning: a `Conditioning` of B samples, of the kind that the network takes.
+            conditioning: a `Conditioning` of B samples, of the kind that the network takes, or what `prepare` made of
+                it.
             guidance_scale: input of a guidance-distilled network, one number or one per sample (B,); None for all
                 others.
 

@@ -15,13 +15,14 @@ class GuidedTeacher:
     """A network's velocity with classifier-free guidance (METHOD.md section 4).
 
     Args:
-        network: anything with `velocity(x, t, conditioning)`.
+        network: anything with `velocity(x, t, conditioning)`, and with `prepare(conditioning)` where that is used here.
         null: the null condition (B = 1); None for teachers without guidance.
         scale: guidance scale w; 1 is no guidance, and takes one network pass instead of two.
         interval: range of σ in which the scale applies; outside it is 1.
         orthogonal: share of the guidance direction's component parallel to x̂_0 that is removed.
         renorm: how the guided velocity is scaled back, see `renormalised`.
         patch: side of the patches that are the network's tokens.
+        frozen: whether the network's weights stay as they are, so that the null condition is prepared only once.
     """
 
     def __init__(
@@ -33,15 +34,27 @@ class GuidedTeacher:
         orthogonal: float = 0.0,
         renorm: Renorm = "none",
         patch: int = 1,
+        frozen: bool = False,
     ) -> None:
         self.renorm, self.patch = renorm, patch
-        self.network, self.null, self.scale = network, null, scale
+        self.network, self.null, self.scale, self.frozen = network, null, scale, frozen
+        self._prepared_null: Any = None
         self.interval, self.orthogonal = GuidanceInterval(scale, *interval), orthogonal
 
     @property
     def passes(self) -> int:
         """Largest number of network passes that one velocity takes."""
         return 1 if self.scale == 1 else 2
+
+    @torch.no_grad()
+    def prepare(self, conditioning: Any) -> Any:
+        """What the network computes of a conditioning, and of the null condition, for many calls of `velocity`.
+
+        It holds, as does what `velocity` uses of the null condition, until the network's weights change.
+        """
+        if self.scale != 1 and not (self.frozen and self._prepared_null is not None):
+            self._prepared_null = self.network.prepare(self.null)
+        return self.network.prepare(conditioning)
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """Guided velocity (B, C, H, W); conditional and unconditional passes run as one batch.
@@ -52,7 +65,7 @@ class GuidedTeacher:
         Args:
             x: states, (B, C, H, W).
             t: their σ, (B,).
-            conditioning: of B samples.
+            conditioning: of B samples, or what `prepare` made of it.
         """
         here = t.to(x.device, non_blocking=True)
         if self.scale == 1:
@@ -63,7 +76,8 @@ class GuidedTeacher:
             rows = rows.to(x.device, non_blocking=True)
         # The samples, R of the B, that also need an unconditional pass
         x_again, again = (x, here) if rows is None else (x[rows], here[rows])
-        both = conditioning.cat(self.null.expand(len(x_again)))
+        null = self._prepared_null if conditioning.prepared else self.null
+        both = conditioning.cat(null.expand(len(x_again)))
         # One batch of B + R: weights are read once, and with FSDP gathered once.
         answers = self.network.velocity(torch.cat([x, x_again]), torch.cat([here, again]), both)
         positive, negative = answers.tensor_split([len(x)])

@@ -24,6 +24,7 @@ class Krea2(PackedFamily):
 
     name = "krea2"
     network: ClassVar[str] = "Krea2Transformer2DModel"
+    pipeline: ClassVar[str] = "Krea2Pipeline"
     time_embedding: ClassVar[str] = "time_embed"
     time_scale: ClassVar[float] = 1.0
     last_layers: ClassVar[tuple[str, ...]] = ("final_layer",)

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fewstep.config import Precision
 from fewstep.models.adapters import LoRAConfig, add_adapters
+from fewstep.models.cached_texts import CachedTexts
 from fewstep.models.ending import SwitchedNorm, put_switches
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, PolicyHead, Unpack, build_head
@@ -38,8 +40,8 @@ from fewstep.policies import Policy
 class PolicyNetwork(nn.Module):
     """A frozen teacher transformer with a student's LoRA adapters and policy head.
 
-    All calls of the network go through `forward`, because FSDP gathers weights there. Between calls the network is in
-    the student's role: activation checkpointing runs the student's blocks again during backward.
+    All calls of the network go through `forward` and `prepare`, because FSDP gathers weights there. Between calls the
+    network is in the student's role: activation checkpointing runs the student's blocks again during backward.
 
     Args:
         transformer: the teacher's; modified in place. Its weights are not changed, and frozen unless `full`.
@@ -268,17 +270,45 @@ class PolicyNetwork(nn.Module):
         Args:
             x: (B, C, H, W) latents.
             t: σ of the latents, in [0, 1], (B,).
-            conditioning: of B samples, as the family takes it.
+            conditioning: of B samples, as the family takes it, or what `prepare` made of it for the same role.
             student: whether the student is called, or the teacher.
             guidance_scale: input of a guidance-distilled network, in place of its family's scale.
+
+        Raises:
+            ValueError: the conditioning was prepared for the other role.
         """
+        if isinstance(conditioning, CachedTexts) and conditioning.student != student:
+            roles = ("student", "teacher") if conditioning.student else ("teacher", "student")
+            raise ValueError("a conditioning prepared for the {} was given to the {}".format(*roles))
+        with self._role(student) as transformer:
+            return self.family.denoise(transformer, x, t, conditioning, guidance_scale)
+
+    def prepare(self, conditioning: Any, *, student: bool = False) -> Any:
+        """What of a conditioning depends on neither states nor times, computed once for many calls in one role.
+
+        It holds until the student's weights change; the teacher's holds for ever, and has no gradient. FSDP has to know
+        this method as one that reads weights, see `fewstep.train.parallel.shard`.
+
+        Args:
+            conditioning: as the family takes it.
+            student: whether for the student, whose adapters change what texts are to the network, or for the teacher.
+        """
+        gradients = student and torch.is_grad_enabled()
+        with torch.set_grad_enabled(gradients), self._role(student) as transformer:
+            prepared = self.family.prepare(transformer, conditioning)
+        return replace(prepared, student=student) if isinstance(prepared, CachedTexts) else prepared
+
+    @contextmanager
+    def _role(self, student: bool) -> Iterator[Transformer]:
+        """The transformer in a role, as long as the context lasts."""
         if student:
-            return self.family.denoise(self.transformer, x, t, conditioning, guidance_scale)
-        if self.teacher is not None:
-            return self.family.denoise(self.teacher, x, t, conditioning, guidance_scale)
-        # Adapters and head off while the shared transformer computes the teacher.
-        with self._teacher_role():
-            return self.family.denoise(self.transformer, x, t, conditioning, guidance_scale)
+            yield self.transformer
+        elif self.teacher is not None:
+            yield self.teacher
+        else:
+            # Adapters and head off while the shared transformer computes the teacher.
+            with self._teacher_role():
+                yield self.transformer
 
     def velocity(
         self, x: Tensor, t: Tensor, conditioning: Any, guidance_scale: float | Tensor | None = None

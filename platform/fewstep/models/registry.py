@@ -12,6 +12,7 @@ from fewstep.models.flux import Flux
 from fewstep.models.flux2 import Flux2
 from fewstep.models.krea2 import Krea2
 from fewstep.models.qwen_image import QwenImage
+from fewstep.models.qwen_image21 import QwenImage21
 from fewstep.models.sd3 import SD3
 from fewstep.models.unet import UNet
 from fewstep.models.z_image import ZImage
@@ -58,6 +59,7 @@ def get_family(name: str) -> Family:
 # fewstep's own families, in the same way as a user's.
 register(DiT())
 register(QwenImage())
+register(QwenImage21())
 register(Flux())
 register(Flux2())
 register(UNet())

@@ -24,6 +24,7 @@ class SD3(DiffusersFamily):
 
     name = "sd3"
     network: ClassVar[str] = "SD3Transformer2DModel"
+    pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
     time_embedding: ClassVar[str] = "time_text_embed"
 
     def denoise(

@@ -33,6 +33,7 @@ from diffusers import (
     FluxTransformer2DModel,
     ImagePipelineOutput,
     Krea2Transformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
@@ -51,7 +52,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.files import save_weights, shared_weights
-from fewstep.models.conditioning import TextConditioning
+from fewstep.models.conditioning import Conditioning
 from fewstep.models.diffusers_family import DiffusersFamily
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, build_head
@@ -195,6 +196,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: QwenImageTransformer2DModel
+        | QwenImage21Transformer2DModel
         | FluxTransformer2DModel
         | Flux2Transformer2DModel
         | ZImageTransformer2DModel
@@ -356,6 +358,10 @@ class QwenImageFewStepPipeline(FewStepDiffusionPipeline, QwenImageLoraLoaderMixi
     """For students of Qwen-Image; takes its style LoRAs."""
 
 
+class QwenImage21FewStepPipeline(FewStepDiffusionPipeline, QwenImageLoraLoaderMixin):
+    """For students of Qwen-Image 2.1; takes its style LoRAs."""
+
+
 class FluxFewStepPipeline(FewStepDiffusionPipeline, FluxLoraLoaderMixin):
     """For students of FLUX.1; takes its style LoRAs."""
 
@@ -378,6 +384,7 @@ class Krea2FewStepPipeline(FewStepDiffusionPipeline, Krea2LoraLoaderMixin):
 
 PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "qwen_image": QwenImageFewStepPipeline,
+    "qwen_image21": QwenImage21FewStepPipeline,
     "flux": FluxFewStepPipeline,
     "flux2": Flux2FewStepPipeline,
     "z_image": ZImageFewStepPipeline,
@@ -527,15 +534,23 @@ class _Grafted(nn.Module):
         """The merged transformer, with the style LoRAs that are loaded."""
         return self._pipeline.transformer
 
+    def prepare(self, conditioning: Conditioning, *, student: bool = True) -> Conditioning:
+        """As `PolicyNetwork.prepare`; there is only the student."""
+        return self.family.prepare(
+            self.transformer, conditioning.to(self._pipeline.head.device, self.transformer.dtype)
+        )
+
     def policy(
         self,
         x_src: Tensor,
         t_src: Tensor,
-        conditioning: TextConditioning,
+        conditioning: Conditioning,
         guidance_scale: float | None = None,
     ) -> Policy:
         """The student's policy for the segments that start at x_src (B, C, H, W), t_src (B,)."""
         transformer, head, dtype = self.transformer, self._pipeline.head.head, self.transformer.dtype
+        # Before hooks are there, which are for one call of the transformer.
+        conditioning = self.prepare(conditioning)
         # The whole forward runs, and the input of its last norm is caught on the way: a compiled or offloaded
         # transformer can't be run in part.
         caught: list[tuple[Any, ...]] = []
@@ -554,9 +569,7 @@ class _Grafted(nn.Module):
             embedding = transformer.get_submodule(family.time_embedding)
             hooks.append(embedding.register_forward_pre_hook(exact_time))
         try:
-            tokens = family.denoise(
-                transformer, x_src.to(dtype), t_src, conditioning.to(x_src.device, dtype), guidance_scale
-            )
+            tokens = family.denoise(transformer, x_src.to(dtype), t_src, conditioning, guidance_scale)
         finally:
             for hook in hooks:
                 hook.remove()

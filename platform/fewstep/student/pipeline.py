@@ -96,7 +96,7 @@ class FewStepPipeline:
     """Generates images from prompts in a few network evaluations; can also sample the teacher, for comparison.
 
     Args:
-        network: a `PolicyNetwork`, or another module with its `policy`, `family` and `transformer`.
+        network: a `PolicyNetwork`, or another module with its `policy`, `prepare`, `family` and `transformer`.
         card: the student's.
         device: where to generate.
         parts: how text encoder and autoencoder are loaded.
@@ -147,8 +147,9 @@ class FewStepPipeline:
         null = None if how.guidance_scale == 1 else self.text_encoder.null().to(self.device)
         patch = self.network.family.patch(self.network.transformer)
         return GuidedTeacher(
-            self.network, null, how.guidance_scale, how.guidance_interval, how.orthogonal, how.renorm, patch
-        )
+            self.network, null, how.guidance_scale, how.guidance_interval, how.orthogonal, how.renorm, patch,
+            frozen=True,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -305,10 +306,11 @@ class FewStepPipeline:
         conditioning = conditioning.map(lambda tensor: tensor.repeat_interleave(per_prompt, dim=0))
         noise = gaussian_noise((count, *shape), generators) if latents is None else latents.float()
         x = noise.to(self.device)  # (B, C, h, w)
+        prepared = self.prepare(conditioning)
         self._interrupt, self.num_timesteps = False, sampler.nfe
         for index in range(sampler.nfe):
             x, clean = generate_step(
-                partial(self.network.policy, conditioning=conditioning, **guidance),
+                partial(self.network.policy, conditioning=prepared, **guidance),
                 x,
                 sampler.next_step(index, count),
                 sampler.time_shift,
@@ -327,6 +329,7 @@ class FewStepPipeline:
                 x = now.get("latents", x)
                 if "prompt_embeds" in now:
                     conditioning = replace(cast(Any, conditioning), states=now["prompt_embeds"])
+                    prepared = self.prepare(conditioning)
             if self._interrupt:
                 break
         images = x if output_type == "latent" else images_as(self.decode(x), output_type, self.device)
@@ -367,6 +370,18 @@ class FewStepPipeline:
         """Conditions of the prompts, as one batch on the pipeline's device."""
         return self.text_encoder.conditioning(list(prompts)).to(self.device)
 
+    @torch.no_grad()
+    def prepare(self, conditioning: Conditioning, *, by_teacher: bool = False) -> Conditioning:
+        """What of conditions the student's evaluations, or the teacher's, all share; see `Family.prepare`.
+
+        Args:
+            conditioning: on the pipeline's device.
+            by_teacher: whether for `sample_teacher_step`, or for `sample_step`.
+        """
+        if by_teacher:
+            return self.teacher.prepare(conditioning)
+        return self.network.prepare(conditioning, student=True)
+
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (B, C, H, W) → images (B, H', W', 3) uint8."""
@@ -389,7 +404,7 @@ class FewStepPipeline:
             sampler: as `sampler_for` gives it.
             generator: source of the noise that is renewed if `sampler.h` is not 0.
         """
-        policy_at = partial(self.network.policy, conditioning=conditioning)
+        policy_at = partial(self.network.policy, conditioning=self.prepare(conditioning))
         return generate(policy_at, noise.to(self.device), sampler, generator=generator)
 
     @torch.inference_mode()
@@ -405,7 +420,7 @@ class FewStepPipeline:
 
         Args:
             x: states, (B, C, H, W).
-            conditioning: of B samples, on the pipeline's device.
+            conditioning: of B samples, on the pipeline's device; better what `prepare` made of them once for all steps.
             step: the step of each sample. All their samplers must have the shift and substeps of `sampler`.
             sampler: has the shift and substeps.
             generator: as for `sample`.
@@ -426,7 +441,8 @@ class FewStepPipeline:
             conditioning: of B samples, on the pipeline's device.
             steps: Euler steps, of `teacher.passes` network passes each.
         """
-        velocity = partial(self.teacher.velocity, conditioning=conditioning)
+        prepared = self.prepare(conditioning, by_teacher=True)
+        velocity = partial(self.teacher.velocity, conditioning=prepared)
         return euler(velocity, noise.to(self.device), steps, self._teacher_schedule(noise))
 
     @torch.inference_mode()

@@ -118,6 +118,7 @@ class Distillation:
             teacher.orthogonal,
             teacher.renorm,
             self.family.patch(self.transformer),
+            frozen=True,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -135,18 +136,23 @@ class Distillation:
         """π-ID of one micro-batch: one loss or, with `data_free`, one per segment."""
         imitation, sampler = self.recipe.imitation, self._sampler_at(batch.shape)
         ratio = teacher_ratio(step, imitation.mixing_steps)
+        seen, taught = batch.conditioning, self.teacher.prepare(batch.conditioning)
+        if imitation.data_free:
+            # Once for all segments, although each has a backward pass of its own.
+            seen, finish = self.model.prepare(seen, student=True).cut()
 
         def student(x: Tensor, sigma: Tensor) -> Policy:
-            return self.model.policy(x, sigma, batch.conditioning)
+            return self.model.policy(x, sigma, seen)
 
         def teacher(x: Tensor, sigma: Tensor) -> Tensor:
             # The loss evaluates several states of each sample at once, S of them after one another in the batch.
-            return self.teacher.velocity(x, sigma, batch.conditioning.repeat(len(x) // len(batch)))
+            return self.teacher.velocity(x, sigma, taught.repeat(len(x) // len(batch)))
 
         if imitation.data_free:
             noise = gaussian_noise((len(batch), *batch.shape), generator, batch.conditioning.device)
             one_nfe = sampler.at_optimizer_step(step)
             yield from imitation_walk(student, teacher, noise, generator, one_nfe, imitation, ratio)
+            finish()  # after the last segment's backward pass
         else:
             yield imitation_loss(student, teacher, _images(batch), generator, sampler, imitation, ratio)
 
@@ -157,7 +163,8 @@ class Distillation:
             self.recipe.train.seed
         )  # of what the sampler renews, if h > 0
         # With the weights that the model has now: the loop swaps those of the EMA in before.
-        policy_at = partial(self.model.policy, conditioning=conditioning)
+        prepared = self.model.prepare(conditioning, student=True)
+        policy_at = partial(self.model.policy, conditioning=prepared)
         return generate(policy_at, noise, sampler, generator=generator)
 
     def _sampler_at(self, shape: Sequence[int]) -> SamplerConfig:
@@ -236,7 +243,8 @@ class FlowMatching:
 
     def sample(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
         """Latents (B, C, H, W) of 32 guided Euler steps, from noise of that shape."""
-        return euler(lambda x, sigma: self.teacher.velocity(x, sigma, conditioning), noise, 32, self.shift)
+        prepared = self.teacher.prepare(conditioning)
+        return euler(lambda x, sigma: self.teacher.velocity(x, sigma, prepared), noise, 32, self.shift)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the teacher's folder: weights and card."""
@@ -322,6 +330,10 @@ class _VelocityNetwork(nn.Module):
     ) -> Tensor:
         tokens = self.family.denoise(self.transformer, x, t, conditioning, guidance_scale)
         return self.family.velocity(tokens, self.channels, *x.shape[-2:])
+
+    def prepare(self, conditioning: Any) -> Any:
+        """What of a conditioning depends on neither states nor times; see `Family.prepare`."""
+        return self.family.prepare(self.transformer, conditioning)
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """The velocity, (B, C, H, W), with gradient if autograd is enabled."""

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from fewstep.errors import UserError
 from fewstep.models.precision import LIBRARIES
@@ -62,6 +62,7 @@ def shard(objective: Objective, settings: TrainConfig, world_size: int) -> None:
     # Blocks first: what is left of the parameters when the whole model is sharded becomes its own group.
     for module in (*blocks, objective.model):
         fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(objective.model, "prepare")  # which reads weights outside of blocks, too
 
 
 @torch.no_grad()
