@@ -23,8 +23,9 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "AutoencoderKL": FOUR | {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16},
     "AutoencoderKLFlux2": {},
     "AutoencoderKLQwenImage": {},
+    "AutoencoderKLQwenImage21": {},
 }  # fmt: skip
-"""Full-sized autoencoders: those of FLUX.1, FLUX.2 and Qwen-Image."""
+"""Full-sized autoencoders: those of FLUX.1, FLUX.2, Qwen-Image and Qwen-Image 2.1."""
 
 SMALL = {"layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False}
 TINY: dict[str, dict[str, Any]] = {
@@ -32,6 +33,8 @@ TINY: dict[str, dict[str, Any]] = {
     "AutoencoderKLFlux2": FOUR | SMALL | {"block_out_channels": (4, 4, 4, 4), "latent_channels": 4},
     "AutoencoderKLQwenImage": {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4}
     | {"latents_std": [1.0] * 4},
+    "AutoencoderKLQwenImage21": {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 4, "num_res_blocks": 1}
+    | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
 }
 
 

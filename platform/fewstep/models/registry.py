@@ -10,6 +10,7 @@ from fewstep.models.dit import DiT
 from fewstep.models.family import Family
 from fewstep.models.flux import Flux
 from fewstep.models.flux2 import Flux2
+from fewstep.models.longcat_image import LongCatImage
 from fewstep.models.qwen_image import QwenImage
 from fewstep.models.unet import UNet
 from fewstep.models.z_image import ZImage
@@ -58,5 +59,6 @@ register(DiT())
 register(QwenImage())
 register(Flux())
 register(Flux2())
+register(LongCatImage())
 register(UNet())
 register(ZImage())
