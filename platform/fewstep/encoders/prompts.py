@@ -10,7 +10,7 @@ import inspect
 import sys
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -32,18 +32,23 @@ class PromptEncoder(TextEncoder):
         model: text encoder that gives the token states.
         max_tokens: longest caption in tokens; of encoders that pad to a length of their own, that length holds.
         precision: how the model's weights are held.
-        parts: of the pipeline by name, beside these two, and its settings.
+        parts: of the pipeline by name, beside these two or in their places, and its settings.
     """
 
     _pipeline_class: ClassVar[str]
 
     def __init__(
-        self, name: str, tokenizer: Any, model: Any, max_tokens: int, precision: Precision, **parts: Any
+        self,
+        name: str,
+        tokenizer: Any,
+        model: Any,
+        max_tokens: int,
+        precision: Precision,
+        parts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(name, tokenizer, model, max_tokens, precision)
-        self._pipeline = bare_pipeline(
-            self._pipeline_class, **{"tokenizer": tokenizer, "text_encoder": model} | parts
-        )
+        usual = {"tokenizer": tokenizer, "text_encoder": model}
+        self._pipeline = bare_pipeline(self._pipeline_class, **{**usual, **(parts or {})})
         # Pipelines are made for one thread; one of them puts a hook into its model for the time of a call.
         self._lock = threading.Lock()
         # Otherwise the limit is on the caption: the template's own tokens come on top.
@@ -188,7 +193,7 @@ class SD3TextEncoder(PromptEncoder):
         parts = {"text_encoder": clips[0][1], "tokenizer": clips[0][0]}
         parts |= {"text_encoder_2": clips[1][1], "tokenizer_2": clips[1][0]}
         parts |= {"text_encoder_3": tokens[1], "tokenizer_3": tokens[0]}
-        super().__init__(name, *tokens, self._padded_length, precision, **parts)
+        super().__init__(name, *tokens, self._padded_length, precision, parts)
         self._clips = (clips[0][1], clips[1][1])
         self.pooled_dim = sum(clip.config.projection_dim for clip in self._clips)
 
@@ -217,7 +222,7 @@ class QwenImage21TextEncoder(PromptEncoder):
 
     def __init__(self, name: str, tokenizer: Any, model: Any, max_tokens: int, precision: Precision) -> None:
         parts = {"processor": _TextProcessor(tokenizer), "text_encoder": _InnerModel(model)}
-        super().__init__(name, tokenizer, model, max_tokens, precision, **parts)
+        super().__init__(name, tokenizer, model, max_tokens, precision, parts)
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         template = self._pipeline.prompt_template_t2i
@@ -246,7 +251,8 @@ class Krea2TextEncoder(PromptEncoder):
         precision: Precision,
         layers: Sequence[int] | None,
     ) -> None:
-        super().__init__(name, tokenizer, model, max_tokens, precision, text_encoder_select_layers=layers)
+        settings = {"text_encoder_select_layers": layers}
+        super().__init__(name, tokenizer, model, max_tokens, precision, settings)
         self.dim *= len(self._pipeline.text_encoder_select_layers)
 
     def _longest(self) -> int:
