@@ -13,6 +13,7 @@ import torch
 from fewstep.data.columns import condition_columns
 from fewstep.data.schema import DatasetInfo, Encoding, encode_table, ragged_lists, read_shard
 from fewstep.data.stream import Batch, read_split
+from fewstep.encoders import as_stored
 from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
 from fewstep.storage import Storage
@@ -52,6 +53,24 @@ def test_vectors_of_whole_captions_come_back_with_their_rows(tmp_path):
     batch = Batch.of(read_shard(storage, "part.parquet"), encoding)
     assert batch.latent is None
     assert batch.conditioning.pooled.tolist() == pooled.tolist()
+
+
+def test_states_beyond_float16s_range_come_back_beside_others(tmp_path):
+    """A language model's few large activations; rows of either kind, and shards from before there were such."""
+    storage, encoding = Storage.at(tmp_path), Encoding("none", 4, "pixel")
+    usual, large = torch.randn(3, 4), torch.randn(2, 4) * torch.tensor([1.0, 1.0, 2e6, 1e-2])
+    texts = [TextConditioning.collate([as_stored(states)]) for states in (usual, large)]
+    rows = pa.table({"key": ["a", "b"], "caption": ["first", "second"], **condition_columns(texts)})
+    table = encode_table(rows, None, SHAPE, "train").replace_schema_metadata(encoding.metadata())
+    assert table["token_scale"].to_pylist()[0] is None
+    pq.write_table(table, tmp_path / "part.parquet")
+    pq.write_table(table.slice(0, 1).drop_columns(["token_scale"]), tmp_path / "old.parquet")
+    both = pa.concat_tables([read_shard(storage, "part.parquet"), read_shard(storage, "old.parquet")])
+    batch = Batch.of(both, encoding).conditioning
+    assert torch.equal(batch.states[:2], TextConditioning.join(texts).states)
+    assert torch.equal(batch.states[2, :3], texts[0].states[0])
+    assert batch.states.max() > 1e5 or batch.states.min() < -1e5
+    torch.testing.assert_close(batch.states[1, :2], large, rtol=2**-10, atol=1e-5)
 
 
 def test_more_numbers_than_a_shard_can_count_are_refused_with_the_rows_that_fit():

@@ -2,19 +2,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     AutoencoderTiny,
     Flux2Pipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 from fewstep.encoders import ConditionEncoder, encoder_widths, load_encoder, text
 from fewstep.encoders import autoencoders as autoencoder
 from fewstep.encoders.autoencoders import load_autoencoder
+from fewstep.encoders.base import as_stored, storage_scale
 from fewstep.errors import UserError
 
 CAPTIONS = [
@@ -75,12 +80,32 @@ def test_states_are_the_ones_that_float16_shards_hold(encoder):
         assert torch.equal(states, states.half().float())
 
 
-def test_activations_beyond_float16_stay_finite_in_shards(encoder, monkeypatch):
+@pytest.mark.parametrize("factor", [1.0, 3e4, 1e6, 1e9])
+def test_activations_beyond_float16_are_neither_cut_nor_infinite(encoder, monkeypatch, factor):
     states = encoder._states
-    monkeypatch.setattr(encoder, "_states", lambda ids: [state * 1e6 for state in states(ids)])
-    for stored in (*encoder.stored_states(CAPTIONS), *encoder.null().states):
-        assert stored.abs().max() == torch.finfo(torch.float16).max
-        assert torch.equal(stored, stored.half().float())
+    monkeypatch.setattr(encoder, "_states", lambda ids: [state * factor for state in states(ids)])
+    exact = [*encoder.states(CAPTIONS), encoder.conditioning([""]).states[0]]
+    for stored, whole in zip((*encoder.stored_states(CAPTIONS), *encoder.null().states), exact, strict=True):
+        # float16's precision, relative to the value or, below its smallest, to the largest
+        torch.testing.assert_close(stored, whole, rtol=2**-10, atol=1e-6 * factor)
+        assert torch.equal(stored, as_stored(stored)), "rounding again changes nothing"
+
+
+@pytest.mark.parametrize(
+    "largest", [65504.0, 65505.0, 65519.0, 65520.0, 131_000.0, 131_008.0, 131_040.0, 3e38]
+)
+def test_rounding_again_changes_nothing_also_at_the_edges_of_the_range(largest):
+    states = torch.cat([torch.tensor([largest]), largest * torch.logspace(-12, -0.01, 500)])[:, None]
+    stored = as_stored(states)
+    assert torch.equal(as_stored(stored), stored)
+    assert torch.equal((stored / storage_scale(stored)).half().float() * storage_scale(stored), stored)
+    torch.testing.assert_close(stored, states, rtol=2**-11, atol=1e-9 * largest)
+
+
+def test_what_is_no_number_stays_so():
+    for wrong in (float("nan"), float("inf")):
+        assert not as_stored(torch.tensor([[1.0, wrong]])).isfinite().all()
+    assert as_stored(torch.empty(0, 4)).shape == (0, 4)
 
 
 def test_the_empty_caption_is_two_tokens(encoder):
@@ -184,6 +209,34 @@ def test_qwen_images_autoencoder_gives_latents_of_mean_0_and_deviation_1_by_its_
     torch.testing.assert_close(latents, (raw[:, :, 0] - next(figures)) / next(figures), atol=1e-5, rtol=1e-4)
     expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
     assert (loaded.decode(latents).float() - expected).abs().max() <= 1
+
+
+def test_qwen_image_21s_autoencoder_takes_opaque_images_and_lays_transparent_ones_on_white(tmp_path):
+    torch.manual_seed(0)
+    mean, std = [0.5, -0.25], [2.0, 4.0]
+    model = AutoencoderKLQwenImage21(
+        base_dim=4, decoder_base_dim=4, z_dim=2, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=mean, latents_std=std,
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "vae")
+    loaded = load_autoencoder(f"{tmp_path}:vae")
+    assert loaded.latent_shape(32, 64) == (2, 2, 4)
+    with pytest.raises(UserError, match="multiples of 32"):
+        loaded.latent_shape(32, 48)
+    images = torch.randint(0, 256, (2, 32, 64, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        # The pipeline's own preparation of pictures, given with alpha
+        pictures = [Image.fromarray(image.numpy()).convert("RGBA") for image in images]
+        frames = VaeImageProcessor(vae_scale_factor=16).preprocess(pictures)[:, :, None]
+        raw = model.encode(frames).latent_dist.mode()
+        drawn = VaeImageProcessor().postprocess(model.decode(raw).sample[:, :, 0])
+    figures = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+    latents = loaded.encode(images)
+    torch.testing.assert_close(latents, (raw[:, :, 0] - next(figures)) / next(figures), atol=1e-5, rtol=1e-4)
+    assert drawn[0].mode == "RGBA"
+    for ours, theirs in zip(loaded.decode(latents), drawn, strict=True):
+        shown = Image.alpha_composite(Image.new("RGBA", theirs.size, "white"), theirs).convert("RGB")
+        assert (ours.float() - torch.from_numpy(np.array(shown)).float()).abs().max() <= 2
 
 
 def test_flux_2s_autoencoder_normalises_patches_as_its_pipeline_does(tmp_path):

@@ -23,8 +23,9 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "AutoencoderKL": FOUR | {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16},
     "AutoencoderKLFlux2": {},
     "AutoencoderKLQwenImage": {},
+    "AutoencoderKLQwenImage21": {},
 }  # fmt: skip
-"""Full-sized autoencoders: those of FLUX.1, FLUX.2 and Qwen-Image."""
+"""Full-sized autoencoders: those of FLUX.1, FLUX.2, Qwen-Image and Qwen-Image 2.1."""
 
 SMALL = {"layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False}
 TINY: dict[str, dict[str, Any]] = {
@@ -32,6 +33,8 @@ TINY: dict[str, dict[str, Any]] = {
     "AutoencoderKLFlux2": FOUR | SMALL | {"block_out_channels": (4, 4, 4, 4), "latent_channels": 4},
     "AutoencoderKLQwenImage": {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4}
     | {"latents_std": [1.0] * 4},
+    "AutoencoderKLQwenImage21": {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 4, "num_res_blocks": 1}
+    | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
 }
 
 
@@ -111,7 +114,7 @@ def tiny(kind: str, folder: Any, **options: Any) -> KLAutoencoder:
     loaded = load_autoencoder(str(folder), **options)
     for module in loaded._model.decoder.modules():
         for name, child in module.named_children():
-            if isinstance(child, nn.GroupNorm) or type(child).__name__ == "QwenImageAttentionBlock":
+            if isinstance(child, nn.GroupNorm) or type(child).__name__.endswith("AttentionBlock"):
                 setattr(module, name, nn.Identity())
     return loaded
 
@@ -120,6 +123,7 @@ def tiny(kind: str, folder: Any, **options: Any) -> KLAutoencoder:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_lie_where_they_belong_and_show_no_seams(kind, height, width, tmp_path):
     autoencoder = tiny(kind, tmp_path)
+    height, width = (-(-side // autoencoder._multiple) * autoencoder._multiple for side in (height, width))
     shape = autoencoder.latent_shape(height, width)
     latents = 3 * F.interpolate(torch.randn(1, shape[0], 16, 16), size=shape[1:], mode="bicubic")
     whole = autoencoder.decode(latents).float()
@@ -128,7 +132,7 @@ def test_tiles_lie_where_they_belong_and_show_no_seams(kind, height, width, tmp_
     assert tiled.shape == whole.shape == (1, height, width, 3)
     # What is left are the edges of tiles, where convolutions see nothing beyond.
     difference, rows = (tiled - whole).abs(), whole.diff(dim=1).abs()
-    assert difference.mean() < 0.03 * whole.std()
+    assert difference.mean() < (0.04 if autoencoder._factor == 16 else 0.03) * whole.std()
     assert difference.amax((0, 3)).mean() < rows.amax((0, 3)).mean() / 4
 
 

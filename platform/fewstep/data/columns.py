@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.schema import Encoding, float_lists, ragged_lists
+from fewstep.encoders.base import storage_scale
 from fewstep.encoders.labels import is_labels
 from fewstep.models.conditioning import ClassConditioning, Conditioning, TextConditioning
 
@@ -24,7 +25,8 @@ def condition_columns(conditions: Sequence[Conditioning]) -> dict[str, pa.Array]
     texts = [condition for condition in conditions if isinstance(condition, TextConditioning)]
     labels = [int(condition.labels) for condition in conditions if isinstance(condition, ClassConditioning)]
     count = len(conditions)
-    states = [text.states[0].half().numpy() for text in texts]
+    scales = [storage_scale(text.states) for text in texts]
+    states = [(text.states[0] / scale).half().numpy() for text, scale in zip(texts, scales, strict=True)]
     pooled = [text.pooled.numpy() for text in texts if text.pooled is not None]
     flat = np.concatenate([s.reshape(-1) for s in states]) if states else np.empty(0, np.float16)
     return {
@@ -32,6 +34,9 @@ def condition_columns(conditions: Sequence[Conditioning]) -> dict[str, pa.Array]
         "token_count": pa.array([len(s) for s in states] or [0] * count, pa.int32()),
         "pooled": float_lists(np.concatenate(pooled) if pooled else None, count),
         "label": pa.array(labels, pa.int32()) if labels else pa.nulls(count, pa.int32()),
+        "token_scale": pa.array(
+            [None if scale == 1 else scale for scale in scales] or [None] * count, pa.float32()
+        ),
     }
 
 
@@ -46,7 +51,9 @@ def conditioning_of(rows: pa.Table, encoding: Encoding) -> Conditioning:
         return ClassConditioning(torch.tensor(_labels(rows), dtype=torch.int64))
     # A copy, because arrow's memory is read-only, which torch tensors can't be.
     flat = torch.from_numpy(_flat(rows["tokens"]).copy())
-    states = flat.view(-1, encoding.token_dim).split(rows["token_count"].to_pylist())
+    stored = flat.view(-1, encoding.token_dim).split(rows["token_count"].to_pylist())
+    scales = rows["token_scale"].to_pylist()
+    states = [s if scale is None else s.float() * scale for s, scale in zip(stored, scales, strict=True)]
     pooled = floats(rows["pooled"])
     return TextConditioning.collate(states, None if pooled is None else list(pooled))
 

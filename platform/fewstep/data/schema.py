@@ -18,7 +18,9 @@ Columns of a shard; a row is an example:
     split        string          "train" or "held_out"
     pooled       list<float32>   the text encoder's vector of the whole caption, (P,); null where it has none
     label        int32           class index; null for texts
-    (`pooled` and `label` were added later: older shards lack them, and hold a class as its only token state.)
+    token_scale  float32         factor of `tokens`, a power of two, where states exceed float16's range; null for none
+    (`pooled`, `label` and `token_scale` were added later: older shards lack them, and hold a class as its only token
+    state.)
 
 The Parquet metadata carries a JSON object under `fewstep`: version, token_dim, text_encoder, autoencoder, and
 `rejected`, the rows of this shard that could not be encoded.
@@ -57,11 +59,16 @@ SCHEMA = pa.schema(
         pa.field("split", pa.string(), nullable=False),
         pa.field("pooled", pa.list_(pa.float32())),
         pa.field("label", pa.int32()),
+        pa.field("token_scale", pa.float32()),
     ]
 )
 
-CONDITION_COLUMNS = ("tokens", "token_count", "pooled", "label")
+CONDITION_COLUMNS = ("tokens", "token_count", "pooled", "label", "token_scale")
 """Columns that `columns.condition_columns` makes of conditions."""
+
+
+LATER_COLUMNS = ("pooled", "label", "token_scale")
+"""Columns that older shards lack; null where they do."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +311,7 @@ def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
             ) from error
     metadata = (table.schema.metadata or {}).get(METADATA_KEY, b'{"version": "none"}')
     check_version(json.loads(metadata)["version"], f"{storage.root}/{path}")
-    for name in ("pooled", "label"):
+    for name in LATER_COLUMNS:
         # Added where an older shard lacks it, unless the caller asked for other columns.
         if name not in table.column_names and (columns is None or name in columns):
             table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))

@@ -5,6 +5,7 @@ A dataset is prepared with one encoder, and generating needs the same one again.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -20,9 +21,12 @@ MINILM = "minilm"
 LABELS = "labels:"
 """Prefix of the names of label encoders, for classes instead of texts (see `labels.py`)."""
 
-PIPELINES = ("flux", "flux2", "qwen-image")
+PIPELINES = ("flux", "flux2", "krea2", "longcat-image", "qwen-image", "qwen-image-2.1", "sd3", "z-image")
 """Prefixes of the names of pipelines' own text encoders, before ":" and the pipeline's folder or hub id
 (see `pipelines.py`)."""
+
+USUALLY_EXACT = ("flux", "sd3")
+"""Those of `PIPELINES` that are loaded in float32 also on a GPU, unless a precision is asked for."""
 
 
 class ConditionEncoder(ABC):
@@ -75,13 +79,25 @@ class ConditionEncoder(ABC):
 
 
 def as_stored(states: Tensor) -> Tensor:
-    """Token states as shards store them: float32 rounded to float16 and back, clamped to float16's range.
+    """Token states of a caption as shards store them: rounded to float16 times `storage_scale`; float32."""
+    scale = storage_scale(states)
+    return (states.float() / scale).half().float() * scale
 
-    Some language models have a few activations of 10⁴ and more: unclamped, one would become infinite and end training.
+
+def storage_scale(states: Tensor) -> float:
+    """The power of two by which a caption's token states are divided where shards store them in float16.
+
+    Some language models have a few activations of 10⁵ and more, beyond float16's range. It is 1 for all others.
     """
-    # NaN passes: clamping would hide that something went wrong.
-    largest = torch.finfo(torch.float16).max
-    return states.float().clamp(-largest, largest).half().float()
+    largest = float(states.abs().max()) if states.numel() else 0.0
+    share = largest / torch.finfo(torch.float16).max
+    # States that aren't finite pass as they are: what went wrong should be seen.
+    return 2.0 ** math.ceil(math.log2(share)) if 1 < share < math.inf else 1.0
+
+
+def usual_precision(name: str, on_cpu: bool) -> Precision:
+    """The precision in which a text encoder is loaded where none is asked for."""
+    return "float32" if on_cpu or of_pipeline(name) in (None, *USUALLY_EXACT) else "bfloat16"
 
 
 def of_pipeline(name: str) -> str | None:

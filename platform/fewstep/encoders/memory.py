@@ -47,20 +47,22 @@ class DeviceVisits:
         self._lock = threading.Lock()
 
     @contextmanager
-    def visit(self, model: Any) -> Iterator[None]:
-        """A context in which a model is on the device.
+    def visit(self, *models: Any) -> Iterator[None]:
+        """A context in which models are on the device.
 
         Raises:
-            UserError: it does not fit there.
+            UserError: they do not fit there.
         """
         with self._lock:
             try:
-                model.to(self._device)
+                for model in models:
+                    model.to(self._device)
                 yield
             except torch.OutOfMemoryError as error:
                 raise does_not_fit(self._name, self._device) from error
             finally:
-                model.to("cpu")
+                for model in models:
+                    model.to("cpu")
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()  # for the processes beside this one
 

@@ -1,8 +1,8 @@
-"""Text encoders of diffusers pipelines: captions are encoded as FLUX.1, FLUX.2 and Qwen-Image were trained with.
+"""Text encoders of diffusers pipelines: captions are encoded as the pipelines' networks were trained with.
 
-Their names are `flux:PIPELINE`, `flux2:PIPELINE` and `qwen-image:PIPELINE`, where PIPELINE is a folder or hub id.
-Unless a precision is asked for, FLUX.1's are loaded in float32, and large language models in float32 on a CPU and in
-bfloat16 on a GPU.
+Their names are `flux:PIPELINE`, `flux2:PIPELINE` and so on (`PIPELINES`), where PIPELINE is a folder or hub id.
+Unless a precision is asked for, those of FLUX.1 and Stable Diffusion 3 are loaded in float32, and large language models
+in float32 on a CPU and in bfloat16 on a GPU. Those of FLUX and Qwen-Image are below, the others in `prompts.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from fewstep.config import Precision
-from fewstep.encoders.base import of_pipeline
+from fewstep.encoders.base import of_pipeline, usual_precision
+from fewstep.encoders.prompts import (
+    Krea2TextEncoder,
+    LongCatImageTextEncoder,
+    QwenImage21TextEncoder,
+    SD3TextEncoder,
+    ZImageTextEncoder,
+    bare_pipeline,
+)
 from fewstep.encoders.text import GROUP, TextEncoder, loading
 from fewstep.encoders.weights import load_frozen
 from fewstep.errors import UserError
@@ -78,11 +86,8 @@ class QwenImageTextEncoder(TextEncoder):
 
     def __init__(self, name: str, tokenizer: Any, model: Any, max_tokens: int, precision: Precision) -> None:
         super().__init__(name, tokenizer, model, max_tokens, precision)
-        from diffusers import QwenImagePipeline
-
-        parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
-        # A pipeline without parts: only its constructor knows the template and the length of the instruction.
-        settings: Any = QwenImagePipeline(**dict.fromkeys(parts))
+        # Without parts: only the pipeline's constructor knows the template and the length of the instruction.
+        settings = bare_pipeline("QwenImagePipeline")
         self._template = settings.prompt_template_encode
         self._instruction = settings.prompt_template_encode_start_idx
         # The limit is on the caption: the template's own tokens come on top.
@@ -158,7 +163,7 @@ def load_pipeline_encoder(
     """Load the text encoder of a pipeline.
 
     Args:
-        name: "flux:", "flux2:" or "qwen-image:", and the pipeline's folder or hub id.
+        name: one of `PIPELINES`, ":", and the pipeline's folder or hub id.
         max_tokens: longest caption in tokens, of encoders that do not pad to a length of their own.
         device: where it runs.
         precision: how its weights are held; None for the usual one (see above).
@@ -166,26 +171,53 @@ def load_pipeline_encoder(
     Raises:
         UserError: there is no such encoder, or it does not fit the device.
     """
-    from transformers import AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
+    import transformers
 
-    on_gpu = torch.device(device).type != "cpu"
-    held: Precision = precision or ("bfloat16" if on_gpu and of_pipeline(name) != "flux" else "float32")
+    held = precision or usual_precision(name, torch.device(device).type == "cpu")
+    kinds = text_models(name)
     with loading(name) as where:
 
-        def part(kind: Any, number: str = "", held: Precision = held) -> tuple[Any, Any]:
-            # Pipelines number their further text encoders: `text_encoder_2` with `tokenizer_2`.
-            tokenizer = AutoTokenizer.from_pretrained(**where, subfolder=f"tokenizer{number}")
-            place = where | {"subfolder": f"text_encoder{number}"}
-            return tokenizer, load_frozen(kind, name, place, held, device)
+        def part(number: str = "", tokenizer: str = "tokenizer") -> tuple[Any, Any]:
+            kind, place = kinds[number], where | {"subfolder": f"text_encoder{number}"}
+            # CLIP takes a fortieth of T5's memory, and its vector reaches every layer: it isn't made of integers.
+            own: Precision = "bfloat16" if held in LIBRARIES and kind.startswith("CLIP") else held
+            words = transformers.AutoTokenizer.from_pretrained(**where, subfolder=f"{tokenizer}{number}")
+            return words, load_frozen(getattr(transformers, kind), name, place, own, device)
 
         match of_pipeline(name):
             case "flux":
-                # CLIP takes a fortieth of T5's memory, and its vector reaches every layer: it isn't made of integers.
-                clip = part(CLIPTextModel, held="bfloat16" if held in LIBRARIES else held)
-                return FluxTextEncoder(name, part(T5EncoderModel, "_2"), clip, held)
+                return FluxTextEncoder(name, part("_2"), part(), held)
             case "flux2":
-                return Flux2TextEncoder(name, *part(AutoModel), held)
-        return QwenImageTextEncoder(name, *part(AutoModel), max_tokens, held)
+                return Flux2TextEncoder(name, *part(), held)
+            case "sd3":
+                return SD3TextEncoder(name, part("_3"), (part(), part("_2")), held)
+            case "z-image":
+                return ZImageTextEncoder(name, *part(), max_tokens, held)
+            case "longcat-image":
+                return LongCatImageTextEncoder(name, *part(), max_tokens, held)
+            case "qwen-image-2.1":
+                return QwenImage21TextEncoder(name, *part(tokenizer="processor"), max_tokens, held)
+            case "krea2":
+                return Krea2TextEncoder(name, *part(), max_tokens, held, _krea2_layers(where))
+        return QwenImageTextEncoder(name, *part(), max_tokens, held)
+
+
+def text_models(name: str) -> dict[str, str]:
+    """The text encoders of a pipeline, first the one that gives token states.
+
+    Args:
+        name: as for `load_pipeline_encoder`; without a pipeline's prefix, there is one text encoder.
+
+    Returns:
+        What follows `text_encoder` in their folders' names ("_2" of the second) → their classes in transformers.
+    """
+    match of_pipeline(name):
+        case "flux":
+            return {"_2": "T5EncoderModel", "": "CLIPTextModel"}
+        case "sd3":
+            clip = "CLIPTextModelWithProjection"
+            return {"_3": "T5EncoderModel", "": clip, "_2": clip}
+    return {"": "AutoModel"}
 
 
 def pipeline_widths(name: str) -> tuple[int, int | None]:
@@ -204,10 +236,22 @@ def pipeline_widths(name: str) -> tuple[int, int | None]:
         match of_pipeline(name):
             case "flux":
                 return config("_2").hidden_size, config().hidden_size
+            case "sd3":
+                return config("_3").hidden_size, config().projection_dim + config("_2").projection_dim
+            case "krea2":
+                layers = bare_pipeline("Krea2Pipeline", text_encoder_select_layers=_krea2_layers(where))
+                return config().hidden_size * len(layers.text_encoder_select_layers), None
             case "flux2":
                 kind = AutoConfig.from_pretrained(**where, subfolder="text_encoder").model_type
                 return config().hidden_size * len(_reading(kind).layers), None
         return config().hidden_size, None
+
+
+def _krea2_layers(where: dict[str, Any]) -> Sequence[int] | None:
+    """The layers whose states a Krea 2 pipeline uses; None for the usual ones."""
+    from diffusers import Krea2Pipeline
+
+    return Krea2Pipeline.load_config(**where).get("text_encoder_select_layers")
 
 
 def _reading(model_type: str) -> _Reading:

@@ -1,10 +1,10 @@
 """Text encoders: captions to token states of a transformer.
 
-States for shards are rounded to float16, the type that shards store, and encoded in groups of captions of equal length,
-so that they do not depend on which captions are in a batch. (Another number of threads or another processor can change
-the last digit of float16.) States for generating are not rounded. The other captions of a batch, threads and processors
-then change them only by the rounding error of float32, so captions of different lengths are padded and encoded
-together: eight take three times as long as one.
+States for shards are rounded to float16, the type that shards store (`as_stored`), and encoded in groups of captions of
+equal length, so that they do not depend on which captions are in a batch. (Another number of threads or another
+processor can change the last digit of float16.) States for generating are not rounded. The other captions of a batch,
+threads and processors then change them only by the rounding error of float32, so captions of different lengths are
+padded and encoded together: eight take three times as long as one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fewstep.assets import expanded
 from fewstep.config import MAX_TOKENS
-from fewstep.encoders.base import MINILM, ConditionEncoder, as_stored, of_pipeline
+from fewstep.encoders.base import MINILM, PIPELINES, ConditionEncoder, as_stored, of_pipeline
 from fewstep.encoders.memory import DeviceVisits
 from fewstep.encoders.weights import load_frozen
 from fewstep.errors import UserError
@@ -123,9 +123,9 @@ class TextEncoder(ConditionEncoder):
         """Its models, each with weights of its own."""
         return (self._model,)
 
-    def _at_work(self, model: Any) -> AbstractContextManager[None]:
-        """A context in which one of its models is on the device."""
-        return nullcontext() if self._visits is None else self._visits.visit(model)
+    def _at_work(self, *models: Any) -> AbstractContextManager[None]:
+        """A context in which these of its models are on the device."""
+        return nullcontext() if self._visits is None else self._visits.visit(*models)
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
         """Length of each caption in tokens, with start and end marks; also of captions that are too long.
@@ -306,7 +306,7 @@ def loading(name: str) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"the text encoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): "
             f"give {MINILM!r}, a folder that transformers' AutoModel opens, a hub id reachable from here, or "
-            f"flux:PIPELINE, flux2:PIPELINE or qwen-image:PIPELINE for a pipeline's own."
+            f"for a pipeline's own KIND:PIPELINE, where KIND is one of {', '.join(PIPELINES)}."
         ) from error
 
 

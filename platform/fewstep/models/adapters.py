@@ -26,7 +26,8 @@ class LoRAConfig(Config):
     """Distribution of the adapters' first matrices at the start: peft's usual one, uniform in ±1/√in; or normal with a
     standard deviation of 1/rank, as in the published configurations."""
     targets: tuple[str, ...] = ("paper",)
-    """Linear layers to adapt, by the ends of their module names; "paper" stands for the paper's list for the family."""
+    """Linear layers to adapt, by the ends of their module names. "paper" stands for the paper's list for the family,
+    and "ffn" for that list without matrices that FFN and attention share (one in FLUX.2's single-stream blocks)."""
 
 
 def add_adapters(
@@ -73,8 +74,7 @@ def lora_target_modules(transformer: Transformer, family: Family, targets: tuple
     ]
     chosen: dict[str, None] = {}  # an ordered set: targets may overlap
     for target in targets:
-        suffixes = family.lora_targets(transformer) if target == "paper" else [target]
-        for suffix in suffixes:
+        for suffix in _suffixes(transformer, family, target):
             found = [name for name in layers if name == suffix or name.endswith(f".{suffix}")]
             if not found:
                 raise UserError(
@@ -83,3 +83,11 @@ def lora_target_modules(transformer: Transformer, family: Family, targets: tuple
                 )
             chosen.update(dict.fromkeys(found))
     return list(chosen)
+
+
+def _suffixes(transformer: Transformer, family: Family, target: str) -> list[str]:
+    """The ends of module names that one target stands for."""
+    if target not in ("paper", "ffn"):
+        return [target]
+    shared = family.shared_matrices(transformer) if target == "ffn" else []
+    return [suffix for suffix in family.lora_targets(transformer) if suffix not in shared]

@@ -162,6 +162,10 @@ class Family(ABC):
     def lora_targets(self, transformer: Transformer) -> list[str]:
         """The layers that the paper's LoRA adapts (METHOD.md section 5), as ends of module names."""
 
+    def shared_matrices(self, transformer: Transformer) -> list[str]:
+        """Those of `lora_targets` in which an FFN shares one matrix with the attention; none in most families."""
+        return []
+
     @abstractmethod
     def blocks(self, transformer: Transformer) -> list[nn.Module]:
         """The modules that FSDP shards one by one, and gathers only while they run."""

@@ -1,4 +1,4 @@
-"""FLUX.2: 8 dual-stream and 48 single-stream blocks that share their modulation, 32B parameters; and smaller ones."""
+"""FLUX.2: 8 dual-stream and 48 single-stream blocks that share their modulation, 32B parameters; klein, 4B and 9B."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Flux2(Flux):
 
     FLUX.2's own pipeline packs 2×2 cells of its 32-channel latents to one of 128 channels before sampling. Here latents
     are those of the autoencoder (C = 32) and `denoise` packs them, so that each cell has its own mixture weights, as in
-    FLUX.1.
+    FLUX.1. FLUX.2 dev is guidance-distilled; klein takes no guidance scale, and is guided by a second pass.
     """
 
     name = "flux2"
@@ -48,11 +48,10 @@ class Flux2(Flux):
 
     def lora_targets(self, transformer: Transformer) -> list[str]:
         """The layers of FLUX.1's list by their names here."""
-        # In single-stream blocks the FFN shares one matrix with the attention, which is adapted as a whole.
+        # In single-stream blocks the FFN shares its first matrix with the attention; it is adapted as a whole.
         single = [
-            f"single_transformer_blocks.{index}.attn.{layer}"
+            f"single_transformer_blocks.{index}.attn.to_out"
             for index in range(len(transformer.single_transformer_blocks))
-            for layer in ("to_qkv_mlp_proj", "to_out")
         ]
         return [
             "ff.linear_in",
@@ -61,5 +60,13 @@ class Flux2(Flux):
             "ff_context.linear_out",
             "timestep_embedder.linear_1",
             "timestep_embedder.linear_2",
+            *self.shared_matrices(transformer),
             *single,
+        ]
+
+    def shared_matrices(self, transformer: Transformer) -> list[str]:
+        """The first matrix of each single-stream block: queries, keys, values and the FFN's first layer in one."""
+        return [
+            f"single_transformer_blocks.{index}.attn.to_qkv_mlp_proj"
+            for index in range(len(transformer.single_transformer_blocks))
         ]

@@ -11,6 +11,7 @@ from fewstep.models.family import Family
 from fewstep.models.flux import Flux
 from fewstep.models.flux2 import Flux2
 from fewstep.models.krea2 import Krea2
+from fewstep.models.longcat_image import LongCatImage
 from fewstep.models.qwen_image import QwenImage
 from fewstep.models.qwen_image21 import QwenImage21
 from fewstep.models.sd3 import SD3
@@ -62,6 +63,7 @@ register(QwenImage())
 register(QwenImage21())
 register(Flux())
 register(Flux2())
+register(LongCatImage())
 register(UNet())
 register(ZImage())
 register(SD3())

@@ -26,6 +26,7 @@ class SD3(DiffusersFamily):
     network: ClassVar[str] = "SD3Transformer2DModel"
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
     time_embedding: ClassVar[str] = "time_text_embed"
+    passes_sigmas: ClassVar[bool] = False
 
     def denoise(
         self,

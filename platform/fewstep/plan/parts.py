@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -11,21 +9,26 @@ from fewstep.assets import expanded
 from fewstep.config import Precision
 from fewstep.encoders.autoencoders import GREY, KINDS, PIXEL, KLAutoencoder
 from fewstep.encoders.base import LABELS, of_pipeline
+from fewstep.encoders.pipelines import text_models
 from fewstep.encoders.text import loading
 from fewstep.errors import UserError
 from fewstep.models.architecture import known_config
 from fewstep.models.precision import LIBRARIES, bytes_of
 
-ENCODERS = {"qwen_image": "qwen-image", "flux": "flux", "flux2": "flux2"}
+ENCODERS = {
+    "flux": "flux",
+    "flux2": "flux2",
+    "krea2": "krea2",
+    "longcat_image": "longcat-image",
+    "qwen_image": "qwen-image",
+    "qwen_image21": "qwen-image-2.1",
+    "sd3": "sd3",
+    "z_image": "z-image",
+}
 """Family of a network → prefix of the name of its pipeline's own text encoder."""
 
 UNKNOWN = "?"
 """Stands for the name of a part that only a student's card or prepared data would tell."""
-
-
-def usual_precision(encoder: str, on_cpu: bool) -> Precision:
-    """The precision in which a text encoder is loaded where none is asked for."""
-    return "float32" if on_cpu or of_pipeline(encoder) not in ("flux2", "qwen-image") else "bfloat16"
 
 
 def text_encoder_bytes(name: str, precision: Precision) -> int | None:
@@ -56,25 +59,23 @@ def _text_models(name: str) -> list[nn.Module]:
     Raises:
         UserError, OSError, ValueError: a configuration is not found.
     """
-    from transformers import AutoConfig, AutoModel, CLIPTextModel, T5EncoderModel
+    import transformers
+    from transformers import AutoConfig
 
     kind, place = of_pipeline(name), name.partition(":")[2]
+    kinds = text_models(name)
     known = known_config(place, "text_encoder") if kind else None
     if known is not None:
         configs = [AutoConfig.for_model(**config) for config in known]
     else:
         with loading(name) as where:
-            numbers = {"flux": ("_2", "")}.get(kind or "", ("",))
-            folders = [{"subfolder": f"text_encoder{number}"} if kind else {} for number in numbers]
+            folders = [{"subfolder": f"text_encoder{number}"} if kind else {} for number in kinds]
             configs = [AutoConfig.from_pretrained(**where, **folder) for folder in folders]
-    kinds: list[Any] = [T5EncoderModel._from_config, CLIPTextModel._from_config]
     with torch.device("meta"):
-        return [
-            make(config)
-            for make, config in zip(
-                kinds if kind == "flux" else [AutoModel.from_config], configs, strict=True
-            )
-        ]
+        # AutoModel finds the class by the configuration; the classes themselves have another method.
+        classes = [getattr(transformers, kind) for kind in kinds.values()]
+        makers = [getattr(kind, "_from_config", None) or kind.from_config for kind in classes]
+        return [make(config) for make, config in zip(makers, configs, strict=True)]
 
 
 def autoencoder_on_meta(name: str, precision: Precision) -> KLAutoencoder | None:

@@ -19,6 +19,7 @@ import torch
 from fewstep.config import PRECISIONS, Precision, Shape
 from fewstep.data.schema import DatasetInfo
 from fewstep.encoders.autoencoders import PIXELS_DECODED, KLAutoencoder
+from fewstep.encoders.base import usual_precision
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig
 from fewstep.models.network import PolicyNetwork
@@ -26,7 +27,7 @@ from fewstep.models.planned import lower_on_meta
 from fewstep.models.precision import held_bytes
 from fewstep.models.teacher import read_card
 from fewstep.plan.meter import DispatchMeter, fused_attention
-from fewstep.plan.parts import autoencoder_on_meta, text_encoder_bytes, usual_parts, usual_precision
+from fewstep.plan.parts import autoencoder_on_meta, text_encoder_bytes, usual_parts
 from fewstep.plan.training import FULL_SIZE, any_conditioning, new_student, square
 from fewstep.student.card import StudentCard, read_student_card
 from fewstep.student.weights import student_on_meta
