@@ -242,8 +242,8 @@ def test_generate_refuses_before_it_loads(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--prompt", "x", "--device", "cuda:99"], "--device cuda:99 can't be used here"),
-        (["generate", "--prompt", "x", "--device", "nonsense"], "--device nonsense can't be used here"),
+        (["generate", "--prompt", "x", "--device", "cuda:99"], "device cuda:99 can't be used here"),
+        (["generate", "--prompt", "x", "--device", "nonsense"], "device nonsense can't be used here"),
         (["generate", "--prompt", "x", "--out", "file/x.png"], "--out: can't write to the folder file"),
         (["export", "--out", "file"], "--out: can't write to the folder file"),
         (["generate", "--prompt", "x", "--model", "pipeline"], "pipeline is a diffusers pipeline"),
@@ -345,9 +345,10 @@ def test_prepare_data_refuses_numbers_that_can_not_be(
             "default: args: unknown key 'engine.precison'; did you mean 'engine.precision'?",
         ),
         (
-            "applications: [{import_path: 'fewstep_serve.app:build', deployments: [{user_config: {models: []}}]}]",
+            "applications: [{import_path: 'fewstep_serve.app:build', deployments: [{name: Generator, user_config: {models: []}}]}]",
             "default: user_config: models: Tuple should have at least 1 item",
         ),
+        ("applications: []", "lists no application: add one"),
         (None, "can't be read: No such file"),
         ("a: [", "is not valid YAML"),
         ("http_options: {port: 1}", "is no Ray Serve configuration: it has no list of applications"),

@@ -26,7 +26,7 @@ from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.diffusers_family import DiffusersFamily
-from fewstep.models.heads import BIAS_NOISE_STD, DXConfig, GMFlowConfig, PolicyConfig
+from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher, open_teacher
@@ -186,7 +186,7 @@ def test_a_new_student_starts_as_its_teacher(case: Case, full: bool) -> None:
     }
     torch.testing.assert_close(policies["dx"].velocity(x, t), teacher, atol=1e-4, rtol=0)
     offset = policies["gm"].velocity(x, t) - teacher
-    assert offset.abs().max() < 5 * BIAS_NOISE_STD
+    assert offset.abs().max() < 5 * GMFlowConfig().bias_noise_std
     # The noise is one number per channel.
     torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-4, rtol=0)
 

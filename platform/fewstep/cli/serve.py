@@ -89,6 +89,10 @@ def run(options: argparse.Namespace) -> None:
 
     _settings(config, options.config)
     checked = _checked(config, options.config)
+    if not config["applications"]:  # deployed, it would end all that the node serves
+        raise UserError(
+            f"--config: {options.config} lists no application: add one, or end all by `serve shutdown`."
+        )
     dashboard = connect_ray(show_logs=False, keep_node=options.detach)
     names = [application["name"] for application in config["applications"]]
     ours: list[str] = []  # what ends with this command
@@ -156,7 +160,8 @@ def _settings(config: dict[str, Any], file: Path | None) -> list[tuple[Offer, Se
         settings = checked_settings(ServeConfig, application.get("args") or {}, f"{place}: args", ALL_KEYS)
         deployments = application.get("deployments") or []
         try:
-            offers = [one["user_config"] for one in deployments if one.get("user_config") is not None]
+            ours = [one for one in deployments if one.get("name") == GENERATOR]
+            offers = [one["user_config"] for one in ours if one.get("user_config") is not None]
         except (AttributeError, TypeError):
             raise UserError(
                 f"{place}: deployments is no list of mappings: write one per deployment."

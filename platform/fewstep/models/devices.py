@@ -66,7 +66,7 @@ def check_fits(takes: int, what: str, device: torch.device | str, remedy: str) -
         )
 
 
-def check_device(device: str) -> None:
+def check_device(device: str | torch.device) -> None:
     """Check that torch can compute on a device, before anything is loaded.
 
     Raises:
@@ -74,9 +74,11 @@ def check_device(device: str) -> None:
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--device {device} can't be used here: {reason}") from error
+        raise UserError(
+            f"device {device} can't be used here ({reason}): choose cpu, or install what it needs."
+        ) from error
 
 
 def map_large_blocks() -> None:

@@ -50,9 +50,15 @@ def precision_of(torch_dtype: torch.dtype | None, quantization: str | None) -> P
     Raises:
         UserError: there is no such precision, or it needs a library that is not installed.
     """
+    names = [name for name in PRECISIONS if name not in LIBRARIES]
+    if torch_dtype not in (None, *(getattr(torch, name) for name in names)):
+        raise UserError(
+            f"torch_dtype {torch_dtype!r} is not known: give torch.{' or torch.'.join(names)}; integers are chosen by "
+            "quantization."
+        )
     if quantization is None:
         return check_precision(str(torch_dtype or torch.float32).removeprefix("torch."), "torch_dtype")
-    if quantization not in LIBRARIES:
+    if not isinstance(quantization, str) or quantization not in LIBRARIES:
         raise UserError(
             f"quantization {quantization!r} is not known: give {' or '.join(LIBRARIES)}, or None."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ LOADED_NUMBERS = 2**26
 
 LARGE = 2**30
 """Bytes of weights from which on the gaps between a network's activations matter more than the time to map them."""
+
+WHOLE = "diffusion_pytorch_model.safetensors"
+"""Name of the file of a network that is not cut into several."""
 
 VARIANTS = ("*.fp16*", "*.bf16*")
 """Files that are not fetched or read: copies of the same weights in other precisions."""
@@ -116,8 +119,14 @@ def skeleton(kind: type[Any], path: str) -> tuple[Transformer, Path]:
     shapes = {name: shape for name, (_, shape) in stored.items()}
     buffers = {name: own for name, own in network.named_buffers() if name in network.state_dict()}
     tensors = {**dict(network.named_parameters()), **buffers}
-    if missing := [name for name, own in tensors.items() if shapes.get(name) != own.shape]:
+    if missing := [name for name in tensors if name not in shapes]:
         raise ValueError(_lacking(kind, missing))
+    for name, own in tensors.items():
+        if shapes[name] != own.shape:
+            raise ValueError(
+                f"{name} of a {kind.__name__} has shape {tuple(shapes[name])}, and its config.json says "
+                f"{tuple(own.shape)}"
+            )
     # Such as SD3's table of positions, which is for another size where a model was fine-tuned.
     for name, buffer in buffers.items():
         with safe_open(stored[name][0], framework="pt") as file:
@@ -135,12 +144,43 @@ def _headers(folder: Path) -> dict[str, tuple[str, torch.Size]]:
     """Name → file and shape of the weights in a folder's safetensors, from the files' headers."""
     # From headers alone, so that a folder that lacks weights is refused before anything large is read.
     found: dict[str, tuple[str, torch.Size]] = {}
-    for path in map(str, _WithoutVariants().ls(folder)):
-        if path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                found |= {name: (path, torch.Size(file.get_slice(name).get_shape())) for name in names}
+    for path in map(str, weight_files(folder)):
+        with safe_open(path, framework="pt") as file:
+            for name in list(file.keys()):
+                if name in found:
+                    raise ValueError(
+                        f"{name} is in {found[name][0]} and in {path}: delete the file that is left over"
+                    )
+                part = file.get_slice(name)
+                if not part.get_dtype().startswith(("F16", "F32", "F64", "BF16")):
+                    raise ValueError(
+                        f"{name} in {path} is held in {part.get_dtype()}, quantised already: give the weights that were"
+                    )
+                found[name] = path, torch.Size(part.get_shape())
     return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a network's folder that diffusers would read: those of its index, if it has one.
+
+    Copies in other precisions (`VARIANTS`), and files that an index does not name, are left out.
+
+    Raises:
+        ValueError: the index names a file that is not there.
+    """
+    indices = _without_variants(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        named = set(json.loads(indices[0].read_text())["weight_map"].values())
+        if missing := sorted(name for name in named if not (folder / name).exists()):
+            raise ValueError(f"{folder} lacks {missing[0]}, which {indices[0].name} names")
+        return sorted(folder / name for name in named)
+    files = _without_variants(folder.glob("*.safetensors"))
+    whole = [file for file in files if file.name == WHOLE]
+    return whole or files
+
+
+def _without_variants(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if not any(fnmatch(file.name, variant) for variant in VARIANTS))
 
 
 def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
@@ -157,7 +197,7 @@ def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
     for group in _groups(parameters):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         # The reader lists the folder itself; which of two copies of a weight it would take depends on the files' order.
-        reader.fs = _WithoutVariants()
+        reader.fs = _WeightFiles()
         try:
             dcp.load(group, storage_reader=reader)
         except dcp.api.CheckpointException as error:
@@ -199,9 +239,8 @@ def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-class _WithoutVariants(FileSystem):
-    """File system of the checkpoint reader that leaves out copies of the weights in other precisions."""
+class _WeightFiles(FileSystem):
+    """File system of the checkpoint reader that lists only the files that are a network's weights."""
 
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
-        files = super().ls(path)
-        return [file for file in files if not any(fnmatch(os.path.basename(file), v) for v in VARIANTS)]
+        return [str(file) for file in weight_files(Path(path))]

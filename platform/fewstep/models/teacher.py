@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 from safetensors import SafetensorError
@@ -147,15 +148,38 @@ def checked_meanwhile(path: str, wanted: TeacherReference) -> Iterator[None]:
     Raises:
         UserError: at the end of the block, as `check_reference`.
     """
+    ended = Event()
     with ThreadPoolExecutor(1, "fewstep-hash") as thread:
-        hashing = thread.submit(reference_to, path, wanted.family, wanted.loras)
-        yield
-        check_reference(hashing.result(), wanted)
+        hashing = thread.submit(reference_to, path, wanted.family, wanted.loras, ended=ended.is_set)
+        try:
+            yield
+        except BaseException:
+            ended.set()  # what could not be loaded need not be hashed to its end
+            raise
+        found = hashing.result()
+    if wanted.sha256 is not None and found.sha256 != wanted.sha256:
+        # The hash may have been read from a cache that is wrong.
+        found = reference_to(path, wanted.family, wanted.loras, remembered=False)
+    check_reference(found, wanted)
 
 
-def reference_to(path: str, family: str, loras: Sequence[LoRAFile] = ()) -> TeacherReference:
-    """The reference to a teacher, with a hash of its weights as they are now."""
-    digest = folded_hash(weights_hash(locate(path)), loras)
+def reference_to(
+    path: str,
+    family: str,
+    loras: Sequence[LoRAFile] = (),
+    *,
+    remembered: bool = True,
+    ended: Callable[[], bool] = lambda: False,
+) -> TeacherReference:
+    """The reference to a teacher, with a hash of its weights as they are now.
+
+    Args:
+        path: a bundled name, a diffusers folder, a single file or a hub id.
+        family: name of its family.
+        loras: what is folded into its weights.
+        remembered, ended: as for `weights_hash`.
+    """
+    digest = folded_hash(weights_hash(locate(path), remembered=remembered, ended=ended), loras)
     return TeacherReference(path, family, digest, loras=tuple(loras))
 
 
@@ -222,6 +246,11 @@ def check_reference(found: TeacherReference, wanted: TeacherReference) -> None:
         UserError: the weights differ.
     """
     # Hub ids have no hash: there is nothing to compare.
+    if wanted.sha256 and found.sha256 is None and not is_hub_id(found.path):
+        raise UserError(
+            f"{found.path} has no *.safetensors, by which it could be told whether this student was distilled from it: "
+            "give the original teacher."
+        )
     if wanted.sha256 and found.sha256 and wanted.sha256 != found.sha256:
         raise UserError(
             f"this student was distilled from the teacher {wanted.path!r} with weights {wanted.sha256[:12]}…, "

@@ -7,7 +7,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,11 +18,18 @@ _PIECE = 1 << 18
 """Bytes read at a time: files may be larger than memory, and pieces of this size stay in a core's cache."""
 
 
-def weights_hash(location: str) -> str | None:
+def weights_hash(
+    location: str, *, remembered: bool = True, ended: Callable[[], bool] = lambda: False
+) -> str | None:
     """SHA-256 over a file, or the weights' files of a network's or pipeline's folder; None where there are none.
 
     Hashing takes longer than loading from a warm disk. So the result is kept in `~/.cache/fewstep/hashes`, under the
     files' paths, sizes, inodes and times of change, and read from there while all of these are the same.
+
+    Args:
+        location: the file or folder.
+        remembered: whether a result that is kept there is taken.
+        ended: asked between pieces of the files; where it says so, hashing ends, and the result is None.
     """
     folder = Path(location)
     # A network's own folder, or that of a pipeline, in which other parts have weights, too.
@@ -32,19 +39,30 @@ def weights_hash(location: str) -> str | None:
     if files is None:
         return None
     before, newest = _state(files)
-    memory = Path.home() / ".cache" / "fewstep" / "hashes" / before
-    with suppress(OSError):
-        if re.fullmatch("[0-9a-f]{64}", known := memory.read_text()):
+    memory = _memory(before)
+    # Bytes that are no text are a ValueError.
+    with suppress(OSError, ValueError):
+        if remembered and memory is not None and re.fullmatch("[0-9a-f]{64}", known := memory.read_text()):
             return known
     started = time.time()
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
             while piece := handle.read(_PIECE):
+                if ended():
+                    return None
                 digest.update(piece)
-    if newest < started - _SETTLED_SECONDS and _state(files)[0] == before:
+    if memory is not None and newest < started - _SETTLED_SECONDS and _state(files)[0] == before:
         _remember(memory, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _memory(name: str) -> Path | None:
+    """The file in which a hash is kept; None for users without a home."""
+    try:
+        return Path.home() / ".cache" / "fewstep" / "hashes" / name
+    except RuntimeError:
+        return None
 
 
 def _state(files: Sequence[Path]) -> tuple[str, float]:

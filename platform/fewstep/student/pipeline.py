@@ -36,6 +36,7 @@ from fewstep.flow import (
     generate_step,
 )
 from fewstep.models.conditioning import Conditioning, TextConditioning
+from fewstep.models.devices import check_device
 from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
@@ -189,6 +190,7 @@ class FewStepPipeline:
             card.teacher.family,
             card.teacher_sampler.embedded_guidance_scale,
         )
+        check_device(device)
         precision = precision_of(torch_dtype, quantization)
         check_arithmetic(precision, device)
         # Without values, which `load_adapter` reads straight to where they stay.

@@ -24,13 +24,18 @@ class StudentModel(PythonModel):
         of its weights and the device; float32 on the CPU is the default.
 
         Raises:
-            UserError: its teacher is not found on this machine, or there is no such precision or device here.
+            UserError: its teacher is not found on this machine, there is no such precision or device here, or
+                model_config has another key.
         """
         # Imported only now: MLflow runs this file also where the model is only logged.
+        from fewstep.errors import UserError
         from fewstep.models.precision import check_precision, pipeline_arguments
         from fewstep.student import FewStepPipeline
 
         config = context.model_config or {}
+        # MLflow keeps the keys that a model was logged with beside those that are given now.
+        if unknown := sorted(set(config) - {"precision", "device"}):
+            raise UserError(f"model_config has no key {unknown[0]!r}: give precision and device.")
         precision = check_precision(config.get("precision", "float32"))
         self.pipeline = FewStepPipeline.from_pretrained(
             context.artifacts["student"],
