@@ -345,7 +345,8 @@ def test_prepare_data_refuses_numbers_that_can_not_be(
             "default: args: unknown key 'engine.precison'; did you mean 'engine.precision'?",
         ),
         (
-            "applications: [{import_path: 'fewstep_serve.app:build', deployments: [{name: Generator, user_config: {models: []}}]}]",
+            "applications: [{import_path: 'fewstep_serve.app:build', "
+            "deployments: [{name: Generator, user_config: {models: []}}]}]",
             "default: user_config: models: Tuple should have at least 1 item",
         ),
         ("applications: []", "lists no application: add one"),

@@ -75,6 +75,9 @@ def run(options: argparse.Namespace) -> None:
         print(text, end="")
         return
     config = _parse(text, options.config)
+    if options.dry_run and options.recipe is not None:
+        print_serving_plans(options, [])  # of a student that no configuration names yet
+        return
     if options.dry_run:
         found = _settings(config, options.config)
         if not found:

@@ -111,9 +111,12 @@ def _serving_remedy(plan: ServingPlan) -> str:
     """The first change that helps a student that fits in no precision; `plan` is of the lowest."""
     memory, limit = plan.memory, plan.gpu.memory_gb * GB
     if plan.batch > 1:
-        return "make fewer images at a time"
+        return "make fewer images at a time (--batch; in a configuration batching.max_batch_size)"
     if memory.total - (memory.text_encoder or 0) <= limit and plan.encoder_precision != "int4":
-        return "hold the text encoder in a lower precision"
+        return (
+            "hold the text encoder in a lower precision (--encoder-precision; in a configuration "
+            "engine.parts.text_encoder_precision)"
+        )
     return "make smaller images, or use a larger device"
 
 
