@@ -55,7 +55,7 @@ class ZImage(DiffusersFamily):
     def ending(self, transformer: Transformer) -> Ending:
         """The last layer's norm and projection; it predicts −u."""
         [layer] = last_modules(transformer, self.last_layers)
-        [_, scale] = layer.adaLN_modulation
+        scale = cast(Any, layer).adaLN_modulation[1]
         return Ending(
             _ScaledNorm(layer),
             cast(nn.Linear, layer.linear),
