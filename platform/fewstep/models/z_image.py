@@ -55,13 +55,13 @@ class ZImage(DiffusersFamily):
     def ending(self, transformer: Transformer) -> Ending:
         """The last layer's norm and projection; it predicts −u."""
         [layer] = last_modules(transformer, self.last_layers)
-        scale = cast(Any, layer).adaLN_modulation[1]
+        modulation: Any = layer.adaLN_modulation
         return Ending(
             _ScaledNorm(layer),
             cast(nn.Linear, layer.linear),
             sign=-1.0,
             channel_last=True,
-            time_width=scale.in_features,
+            time_width=modulation[-1].in_features,
         )
 
     def velocity(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
