@@ -59,7 +59,7 @@ examples
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--width", type=int, default=768, help="of the network; default: %(default)s")
+    parser.add_argument("--width", type=int, default=512, help="of the network; default: %(default)s")
     parser.add_argument("--layers", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--image", type=int, default=32, help="side in tokens; default: %(default)s")
     parser.add_argument("--text", type=int, default=512, help="tokens of a caption; default: %(default)s")
@@ -97,13 +97,16 @@ Work = Callable[[Distillation, Batch], list[Tensor]]
 """What is measured: a student's work on a batch, which gives tensors that must not depend on how texts are computed."""
 
 
-def measured(work: Work, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measured(
+    work: Work, options: argparse.Namespace, device: torch.device, *, timed: bool = True
+) -> dict[str, float]:
     """Operations, seconds and difference of one kind of work, by name (see `cache_table`).
 
     Args:
         work: one of `KINDS`.
         options: sizes, and how often.
         device: where.
+        timed: whether seconds are measured, too.
     """
     batch = random_batch(options, device)
     # An objective each: a teacher keeps what it has computed of the null condition.
@@ -121,7 +124,7 @@ def measured(work: Work, options: argparse.Namespace, device: torch.device) -> d
         if one.any()
     )
     operations = {name: _operations(run) for name, run in runs.items()}
-    seconds = interleaved(runs, options.repeats, device)
+    seconds = interleaved(runs, options.repeats, device) if timed else {}
     counted = {f"{name}_operations": float(value) for name, value in operations.items()}
     return counted | {f"{name}_s": value for name, value in seconds.items()} | {"error": error}
 
