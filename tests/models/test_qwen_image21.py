@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_shift
+from pipelines import qwen_image21 as pipelines
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from fewstep.benchmarks import cached_conditions
 from fewstep.distill import ImitationConfig, imitation_loss, imitation_walk
+from fewstep.engine.engine import Engine
+from fewstep.engine.generation import Generation
+from fewstep.engine.models import LoadedModel
 from fewstep.errors import UserError
-from fewstep.flow import SamplerConfig, guided_velocity
+from fewstep.flow import SamplerConfig, TeacherSamplerConfig, generate, guided_velocity
 from fewstep.models import precision as precisions
 from fewstep.models.adapters import LoRAConfig, lora_target_modules
 from fewstep.models.cached_texts import CachedTexts
@@ -27,8 +35,15 @@ from fewstep.models.heads import DXConfig, GMFlowConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.qwen_image21 import QwenImage21
 from fewstep.models.sharded import whole
-from fewstep.models.teacher import open_teacher
+from fewstep.models.teacher import load_teacher, open_teacher, reference_to
+from fewstep.plan.training import measure
+from fewstep.student import FewStepPipeline
 from fewstep.student.adapter import load_adapter, save_adapter
+from fewstep.student.card import StudentCard
+from fewstep.student.diffusers import to_diffusers
+from fewstep.student.pipeline import save_student
+from fewstep.train.parallel import shard
+from fewstep.train.recipe import DistillRecipe, TrainConfig, load_recipe
 
 FAMILY = QwenImage21()
 CHANNELS, WIDTH = 8, 24
@@ -40,10 +55,10 @@ SIZES = [(6, 4), (4, 8)]
 TIMES = torch.tensor([0.9987, 0.3, 0.55])
 
 
-def transformer() -> Any:
+def transformer(**changes: int) -> Any:
     """A small network with random weights, also where the class would begin with zeros."""
     torch.manual_seed(0)
-    network = FAMILY.build(CONFIG).eval()
+    network = FAMILY.build(CONFIG | changes).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -158,6 +173,29 @@ def test_sizes_are_those_of_the_configuration() -> None:
     assert (FAMILY.latent_channels(network), FAMILY.condition_width(network)) == (CHANNELS, WIDTH)
     assert (FAMILY.patch(network), FAMILY.pooled_width(network)) == (1, None)
     assert FAMILY.blocks(network) == list(network.transformer_blocks)
+
+
+@torch.no_grad()
+def test_guided_images_are_those_of_diffusers_own_pipeline(tmp_path: Path) -> None:
+    """Captions and null condition of three lengths in one batch, as the pipeline gives each of them alone."""
+    from diffusers import QwenImage21Pipeline
+
+    pipelines.write(tmp_path)
+    prompts, noise = ["a cat", "a very large dog"], torch.randn(2, pipelines.CHANNELS, 6, 4)
+    theirs = pipelines.sample(tmp_path, prompts, noise, 3, 2.5, "ugly")
+    pipe = QwenImage21Pipeline.from_pretrained(tmp_path, processor=pipelines.processor())
+    embeds = [pipe.encode_prompt(text)[0][0] for text in (*prompts, "ugly")]
+    assert len({len(one) for one in embeds}) == 3
+    network, _, _ = load_teacher(str(tmp_path), "qwen_image21")
+    policy_network = PolicyNetwork(network, FAMILY, DXConfig(points=2), LoRAConfig(rank=2))
+    teacher = GuidedTeacher(policy_network, TextConditioning.collate(embeds[2:]), 2.5)
+    conditioning, x = teacher.prepare(TextConditioning.collate(embeds[:2])), noise
+    tokens = noise.shape[2] * noise.shape[3]
+    mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+    pipe.scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3], mu=mu)
+    for sigma, after in pairwise(pipe.scheduler.sigmas):
+        x = x + (after - sigma) * teacher.velocity(x, sigma.expand(2), conditioning)
+    torch.testing.assert_close(x, theirs, atol=1e-5, rtol=0)
 
 
 # --- the student
@@ -305,7 +343,7 @@ def gradients_of(
     generator: torch.Generator,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and gradients of one step of a guided teacher and captions of different lengths."""
-    # Before anything is computed: FSDP has other parameters in the network's place while it computes.
+    # Before anything is computed, while FSDP has the parameters that are trained in their places.
     network.zero_grad()
     conditioning, null, prepare = texts(5, 9), texts(3), ways(network)[way]
     teacher = GuidedTeacher(network, null, 3.0, frozen=True)
@@ -358,33 +396,40 @@ def test_a_distillation_step_has_the_same_loss_and_gradients_with_cached_texts(
     assert_same(plain, step_of(network, "cached", data_free))
 
 
-def sharded_step(rank: int, rendezvous: str, checkpointing: bool, into: str) -> None:
-    """One rank's work: losses and whole gradients of both steps, of a network that FSDP shards."""
+def sharded_steps(rank: int, rendezvous: str, into: str) -> None:
+    """One rank's work: losses and whole gradients of both steps of a sharded network, with activations kept or not."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    network = with_adapters_at_work(student())
-    if checkpointing:
-        network.transformer.enable_gradient_checkpointing()
-    mesh = init_device_mesh("cpu", (2,))
-    for module in (*FAMILY.blocks(network.transformer), network):
-        fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(network, "prepare")
-    results = [step_of(network, "cached", data_free) for data_free in (False, True)]
+    results = {}
+    for checkpointing in (False, True):
+        network = with_adapters_at_work(student())
+        settings = TrainConfig(parallel="fsdp", workers=2, activation_checkpointing=checkpointing)
+        objective: Any = SimpleNamespace(model=network, family=FAMILY, transformer=network.transformer)
+        shard(objective, settings, world_size=2)
+        for data_free in (False, True):
+            results[checkpointing, data_free] = step_of(network, "cached", data_free)
     if rank == 0:
         torch.save(results, into)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-def test_a_sharded_network_has_the_same_gradients_with_cached_texts(
-    checkpointing: bool, tmp_path: Path
-) -> None:
+def test_a_sharded_network_has_the_same_gradients_with_cached_texts(tmp_path: Path) -> None:
     place = f"file://{tmp_path / 'rendezvous'}"
-    mp.spawn(sharded_step, (place, checkpointing, str(tmp_path / "results")), nprocs=2)
-    sharded = torch.load(tmp_path / "results")
+    mp.spawn(sharded_steps, (place, str(tmp_path / "results")), nprocs=2)
     network = with_adapters_at_work(student())
-    for data_free, results in zip((False, True), sharded, strict=True):
+    for (_, data_free), results in torch.load(tmp_path / "results").items():
         assert_same(step_of(network, "plain", data_free), results)
+
+
+@pytest.mark.parametrize("kind", cached_conditions.KINDS)
+def test_training_itself_computes_texts_once_with_the_same_numbers(kind: str) -> None:
+    """The benchmark's steps are those of the training's objective."""
+    sizes = {"width": 128, "layers": 2, "image": 4, "text": 16, "batch": 2, "nfe": 2, "repeats": 1}
+    row = cached_conditions.measured(
+        cached_conditions.KINDS[kind], Namespace(**sizes), torch.device("cpu"), timed=False
+    )
+    assert row["error"] < 1e-5
+    assert row["cached_operations"] < 0.9 * row["plain_operations"]
 
 
 def passes_of(network: PolicyNetwork, run: Callable[[], object]) -> list[int]:
@@ -431,3 +476,146 @@ def test_what_is_prepared_has_a_gradient_for_the_student_alone() -> None:
     assert not any(tensor.requires_grad for tensor in of_teacher.tensors)
     assert network.prepare(of_student, student=True).texts == of_student.texts
     assert replace(of_student, student=False).student is False
+
+
+# --- generating, planning, exporting
+
+
+PIXELS, STATES = 3, 384
+"""Latent channels and width of states where encoders and pixels are real: MiniLM has 384."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a student whose adapters are at work."""
+    folder = tmp_path_factory.mktemp("qwen_image21")
+    base = transformer(in_channels=PIXELS, out_channels=PIXELS, context_in_dim=STATES)
+    base.save_pretrained(folder / "teacher")
+    card = StudentCard(
+        teacher=reference_to(str(folder / "teacher"), "qwen_image21"),
+        text_encoder="minilm",
+        autoencoder="pixel",
+        latent_shape=(PIXELS, 6, 4),
+        sampler=SamplerConfig(nfe=3, shift=3.2, substeps=8),
+        teacher_sampler=TeacherSamplerConfig(guidance_scale=2.0),
+    )
+    network = PolicyNetwork(base, FAMILY, DXConfig(points=3), LoRAConfig(rank=2), seed=1)
+    save_student(with_adapters_at_work(network), card, folder / "student")
+    return folder / "student"
+
+
+def captions(*lengths: int) -> TextConditioning:
+    generator = torch.Generator().manual_seed(1)
+    return TextConditioning.collate([torch.randn(n, STATES, generator=generator) for n in lengths])
+
+
+def noise_of(batch: int) -> Tensor:
+    return torch.randn(batch, PIXELS, 6, 4, generator=torch.Generator().manual_seed(2))
+
+
+def calls_of(network: nn.Module, run: Callable[[], object]) -> tuple[int, int]:
+    """How often the network computes texts, and how often images."""
+    modes: list[str] = []
+
+    def note(module: nn.Module, given: Any, named: dict[str, Any]) -> None:
+        modes.append(named["kv_cache_mode"])
+
+    hook = network.register_forward_pre_hook(note, with_kwargs=True)
+    run()
+    hook.remove()
+    return modes.count("extract"), modes.count("cached")
+
+
+def test_a_pipeline_computes_its_captions_once_for_all_evaluations(exported: Path) -> None:
+    pipe = FewStepPipeline.from_pretrained(exported)
+    conditioning, noise = captions(5, 9), noise_of(2)
+    sampler = pipe.card.sampler
+    images: list[Tensor] = []
+    counted = calls_of(
+        pipe.network.transformer,
+        lambda: images.append(pipe.sample(noise, conditioning, sampler)),
+    )
+    assert counted == (1, 3)
+    policy_at = lambda x, t: pipe.network.policy(x, t, conditioning)  # noqa: E731
+    with torch.no_grad():
+        torch.testing.assert_close(generate(policy_at, noise, sampler), images[0], atol=1e-5, rtol=0)
+    given = {"prompt_embeds": conditioning.states, "prompt_embeds_mask": conditioning.mask, "latents": noise}
+    counted = calls_of(
+        pipe.network.transformer, lambda: images.append(pipe(**given, output_type="latent").images)
+    )
+    assert counted == (1, 3)
+    torch.testing.assert_close(images[1], images[0], atol=1e-6, rtol=0)
+
+
+def test_changed_embeddings_are_computed_anew(exported: Path) -> None:
+    pipe = FewStepPipeline.from_pretrained(exported)
+    conditioning, noise, other = captions(9), noise_of(1), captions(9).states.flip(1)
+
+    def change(*_: Any) -> dict[str, Tensor]:
+        return {"prompt_embeds": other}
+
+    given = {"prompt_embeds": conditioning.states, "latents": noise, "output_type": "latent"}
+    counted = calls_of(
+        pipe.network.transformer,
+        lambda: pipe(
+            **given, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"]
+        ),
+    )
+    assert counted == (4, 3)
+
+
+@pytest.mark.parametrize("teacher_steps", [None, 3], ids=["student", "teacher"])
+def test_the_engine_computes_each_request_s_caption_once_and_as_alone(
+    exported: Path, teacher_steps: int | None
+) -> None:
+    pipe = FewStepPipeline.from_pretrained(exported)
+    model = LoadedModel("one", "1", pipe)
+    prompts = ["owl", "red heart, noto style", "a very long caption of a flag with stripes, twemoji style"]
+
+    def asked(*prompts: str) -> list[Tensor]:
+        async def generate_all() -> list[Tensor]:
+            engine = Engine(max_wait_s=0.2)
+            generations = [
+                Generation.of(model, prompt, seed=0, teacher_steps=teacher_steps) for prompt in prompts
+            ]
+            images = await engine.generate(generations)
+            await engine.close()
+            return [image.latent for image in images]
+
+        return asyncio.run(generate_all())
+
+    together: list[Tensor] = []
+    computed, evaluated = calls_of(pipe.network.transformer, lambda: together.extend(asked(*prompts)))
+    assert evaluated == 3, "one batch, of captions of different lengths"
+    assert computed == 3 + (teacher_steps is not None), (
+        "each caption once, and the null condition of guidance"
+    )
+    for prompt, latent in zip(prompts, together, strict=True):
+        torch.testing.assert_close(asked(prompt)[0], latent, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_generates_as_the_student_does(exported: Path, dtype: torch.dtype) -> None:
+    pipe = FewStepPipeline.from_pretrained(exported)
+    theirs = to_diffusers(pipe, dtype=dtype)
+    conditioning, noise = captions(5, 9), noise_of(2)
+    given = {"prompt_embeds": conditioning.states, "prompt_embeds_mask": conditioning.mask, "latents": noise}
+    images: list[Tensor] = []
+    counted = calls_of(
+        theirs.transformer,
+        lambda: images.append(theirs(**given, output_type="latent").images),
+    )
+    assert counted == (1, 3)
+    expected = pipe(**given, output_type="latent").images
+    near = 1e-5 if dtype == torch.float32 else 0.15
+    torch.testing.assert_close(images[0], expected, atol=near, rtol=0)
+
+
+def test_a_network_without_values_can_be_planned() -> None:
+    recipe = load_recipe(DistillRecipe, "qwen_image_4nfe", ["teacher.family=qwen_image21"])
+    with torch.device("meta"):
+        network = PolicyNetwork(FAMILY.build(CONFIG), FAMILY, DXConfig(), LoRAConfig(rank=2))
+    network.transformer.enable_gradient_checkpointing()
+    one, other = (measure(network, recipe, batch, (CHANNELS, 6, 4), 9) for batch in (1, 2))
+    assert 0 < one.student < other.student
+    assert one.teacher > 0

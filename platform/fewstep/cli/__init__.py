@@ -64,6 +64,9 @@ COMMANDS = {
     "benchmark train-step": Command(
         "fewstep.benchmarks.train_step", "time one distillation step: rollouts, data, Ray", "train"
     ),
+    "benchmark cached-conditions": Command(
+        "fewstep.benchmarks.cached_conditions", "count what texts that are computed once save a step", "train"
+    ),
     "benchmark full-size": Command(
         "fewstep.benchmarks.full_size", "generate and train with full-size networks on one GPU", "train"
     ),

@@ -97,6 +97,8 @@ class QwenImage21(DiffusersFamily):
                 f"family qwen_image21: latents of {height}x{width} can't be cut into the network's groups of 2x2 "
                 "cells: choose an image size whose sides are multiples of 32 pixels."
             )
+        if x.is_meta:
+            return _planned(transformer, x, t, conditioning.tensors[0])
         texts = self.prepare(transformer, conditioning)
         assert isinstance(texts, CachedTexts), "this family takes texts"
         longest = max(texts.lengths)
@@ -151,6 +153,19 @@ class QwenImage21(DiffusersFamily):
     def unused_parameters(self, transformer: Transformer) -> list[str]:
         """None."""
         return []
+
+
+def _planned(transformer: Transformer, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    """What a call of texts and images together takes, on the meta device, where the network's own can't read masks."""
+    hidden = torch.cat([transformer.txt_in(states), transformer.img_in(x.flatten(2).mT)], dim=1)
+    embedding = transformer.time_text_embed(t, hidden)
+    modulation = transformer.modulation(embedding)
+    for block in transformer.transformer_blocks:
+        if torch.is_grad_enabled() and transformer.gradient_checkpointing:
+            hidden = transformer._gradient_checkpointing_func(block, hidden, modulation)
+        else:
+            hidden = block(hidden, modulation)
+    return transformer.proj_out(transformer.norm_out(hidden[:, states.shape[1] :], embedding))
 
 
 def _layout(batch: int, text: int, height: int, width: int, device: torch.device) -> dict[str, Any]:
