@@ -29,7 +29,7 @@ from fewstep.config import Precision
 from fewstep.encoders import encoder_widths, load_encoder
 from fewstep.encoders import text as texts
 from fewstep.encoders.base import of_pipeline, usual_precision
-from fewstep.encoders.prompts import PromptEncoder, bare_pipeline
+from fewstep.encoders.prompts import PipelineTextEncoder, bare_pipeline
 from fewstep.errors import UserError
 from fewstep.plan.parts import text_encoder_bytes
 
@@ -143,7 +143,7 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def encoder(pipeline: Made) -> PromptEncoder:
+def encoder(pipeline: Made) -> PipelineTextEncoder:
     return load_encoder(pipeline.name)
 
 
@@ -265,5 +265,5 @@ def test_a_folder_without_the_encoders_is_one_sentence(pipeline, tmp_path):
 
 def test_every_kind_is_a_class_of_diffusers_and_named_in_messages():
     assert set(KINDS) < set(texts.PIPELINES)
-    for kind in PromptEncoder.__subclasses__():
+    for kind in PipelineTextEncoder.__subclasses__():
         assert hasattr(diffusers, kind._pipeline_class)

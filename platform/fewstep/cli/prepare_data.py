@@ -56,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", action="append", metavar="WxH", help="pixels, 512 or 640x384 (width x height); repeat it "
         "for several buckets, each goes to the nearest aspect ratio; default: 16 (fashion-mnist: 28)")  # fmt: skip
     add("--text-encoder", metavar="NAME", help="minilm, a folder or hub id of a transformers encoder; flux:PIPELINE, "
-        "flux2:PIPELINE or qwen-image:PIPELINE for those of a diffusers pipeline; or classes instead of text: "
-        "labels:fashion-mnist, labels:cat,dog, labels:1000 (class numbers); default: minilm (fashion-mnist: its "
-        "labels)")  # fmt: skip
+        "flux2:, krea2:, longcat-image:, qwen-image:, qwen-image-2.1:, sd3: or z-image:PIPELINE for those of a "
+        "diffusers pipeline; or classes instead of text: labels:fashion-mnist, labels:cat,dog, labels:1000 (class "
+        "numbers); default: minilm (fashion-mnist: its labels)")  # fmt: skip
     add("--autoencoder", metavar="NAME", help="pixel (latents are pixels), grey (one channel), or a folder or hub id "
-        "of a diffusers AutoencoderKL or that of Qwen-Image or FLUX.2 (PIPELINE:vae for a pipeline's); default: pixel "
-        "(fashion-mnist: grey)")  # fmt: skip
+        "of a diffusers AutoencoderKL or that of Qwen-Image, Qwen-Image 2.1 or FLUX.2 (PIPELINE:vae for a "
+        "pipeline's); default: pixel (fashion-mnist: grey)")  # fmt: skip
     add("--max-tokens", type=_from(int, 1), metavar="N", help="longer captions are rejected; default: 64")
     add("--held-out", type=_from(float, 0, 1), default=0.02, metavar="F", help="fraction of own data kept out of "
         "training by a hash of the file name or prompt (the emoji set and fashion-mnist have their "

@@ -23,7 +23,7 @@ from fewstep.encoders.text import TextEncoder
 from fewstep.models.conditioning import TextConditioning
 
 
-class PromptEncoder(TextEncoder):
+class PipelineTextEncoder(TextEncoder):
     """Base of the text encoders that call `encode_prompt` of a diffusers pipeline.
 
     Args:
@@ -113,7 +113,7 @@ class PromptEncoder(TextEncoder):
         """The caption's states (L, D), and its vector (P,) or None, from the pipeline's `encode_prompt`."""
 
 
-class ZImageTextEncoder(PromptEncoder):
+class ZImageTextEncoder(PipelineTextEncoder):
     """Z-Image's text encoder: the states before Qwen3's last layer, of real tokens only."""
 
     _pipeline_class = "ZImagePipeline"
@@ -141,7 +141,7 @@ class ZImageTextEncoder(PromptEncoder):
         return states, None
 
 
-class LongCatImageTextEncoder(PromptEncoder):
+class LongCatImageTextEncoder(PipelineTextEncoder):
     """LongCat-Image's text encoder: Qwen2.5-VL's last states, of 512 tokens with their padding.
 
     Text in quotation marks is split to characters, each of which is tokenized by itself.
@@ -167,7 +167,7 @@ class LongCatImageTextEncoder(PromptEncoder):
         return self._pipeline.encode_prompt([caption])[0][0], None
 
 
-class SD3TextEncoder(PromptEncoder):
+class SD3TextEncoder(PipelineTextEncoder):
     """Stable Diffusion 3's three text encoders.
 
     States are those of both CLIP models side by side, 77 rows, and below them T5's, 256 rows, all with their padding.
@@ -212,7 +212,7 @@ class SD3TextEncoder(PromptEncoder):
         return states[0], pooled[0]
 
 
-class QwenImage21TextEncoder(PromptEncoder):
+class QwenImage21TextEncoder(PipelineTextEncoder):
     """Qwen-Image 2.1's text encoder: Qwen3-VL's states before its last norm, without those of the system message.
 
     The empty caption is a single space, as in the pipeline.
@@ -232,11 +232,11 @@ class QwenImage21TextEncoder(PromptEncoder):
         return self._pipeline.encode_prompt([caption], device=self._model.device)[0][0], None
 
 
-class Krea2TextEncoder(PromptEncoder):
+class Krea2TextEncoder(PipelineTextEncoder):
     """Krea 2's text encoder: the states of several of Qwen3-VL's layers side by side, of real tokens only.
 
     Args:
-        name, tokenizer, model, max_tokens, precision: as for `PromptEncoder`.
+        name, tokenizer, model, max_tokens, precision: as for `PipelineTextEncoder`.
         layers: indices of the hidden states that are used.
     """
 

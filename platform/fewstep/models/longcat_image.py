@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Transformer
 from fewstep.models.flux import Flux, grid
@@ -40,12 +41,22 @@ class LongCatImage(Flux):
         conditioning: TextConditioning,
         guidance_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """Call the network; it takes no guidance scale."""
+        """Call the network; it takes no guidance scale.
+
+        Raises:
+            UserError: a text has more than 512 tokens.
+        """
         states = conditioning.states
-        states = F.pad(states, (0, 0, 0, max(0, TEXT_TOKENS - states.shape[1])))  # rows after the tokens
+        missing = TEXT_TOKENS - states.shape[1]
+        if missing < 0:
+            raise UserError(
+                f"LongCat-Image takes texts of up to {TEXT_TOKENS} tokens, and one has {states.shape[1]}: prepare the "
+                f"data with --max-tokens {TEXT_TOKENS} or less."
+            )
+        states = F.pad(states, (0, 0, 0, missing))  # rows after the tokens
         rows, columns = (side // PATCH for side in x.shape[-2:])
         # Positions (kind, row, column): a text's tokens lie on the diagonal, and the image begins after 512 of them.
-        place = torch.arange(states.shape[1], device=x.device)
+        place = torch.arange(TEXT_TOKENS, device=x.device)
         image = grid(1, rows, columns, device=x.device)
         return transformer(
             hidden_states=pack(x),
