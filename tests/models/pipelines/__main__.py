@@ -14,7 +14,7 @@ for case in CASES:
         folder = Path(place)
         case.write(folder)
         for size in SIZES:
-            for scale in (1.0, 3.5):
+            for scale in case.guidance_scales:
                 found = compared(case, folder, size, scale)
                 print(
                     f"| {case.name} | {size[0]}×{size[1]} | {scale:g} | {found.latents:.1e} | {found.levels} |",

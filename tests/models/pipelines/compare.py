@@ -43,6 +43,8 @@ class Case:
     """How its pipeline scales the guided velocity."""
     embedded_guidance_scale: float | None = None
     """Of a guidance-distilled network."""
+    guidance_scales: tuple[float, ...] = (1.0, 3.5)
+    """What its pipeline can do with a second pass; the usual scales, of which 1 is none."""
 
     @property
     def _module(self) -> Any:
@@ -61,7 +63,7 @@ class Case:
 
 CASES = [
     Case("flux", "flux", embedded_guidance_scale=3.5),
-    Case("flux2", "flux2", embedded_guidance_scale=4.0),
+    Case("flux2", "flux2", embedded_guidance_scale=4.0, guidance_scales=(1.0,)),
     Case("flux2_klein", "flux2"),
     Case("krea2", "krea2"),
     Case("longcat_image", "longcat_image", renorm="token_cap"),
