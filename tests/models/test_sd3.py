@@ -19,7 +19,7 @@ from fewstep.models.conditioning import TextConditioning
 from fewstep.models.heads import GMFlowConfig
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.sd3 import SD3
-from fewstep.models.teacher import load_teacher, open_teacher
+from fewstep.models.teacher import TeacherCard, load_teacher, open_teacher, save_teacher
 from fewstep.student import FewStepPipeline, StudentCard, save_student
 
 FAMILY = SD3()
@@ -149,3 +149,15 @@ def test_an_image_without_positions_is_refused_in_one_sentence(
         pipe("red heart", height=height, width=width)
     assert "\n" not in str(caught.value)
     assert pipe("red heart", height=24, width=10, output_type="latent").images.shape == (1, 3, 24, 10)
+
+
+def test_a_trained_teacher_keeps_its_table_of_positions(tmp_path: Path) -> None:
+    transformer = FAMILY.build(sd3.CONFIG)
+    with torch.no_grad():
+        transformer.pos_embed.pos_embed.add_(0.1)  # as of another size
+    card = TeacherCard("sd3", "minilm", "pixel", (4, 8, 8), 1.0, 1.0)
+    save_teacher(transformer, card, tmp_path / "teacher", dict(transformer.named_parameters()))
+    loaded, _, _ = load_teacher(str(tmp_path / "teacher"), "sd3")
+    opened, _, _ = open_teacher(str(tmp_path / "teacher"), "sd3")
+    for network in (loaded, opened):
+        assert torch.equal(network.pos_embed.pos_embed, transformer.pos_embed.pos_embed)

@@ -224,13 +224,20 @@ def save_teacher(
         transformer: the network, whose configuration is written.
         card: what is needed of it beside the weights.
         folder: made if it does not exist.
-        weights: the whole state dict under the network's own names; written in float16.
+        weights: all parameters under the network's own names; written in float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     transformer.register_to_config(_name_or_path="")  # don't publish the path that it was loaded from
     transformer.save_config(folder)
     published = get_family(card.family).published(transformer, weights)
     halves = {name: tensor.half().contiguous() for name, tensor in published.items()}
+    # Such as SD3's table of positions: diffusers reads it from the file, too.
+    state = transformer.state_dict()
+    halves |= {
+        name: tensor.cpu().contiguous()
+        for name, tensor in transformer.named_buffers()
+        if name in state and name not in halves
+    }
     save_weights(halves, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
