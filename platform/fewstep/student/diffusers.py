@@ -359,9 +359,9 @@ class Flux2FewStepPipeline(FewStepDiffusionPipeline, Flux2LoraLoaderMixin):
 
 PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "qwen_image": QwenImageFewStepPipeline,
-    "qwen_image21": QwenImage21FewStepPipeline,
     "flux": FluxFewStepPipeline,
     "flux2": Flux2FewStepPipeline,
+    "qwen_image21": QwenImage21FewStepPipeline,
 }
 """The teacher's family → the pipeline for its students."""
 
