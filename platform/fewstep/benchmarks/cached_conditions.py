@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -16,13 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine
-from fewstep.data.stream import Batch
 from fewstep.flow import gaussian_noise
 from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.train.objectives import Distillation
 from fewstep.train.recipe import DistillRecipe, load_recipe
+
+if TYPE_CHECKING:
+    from fewstep.data.stream import Batch
+    from fewstep.train.objectives import Distillation
 
 HEAD = 128
 """Width of an attention head, as in Qwen-Image 2.1."""
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
         log_to_mlflow(options.tracking, "cached-conditions", description, table, metrics)
 
 
-Work = Callable[[Distillation, Batch], list[Tensor]]
+Work: TypeAlias = "Callable[[Distillation, Batch], list[Tensor]]"
 """What is measured: a student's work on a batch, which gives tensors that must not depend on how texts are computed."""
 
 
@@ -188,6 +190,8 @@ def _gradients(objective: Distillation, batch: Batch) -> list[Tensor]:
 
 def random_batch(options: argparse.Namespace, device: torch.device) -> Batch:
     """Random latents and captions of the asked sizes."""
+    from fewstep.data.stream import Batch
+
     generator = torch.Generator().manual_seed(0)
     shape = (CHANNELS, options.image, options.image)
     latent = gaussian_noise((options.batch, *shape), generator).to(device)
@@ -204,6 +208,8 @@ def student_of(options: argparse.Namespace, conditioning: Conditioning, device: 
         conditioning: of which the first is taken as the null condition, which has as many tokens then.
         device: where.
     """
+    from fewstep.train.objectives import Distillation
+
     config = {
         "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": options.layers,
         "attention_head_dim": HEAD, "num_attention_heads": options.width // HEAD, "context_in_dim": options.width,

@@ -384,12 +384,12 @@ class Krea2FewStepPipeline(FewStepDiffusionPipeline, Krea2LoraLoaderMixin):
 
 PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "qwen_image": QwenImageFewStepPipeline,
-    "qwen_image21": QwenImage21FewStepPipeline,
     "flux": FluxFewStepPipeline,
     "flux2": Flux2FewStepPipeline,
     "z_image": ZImageFewStepPipeline,
     "sd3": SD3FewStepPipeline,
     "krea2": Krea2FewStepPipeline,
+    "qwen_image21": QwenImage21FewStepPipeline,
 }
 """The teacher's family → the pipeline for its students."""
 
