@@ -32,6 +32,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     ImagePipelineOutput,
+    LongCatImageTransformer2DModel,
     QwenImageTransformer2DModel,
 )
 from diffusers.loaders import Flux2LoraLoaderMixin, FluxLoraLoaderMixin, QwenImageLoraLoaderMixin
@@ -184,7 +185,10 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
     # The classes by name: `from_pipe` passes on only components of exactly a class that stands here.
     def __init__(
         self,
-        transformer: QwenImageTransformer2DModel | FluxTransformer2DModel | Flux2Transformer2DModel,
+        transformer: QwenImageTransformer2DModel
+        | FluxTransformer2DModel
+        | Flux2Transformer2DModel
+        | LongCatImageTransformer2DModel,
         head: StudentHead,
     ) -> None:
         super().__init__()
@@ -349,10 +353,15 @@ class Flux2FewStepPipeline(FewStepDiffusionPipeline, Flux2LoraLoaderMixin):
     """For students of FLUX.2; takes its style LoRAs."""
 
 
+class LongCatImageFewStepPipeline(FewStepDiffusionPipeline):
+    """For students of LongCat-Image, for which diffusers has no loader of LoRAs."""
+
+
 PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "qwen_image": QwenImageFewStepPipeline,
     "flux": FluxFewStepPipeline,
     "flux2": Flux2FewStepPipeline,
+    "longcat_image": LongCatImageFewStepPipeline,
 }
 """The teacher's family → the pipeline for its students."""
 
@@ -509,6 +518,10 @@ class _Grafted(nn.Module):
             # The transformer rounds the time to the type of its weights first: in bfloat16, 0.9987 is 1.0.
             return (family.embedded_time(t_src), *given[1:])
 
+        def in_own_type(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            # FLUX.2 hands on sines in the type of the time that it was given.
+            return (given[0].to(cast(nn.Linear, layer).weight.dtype), *given[1:])
+
         def catch(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             caught.append((*given, *named.values()))
 
@@ -517,6 +530,10 @@ class _Grafted(nn.Module):
         if dtype != torch.float32:
             embedding = transformer.get_submodule(family.time_embedding)
             hooks.append(embedding.register_forward_pre_hook(exact_time))
+            linear = (layer for layer in embedding.modules() if isinstance(layer, nn.Linear))
+            # Quantised ones, of integers, take any type.
+            layers = [layer for layer in linear if layer.weight.is_floating_point()]
+            hooks += [layer.register_forward_pre_hook(in_own_type) for layer in layers]
         try:
             family.denoise(
                 transformer, x_src.to(dtype), t_src, conditioning.to(x_src.device, dtype), guidance_scale
