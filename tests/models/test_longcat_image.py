@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models import precision as precisions
 from fewstep.models.adapters import LoRAConfig, lora_target_modules
 from fewstep.models.conditioning import TextConditioning
@@ -19,7 +21,9 @@ from fewstep.models.longcat_image import LongCatImage
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import load_teacher, open_teacher
+from fewstep.student import FewStepPipeline, StudentCard, save_student
 from fewstep.student.adapter import load_adapter, save_adapter
+from fewstep.student.diffusers import save_diffusers
 
 CASES = {"longcat_image": "longcat_image", "flux2_klein": "flux2"}
 """Module in `pipelines` with a network's settings → family."""
@@ -219,6 +223,36 @@ def test_time_and_positions_stay_exact(case: Case, precision: Any, monkeypatch: 
     assert {table.dtype for table in tables} == {torch.float32}
     assert torch.equal(lowered, exact) == (precision == "float32")
     assert (lowered - exact).square().mean() < 1e-3 * exact.square().mean()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_exported_student_gives_the_same_images_also_in_bfloat16(
+    case: Case, full: bool, tmp_path: Path
+) -> None:
+    texts = {"in_channels": 12, "joint_attention_dim": 384}  # of pixels, and the bundled text encoder
+    case.network(**texts).save_pretrained(tmp_path / "teacher")
+    transformer, family, reference = load_teacher(str(tmp_path / "teacher"), case.name)
+    network = PolicyNetwork(transformer, family, GMFLOW, None if full else LoRAConfig(rank=2), full=full)
+    with torch.no_grad():
+        for parameter in network.trainable().values():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    card = StudentCard(
+        teacher=reference, text_encoder="minilm", autoencoder="pixel", latent_shape=(3, 8, 6),
+        sampler=SamplerConfig(nfe=2), teacher_sampler=TeacherSamplerConfig(guidance_scale=3.0),
+    )  # fmt: skip
+    save_student(network, card, tmp_path / "student")
+    pipe, prompts = FewStepPipeline.from_pretrained(tmp_path / "student"), ["red heart", "a very old owl"]
+    ours = pipe(prompts, seed=[0, 1], output_type="latent").images
+    for merged in (False, True):
+        save_diffusers(pipe, tmp_path / f"{merged}", merged=merged)
+        for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 0.3)):
+            exported = DiffusionPipeline.from_pretrained(
+                tmp_path / f"{merged}", trust_remote_code=True, torch_dtype=dtype
+            )
+            generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+            theirs = exported(prompts, generator=generators, output_type="latent").images
+            torch.testing.assert_close(theirs, ours, atol=error, rtol=0)
+            assert (theirs - ours).abs().mean() < error / 10
 
 
 def test_longer_texts_than_there_is_room_for_are_refused() -> None:

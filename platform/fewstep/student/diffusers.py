@@ -33,6 +33,7 @@ from diffusers import (
     FluxTransformer2DModel,
     ImagePipelineOutput,
     Krea2Transformer2DModel,
+    LongCatImageTransformer2DModel,
     QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -201,7 +202,8 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
         | Flux2Transformer2DModel
         | ZImageTransformer2DModel
         | SD3Transformer2DModel
-        | Krea2Transformer2DModel,
+        | Krea2Transformer2DModel
+        | LongCatImageTransformer2DModel,
         head: StudentHead,
     ) -> None:
         super().__init__()
@@ -382,6 +384,10 @@ class Krea2FewStepPipeline(FewStepDiffusionPipeline, Krea2LoraLoaderMixin):
     """For students of Krea 2; takes its style LoRAs."""
 
 
+class LongCatImageFewStepPipeline(FewStepDiffusionPipeline):
+    """For students of LongCat-Image, for which diffusers has no loader of LoRAs."""
+
+
 PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "qwen_image": QwenImageFewStepPipeline,
     "flux": FluxFewStepPipeline,
@@ -390,6 +396,7 @@ PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "sd3": SD3FewStepPipeline,
     "krea2": Krea2FewStepPipeline,
     "qwen_image21": QwenImage21FewStepPipeline,
+    "longcat_image": LongCatImageFewStepPipeline,
 }
 """The teacher's family → the pipeline for its students."""
 
@@ -560,6 +567,10 @@ class _Grafted(nn.Module):
             # The transformer rounds the time to the type of its weights first: in bfloat16, 0.9987 is 1.0.
             return (family.embedded_time(t_src), *given[1:])
 
+        def in_own_type(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            # FLUX.2 hands on sines in the type of the time that it was given.
+            return (given[0].to(cast(nn.Linear, layer).weight.dtype), *given[1:])
+
         def catch(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             caught.append((*given, *named.values()))
 
@@ -568,6 +579,10 @@ class _Grafted(nn.Module):
         if dtype != torch.float32:
             embedding = transformer.get_submodule(family.time_embedding)
             hooks.append(embedding.register_forward_pre_hook(exact_time))
+            linear = (layer for layer in embedding.modules() if isinstance(layer, nn.Linear))
+            # Quantised ones, of integers, take any type.
+            layers = [layer for layer in linear if layer.weight.is_floating_point()]
+            hooks += [layer.register_forward_pre_hook(in_own_type) for layer in layers]
         try:
             tokens = family.denoise(transformer, x_src.to(dtype), t_src, conditioning, guidance_scale)
         finally:
