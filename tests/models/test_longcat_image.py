@@ -16,7 +16,7 @@ from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models import precision as precisions
 from fewstep.models.adapters import LoRAConfig, lora_target_modules
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.heads import BIAS_NOISE_STD, DXConfig, GMFlowConfig
+from fewstep.models.heads import DXConfig, GMFlowConfig
 from fewstep.models.longcat_image import LongCatImage
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
@@ -160,7 +160,7 @@ def test_a_matrix_that_ffn_and_attention_share_can_be_left_out() -> None:
 def test_a_new_student_starts_as_its_teacher_and_leaves_it_alone(case: Case, full: bool) -> None:
     (x, t, conditioning), lora = case.inputs, None if full else LoRAConfig(rank=2)
     teacher = case.velocity(case.network())
-    for policy, bound in ((DXConfig(points=2), 1e-5), (GMFLOW, 5 * BIAS_NOISE_STD)):
+    for policy, bound in ((DXConfig(points=2), 1e-5), (GMFLOW, 5 * GMFlowConfig().bias_noise_std)):
         student = PolicyNetwork(case.network(), case.family, policy, lora, full=full)
         torch.testing.assert_close(student.velocity(x, t, conditioning), teacher, atol=1e-6, rtol=0)
         offset = student.policy(x, t, conditioning).velocity(x, t) - teacher
