@@ -29,8 +29,9 @@ from fewstep.config import Precision
 from fewstep.encoders import encoder_widths, load_encoder
 from fewstep.encoders import text as texts
 from fewstep.encoders.base import of_pipeline, usual_precision
-from fewstep.encoders.prompts import PipelineTextEncoder, bare_pipeline
+from fewstep.encoders.prompts import PipelineTextEncoder
 from fewstep.errors import UserError
+from fewstep.models.diffusers_family import bare_pipeline
 from fewstep.plan.parts import text_encoder_bytes
 
 KINDS = ("z-image", "longcat-image", "sd3", "qwen-image-2.1", "krea2")

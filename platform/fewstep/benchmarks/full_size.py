@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import time
@@ -22,7 +21,7 @@ from fewstep.distill import imitation_loss
 from fewstep.flow import SamplerConfig, gaussian_noise, generate
 from fewstep.models.architecture import network_config
 from fewstep.models.conditioning import TextConditioning
-from fewstep.models.devices import check_device, return_freed_memory
+from fewstep.models.devices import check_device, free_dropped_networks
 from fewstep.models.family import Family
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.precision import check_arithmetic, check_precision
@@ -110,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     for network, precision in itertools.product(options.networks, options.precisions):
         setting = Setting(network, precision, device, options.size, options.small)
         row = measure(setting, options.repeats, training=not options.no_training)
-        _free(device)
+        free_dropped_networks()
         # Each row at once, as the next one may not fit.
         print(json.dumps({"network": network, "precision": precision} | row), flush=True)
         rows[f"{network} {precision}"] = row
@@ -252,14 +251,6 @@ def full_size_table(rows: dict[str, dict[str, float]]) -> str:
         for name, row in rows.items()
     ]
     return aligned(header, lines)
-
-
-def _free(device: torch.device) -> None:
-    """Return what the last network took."""
-    gc.collect()  # hooks and compiled functions hold modules in circles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return_freed_memory()
 
 
 def _begin_peak(device: torch.device) -> None:

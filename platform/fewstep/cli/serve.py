@@ -75,15 +75,8 @@ def run(options: argparse.Namespace) -> None:
         print(text, end="")
         return
     config = _parse(text, options.config)
-    if options.dry_run and options.recipe is not None:
-        print_serving_plans(options, [])  # of a student that no configuration names yet
-        return
     if options.dry_run:
-        found = _settings(config, options.config)
-        if not found:
-            raise UserError(f"--config: {options.config} has no application of fewstep_serve to plan.")
-        for offer, settings in found:
-            _plan(options, offer, settings)
+        _print_plans(options, config)
         return
 
     from ray import serve
@@ -176,6 +169,22 @@ def _settings(config: dict[str, Any], file: Path | None) -> list[tuple[Offer, Se
         )
         found.append((offer, settings))
     return found
+
+
+def _print_plans(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Print what the recipe's student takes, or else the models of a configuration.
+
+    Raises:
+        UserError: the configuration serves nothing of fewstep's, or has wrong settings.
+    """
+    if options.recipe is not None:
+        print_serving_plans(options, [])  # of a student that no configuration names yet
+        return
+    found = _settings(config, options.config)
+    if not found:
+        raise UserError(f"--config: {options.config} has no application of fewstep_serve to plan.")
+    for offer, settings in found:
+        _plan(options, offer, settings)
 
 
 def _plan(options: argparse.Namespace, offer: Offer, settings: ServeConfig) -> None:

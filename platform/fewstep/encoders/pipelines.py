@@ -22,11 +22,11 @@ from fewstep.encoders.prompts import (
     QwenImage21TextEncoder,
     SD3TextEncoder,
     ZImageTextEncoder,
-    bare_pipeline,
 )
 from fewstep.encoders.text import GROUP, TextEncoder, loading
 from fewstep.encoders.weights import load_frozen
 from fewstep.errors import UserError
+from fewstep.models.diffusers_family import bare_pipeline
 from fewstep.models.precision import LIBRARIES
 
 FLUX_TOKENS = 512

@@ -6,7 +6,6 @@ the pipeline's network masks them, and kept where it attends to them.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from abc import abstractmethod
@@ -21,6 +20,7 @@ from fewstep.config import Precision
 from fewstep.encoders.base import as_stored
 from fewstep.encoders.text import TextEncoder
 from fewstep.models.conditioning import TextConditioning
+from fewstep.models.diffusers_family import bare_pipeline
 
 
 class PipelineTextEncoder(TextEncoder):
@@ -293,18 +293,3 @@ class _InnerModel:
 
     def __call__(self, **inputs: Any) -> Any:
         return self.model(**inputs)
-
-
-def bare_pipeline(name: str, **parts: Any) -> Any:
-    """A pipeline of diffusers with some of its parts, and without the others.
-
-    Args:
-        name: of the class.
-        parts: by name, and settings.
-    """
-    import diffusers
-
-    kind = getattr(diffusers, name)
-    taken = inspect.signature(kind).parameters
-    required = [key for key, parameter in taken.items() if parameter.default is parameter.empty]
-    return kind(**dict.fromkeys(required) | {key: part for key, part in parts.items() if key in taken})

@@ -71,20 +71,23 @@ class DiffusersFamily(Family):
             raise ValueError(f"the network takes {what}, which the family {self.name} does not give it")
         return transformer
 
-    def bare_pipeline(self, **parts: Any) -> Any:
-        """The family's diffusers pipeline with these parts alone; the others are None."""
-        kind = _of_diffusers(self.pipeline)
-        needed = [
-            name
-            for name, parameter in inspect.signature(kind).parameters.items()
-            if parameter.default is inspect.Parameter.empty
-        ]
-        return kind(**(dict.fromkeys(needed) | parts))
-
     @property
     def network_class(self) -> type[Any]:
         """The network's class in diffusers."""
         return _of_diffusers(self.network)
+
+
+def bare_pipeline(name: str, **parts: Any) -> Any:
+    """A pipeline of diffusers with some of its parts, and without the others.
+
+    Args:
+        name: of the class.
+        parts: by name, and settings; those that the class does not take are left out.
+    """
+    kind = _of_diffusers(name)
+    taken = inspect.signature(kind).parameters
+    required = [key for key, parameter in taken.items() if parameter.default is parameter.empty]
+    return kind(**dict.fromkeys(required) | {key: part for key, part in parts.items() if key in taken})
 
 
 def _of_diffusers(name: str) -> type[Any]:

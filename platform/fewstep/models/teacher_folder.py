@@ -20,7 +20,7 @@ from fewstep.assets import expanded, is_hub_id
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.files import save_weights
-from fewstep.models.diffusers_family import DiffusersFamily
+from fewstep.models.diffusers_family import DiffusersFamily, bare_pipeline
 from fewstep.models.family import Family, Transformer
 from fewstep.models.pretrained import network_folder, scheduler_config, stream_weights
 from fewstep.models.weights_hash import weights_hash
@@ -124,7 +124,7 @@ def folded_hash(base: str | None, loras: Sequence[LoRAFile]) -> str | None:
     """SHA-256 of a base's hash and its LoRAs' contents and scales; `base` itself without LoRAs, or if it is None."""
     if base is None or not loras:
         return base
-    facts = [base, *((_sha256(_lora_file(lora.path)), lora.scale) for lora in loras)]
+    facts = [base, *((weights_hash(str(_lora_file(lora.path))), lora.scale) for lora in loras)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -206,7 +206,7 @@ def _load(family: DiffusersFamily, network: Transformer, path: str) -> set[str]:
         UserError: it can't be read, or has no weights of such a network.
     """
     file = _lora_file(path)
-    pipeline = family.bare_pipeline(transformer=network)
+    pipeline = bare_pipeline(family.pipeline, transformer=network)
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(
             f"teacher.loras: diffusers loads no LoRA into networks of the family {family.name!r}: fold it into the "
@@ -247,11 +247,6 @@ def _lora_file(path: str) -> Path:
     if len(files) != 1:
         raise UserError(f"teacher.loras: {path} has {len(files)} *.safetensors files: name the file itself.")
     return files[0]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _kept(key: str | None) -> Path:
