@@ -57,7 +57,11 @@ class Case:
 
     @property
     def sample(self) -> Callable[..., Tensor]:
-        """Runs diffusers' own pipeline."""
+        """Runs diffusers' own pipeline in a folder that `write` wrote.
+
+        Its arguments are the folder, B captions, noise (B, C, H, W), the number of steps, the guidance scale (1 is no
+        guidance), and the caption of the second pass (None is ""); its result is the final latents, (B, C, H, W).
+        """
         return self._module.sample
 
 

@@ -63,19 +63,7 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """Run diffusers' own pipeline.
-
-    Args:
-        folder: as `write` wrote it.
-        prompts: B captions.
-        noise: (B, C, H, W).
-        steps: number of steps.
-        guidance_scale: of the second pass; 1 is none.
-        negative: caption of that pass, "" for None.
-
-    Returns:
-        The final latents, (B, C, H, W).
-    """
+    """See `Case.sample`."""
     packed = FluxPipeline._pack_latents(noise, *noise.shape)
     guidance: dict[str, Any] = {"guidance_scale": EMBEDDED_GUIDANCE, "true_cfg_scale": guidance_scale}
     if guidance_scale != 1:

@@ -54,19 +54,7 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """Run diffusers' own pipeline, which has no second pass.
-
-    Args:
-        folder: as `write` wrote it.
-        prompts: B captions.
-        noise: (B, C, H, W).
-        steps: number of steps.
-        guidance_scale: 1.
-        negative: None.
-
-    Returns:
-        The final latents, (B, C, H, W).
-    """
+    """See `Case.sample`; which has no second pass."""
     assert guidance_scale == 1
     assert negative is None
     pipe = opened(folder, "Flux2Pipeline")

@@ -49,19 +49,7 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """Run diffusers' own pipeline.
-
-    Args:
-        folder: as `write` wrote it.
-        prompts: B captions.
-        noise: (B, C, H, W).
-        steps: number of steps.
-        guidance_scale: 1 is no guidance.
-        negative: None or "": the pipeline takes no other.
-
-    Returns:
-        The final latents, (B, C, H, W).
-    """
+    """See `Case.sample`."""
     assert not negative
     pipe = opened(folder, "Flux2KleinPipeline")
     patches = pipe._patchify_latents(noise)

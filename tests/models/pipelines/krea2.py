@@ -13,11 +13,9 @@ from diffusers import (
     Krea2Transformer2DModel,
 )
 from pipelines.parts import tokenizer, varied
+from pipelines.tiny import CELL, call, opened
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel
-
-CELL = 2
-"""Pixels per latent cell."""
 
 LAYERS = (1, 2, 4)
 """Of the text encoder's hidden states, those that the network takes."""
@@ -76,14 +74,11 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """The pipeline's own latents (B, C, H, W) from noise of that shape; a guidance scale of 1 is none."""
-    pipe = Krea2Pipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    height, width = CELL * noise.shape[2], CELL * noise.shape[3]
-    tokens = pipe(
-        list(prompts), negative_prompt=None if negative is None else [negative] * len(prompts),
-        height=height, width=width, num_inference_steps=steps,
+    """See `Case.sample`."""
+    pipe = opened(folder, "Krea2Pipeline")
+    tokens = call(
+        pipe, prompts, noise, steps, latents=pipe._pack_latents(noise, *noise.shape),
         guidance_scale=guidance_scale - 1,  # it counts from 0
-        latents=pipe._pack_latents(noise, *noise.shape), output_type="latent",
-    ).images  # fmt: skip
-    return pipe._unpack_latents(tokens, height, width)[:, :, 0]
+        negative_prompt=None if negative is None else [negative] * len(prompts),
+    )  # fmt: skip
+    return pipe._unpack_latents(tokens, *(CELL * side for side in noise.shape[2:]))[:, :, 0]

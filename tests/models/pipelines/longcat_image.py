@@ -48,19 +48,7 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """Run diffusers' own pipeline, with its renormalised guidance, and without its rewriting of prompts.
-
-    Args:
-        folder: as `write` wrote it.
-        prompts: B captions.
-        noise: (B, C, H, W).
-        steps: number of steps.
-        guidance_scale: 1 is no guidance.
-        negative: caption of the second pass, "" for None.
-
-    Returns:
-        The final latents, (B, C, H, W).
-    """
+    """See `Case.sample`; with the pipeline's renormalised guidance, and without its rewriting of prompts."""
     latents = call(
         opened(folder, "LongCatImagePipeline", text_processor=None), prompts, noise, steps,
         latents=LongCatImagePipeline._pack_latents(noise, *noise.shape), guidance_scale=guidance_scale,

@@ -47,19 +47,7 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """Run diffusers' own pipeline, with its renormalised guidance.
-
-    Args:
-        folder: as `write` wrote it.
-        prompts: B captions.
-        noise: (B, C, H, W).
-        steps: number of steps.
-        guidance_scale: 1 is no guidance.
-        negative: caption of the second pass, "" for None (the pipeline itself has no guidance without one).
-
-    Returns:
-        The final latents, (B, C, H, W).
-    """
+    """See `Case.sample`; with the pipeline's renormalised guidance."""
     latents = call(
         opened(folder, "QwenImagePipeline"), prompts, noise, steps,
         latents=QwenImagePipeline._pack_latents(noise, *noise.shape), true_cfg_scale=guidance_scale,

@@ -14,6 +14,8 @@ from diffusers import (
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
 )
+from pipelines.parts import varied
+from pipelines.tiny import opened
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -83,16 +85,12 @@ def write(folder: Path) -> None:
         base_dim=4, decoder_base_dim=4, z_dim=CHANNELS, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
         latents_mean=[0.5, -0.25, 0.1, 0.0], latents_std=[2.0, 1.5, 2.5, 1.0],
     )  # fmt: skip
-    transformer = QwenImage21Transformer2DModel(**CONFIG)
-    with torch.no_grad():
-        for parameter in transformer.parameters():  # some begin at 0 or 1
-            parameter.add_(torch.randn_like(parameter) * 0.05)
     QwenImage21Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**TIMES),
         vae=vae.eval(),
         text_encoder=Qwen3VLForConditionalGeneration(qwen).eval(),
         processor=processor(),
-        transformer=transformer.eval(),
+        transformer=varied(QwenImage21Transformer2DModel(**CONFIG)),
     ).save_pretrained(folder)
 
 
@@ -128,22 +126,9 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """Run diffusers' own pipeline on each prompt alone: padding would change what it gives.
-
-    Args:
-        folder: as `write` wrote it.
-        prompts: B captions.
-        noise: (B, C, H, W).
-        steps: number of steps.
-        guidance_scale: 1 is no guidance.
-        negative: caption of the second pass, "" for None (the pipeline itself has no guidance without one).
-
-    Returns:
-        The final latents, (B, C, H, W).
-    """
+    """See `Case.sample`; on each prompt alone: padding would change what it gives."""
     # Reading a processor from a folder would need its part for videos.
-    pipe = QwenImage21Pipeline.from_pretrained(folder, processor=processor())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = opened(folder, "QwenImage21Pipeline", processor=processor())
     height, width = (CELL * side for side in noise.shape[-2:])
     latents = [
         pipe(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from pipelines.parts import autoencoder, tokenizer, varied
+from pipelines.tiny import call, opened
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -16,9 +17,6 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
-
-CELL = 2
-"""Pixels per latent cell."""
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
@@ -60,11 +58,9 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """The pipeline's own latents (B, C, H, W) from noise of that shape; a guidance scale of 1 is none."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        list(prompts), negative_prompt=None if negative is None else [negative] * len(prompts),
-        height=CELL * noise.shape[2], width=CELL * noise.shape[3], num_inference_steps=steps,
-        guidance_scale=guidance_scale, latents=noise, output_type="latent",
-    ).images  # fmt: skip
+    """See `Case.sample`."""
+    return call(
+        opened(folder, "StableDiffusion3Pipeline"), prompts, noise, steps, latents=noise,
+        guidance_scale=guidance_scale,
+        negative_prompt=None if negative is None else [negative] * len(prompts),
+    )  # fmt: skip

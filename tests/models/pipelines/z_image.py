@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from pipelines.parts import QWEN3, autoencoder, tokenizer, varied
+from pipelines.tiny import call, opened
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
-
-CELL = 2
-"""Pixels per latent cell."""
 
 CONFIG: dict[str, Any] = {
     "in_channels": 4, "dim": 264, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
@@ -46,13 +44,9 @@ def sample(
     guidance_scale: float,
     negative: str | None = None,
 ) -> Tensor:
-    """The pipeline's own latents (B, C, H, W) from noise of that shape; a guidance scale of 1 is none."""
-    pipe = ZImagePipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        list(prompts),  # which the pipeline overwrites
-        negative_prompt=None if negative is None else [negative] * len(prompts),
-        height=CELL * noise.shape[2], width=CELL * noise.shape[3], num_inference_steps=steps,
+    """See `Case.sample`."""
+    return call(
+        opened(folder, "ZImagePipeline"), prompts, noise, steps, latents=noise,
         guidance_scale=guidance_scale - 1,  # it counts from 0
-        latents=noise, output_type="latent",
-    ).images  # fmt: skip
+        negative_prompt=None if negative is None else [negative] * len(prompts),
+    )  # fmt: skip
