@@ -388,7 +388,7 @@ def test_blocks_that_are_computed_again_in_backward_compute_the_same() -> None:
 @pytest.mark.parametrize(
     ("dtype", "quantization", "message"),
     [
-        (torch.float16, None, "torch_dtype 'float16' is not known: give one of float32, bfloat16"),
+        (torch.float16, None, "torch_dtype torch.float16 is not known: give torch.float32 or torch.bfloat16"),
         (None, "int3", "quantization 'int3' is not known: give int8 or int4, or None"),
         (None, "bfloat16", "quantization 'bfloat16' is not known"),
     ],
