@@ -19,6 +19,7 @@ NETWORKS = {
     "Qwen/Qwen-Image-2.1": "qwen_image21",
     "Qwen/Qwen-Image-2512": "qwen_image",
     "Tongyi-MAI/Z-Image": "z_image",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_1_3b",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
     "black-forest-labs/FLUX.2-dev": "flux2_dev",
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2_klein_4b",

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from fewstep.models.devices import map_large_blocks, return_freed_memory
 from fewstep.models.family import Transformer
 
-PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
+PARTS = ("config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
 """Files that are fetched of a hub repository: a network's own, or those of a pipeline's transformer and scheduler."""
 
 LARGE_WEIGHT = 2**20
