@@ -121,7 +121,7 @@ class Family(ABC):
         return (height // patch) * (width // patch)
 
     def largest_side(self, transformer: Transformer) -> int | None:
-        """Most latent height and width that the network has positions for; None if it has no such limit."""
+        """Most latent height and width of a frame that the network has positions for; None if it has no such limit."""
         return None
 
     def prepare(self, transformer: Transformer, conditioning: Any) -> Any:

@@ -90,8 +90,8 @@ class Wan(DiffusersFamily):
         return transformer.config.patch_size[-1]
 
     def largest_side(self, transformer: Transformer) -> int | None:
-        """Most latent height, all frames together, that the network's table of positions has; and width of an image."""
-        return self.frames * self.patch(transformer) * transformer.config.rope_max_seq_len
+        """Most latent height and width of a frame, those of the network's table of positions."""
+        return self.patch(transformer) * transformer.config.rope_max_seq_len
 
     def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
         """Packed tokens (B, L, n·c·p²), frame by frame → n latents per sample, (B, n, c, T·H, W)."""

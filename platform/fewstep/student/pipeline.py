@@ -505,8 +505,8 @@ class FewStepPipeline:
                 f"an image of {width}x{height} pixels doesn't fit this model: {sides} {columns}."
             )
         most = self.network.family.largest_side(self.network.transformer)
-        if most is not None and max(shape[1:]) > most:
-            largest, _ = self.autoencoder.image_size(most, most)
+        if most is not None and max(shape[1] // self.network.family.frames, shape[2]) > most:
+            _, largest = self.autoencoder.image_size(most, most)
             raise UserError(
                 f"an image of {width}x{height} pixels doesn't fit this model: it has positions for sides of at most "
                 f"{largest}."

@@ -189,7 +189,8 @@ def _check_fit(info: DatasetInfo, transformer: Transformer, family: Family, teac
             f"teacher.family={base_name(family.name)}:{frames}, or prepare the data again."
         )
     most = family.largest_side(transformer)
-    if large := [f"{s[1]}x{s[2]}" for s in sorted(shapes) if most is not None and max(s[1:]) > most]:
+    sides = {f"{s[1]}x{s[2]}": max(s[1] // family.frames, s[2]) for s in sorted(shapes)}
+    if large := [size for size, side in sides.items() if most is not None and side > most]:
         raise UserError(
             f"data.path: latents of {large[0]} are larger than the {most}x{most} that the teacher {teacher!r} has "
             "positions for: prepare the data at a smaller size."
