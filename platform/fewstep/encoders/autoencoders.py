@@ -311,9 +311,13 @@ class WanAutoencoder(QwenImageAutoencoder):
         return self._pictures * height // self._frames, width
 
     def decoding_bytes(self, height: int, width: int) -> int:
-        """About the most memory that decoding a video takes: the pictures of one latent frame are made at a time."""
-        at_once = min(self._pictures, self._config.scale_factor_temporal)
-        return super().decoding_bytes(height // self._pictures * at_once, width)
+        """About the most memory that decoding a video takes, of all its pictures together (height, width) pixels."""
+        if self._frames == 1:
+            return super().decoding_bytes(height, width)
+        # The pictures of one latent frame are made at a time, and beside them there is what convolutions keep of the
+        # frame before (measured), and the pictures that are done.
+        live = 51 * self._config.base_dim + 3 * self._pictures
+        return int(SPARE * height // self._pictures * width * live * self._model.dtype.itemsize)
 
     def _reduction(self) -> int:
         return self._config.scale_factor_spatial
@@ -323,6 +327,8 @@ class WanAutoencoder(QwenImageAutoencoder):
         return KLAutoencoder._mode(self, pixels.unflatten(2, (self._pictures, -1))).flatten(2, 3)
 
     def _picture(self, raw: Tensor) -> Tensor:
+        if self._frames == 1:
+            return super()._picture(raw)
         return KLAutoencoder._picture(self, raw.unflatten(2, (self._frames, -1))).flatten(2, 3)
 
     def _tiled_picture(self, raw: Tensor) -> Tensor:
