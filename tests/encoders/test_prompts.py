@@ -129,7 +129,8 @@ def made(kind: str, folder: Path) -> Made:
             pipe = bare_pipeline("StableDiffusion3Pipeline", **sd3_parts(folder / "plain"))
         case "wan":
             umt5 = UMT5Config(
-                vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=3, pad_token_id=0, eos_token_id=2
+                vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=3, pad_token_id=0,
+                eos_token_id=2,
             )  # fmt: skip
             ended = words(folder / "ended", "$A </s>")
             pipe = bare_pipeline("WanPipeline", text_encoder=UMT5EncoderModel(umt5).eval(), tokenizer=ended)

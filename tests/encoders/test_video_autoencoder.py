@@ -20,7 +20,10 @@ FRAMES, PICTURES, HEIGHT, WIDTH = 3, 9, 16, 24
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     torch.manual_seed(0)
-    tiny = TINY["AutoencoderKLWan"] | {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 1.0, 2.0]}
+    tiny = TINY["AutoencoderKLWan"] | {
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [1.5, 0.5, 1.0, 2.0],
+    }
     made = diffusers.AutoencoderKLWan(**tiny).eval()
     made.save_pretrained(folder := tmp_path_factory.mktemp("pipeline") / "vae")
     return folder.parent, made

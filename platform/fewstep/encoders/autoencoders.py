@@ -407,8 +407,8 @@ def load_autoencoder(
     """Load an autoencoder.
 
     Args:
-        name: "pixel", "grey", or the folder or hub id of one of `KINDS`; with `:vae` behind it, that of a pipeline; with
-            `:vae:21`, one of videos of 21 latent frames.
+        name: "pixel", "grey", or the folder or hub id of one of `KINDS`; with `:vae` behind it, that of a pipeline;
+            with `:vae:21`, that of videos of 21 latent frames.
         device: where it runs.
         precision: how its weights are held and in what it computes, "float32" (also None) or "bfloat16". Latents are
             float32 in either. Pixels as latents have no weights, and ignore it.

@@ -113,7 +113,9 @@ class Family(ABC):
         Raises:
             UserError: it is a family of images.
         """
-        raise UserError(f"teacher.family: {self.name!r} makes images and takes no number of frames: leave it out.")
+        raise UserError(
+            f"teacher.family: {self.name!r} makes images and takes no number of frames: leave it out."
+        )
 
     def tokens(self, transformer: Transformer, height: int, width: int) -> int:
         """Number of image tokens of a latent of this height and width."""

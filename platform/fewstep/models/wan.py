@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,7 +76,7 @@ class Wan(DiffusersFamily):
         """The last norm with the network's table of scale and shift, and its projection."""
         norm, projection = last_modules(transformer, self.last_layers)
         modulated = _ModulatedNorm(norm, transformer.scale_shift_table)
-        return Ending(modulated, projection, channel_last=True)  # type: ignore[arg-type]  # a linear layer
+        return Ending(modulated, cast(nn.Linear, projection), channel_last=True)
 
     def latent_channels(self, transformer: Transformer) -> int:
         """Latent channels C."""
@@ -95,7 +96,7 @@ class Wan(DiffusersFamily):
 
     def unpack(self, tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
         """Packed tokens (B, L, n·c·p²), frame by frame → n latents per sample, (B, n, c, T·H, W)."""
-        patch = int((height * width / tokens.shape[1]) ** 0.5)
+        patch = math.isqrt(height * width // tokens.shape[1])
         return unpack_channel_last(tokens, channels, height, width, patch)
 
     def lora_targets(self, transformer: Transformer) -> list[str]:
@@ -172,7 +173,9 @@ def _tokens(transformer: Transformer, call: Callable[[], Any]) -> Tensor:
     if isinstance(norm, SwitchedNorm) and norm.student:
         width = config.num_attention_heads * config.attention_head_dim
         return TokenCatch.of(transformer, "norm_out", width).during(call)
-    return TokenCatch.of(transformer, "proj_out", config.in_channels * config.patch_size[-1] ** 2).during(call)
+    return TokenCatch.of(transformer, "proj_out", config.in_channels * config.patch_size[-1] ** 2).during(
+        call
+    )
 
 
 class _ModulatedNorm(nn.Module):

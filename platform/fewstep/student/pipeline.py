@@ -498,12 +498,16 @@ class FewStepPipeline:
         shape = self.autoencoder.latent_shape(height, width)
         multiples = self.network.family.multiples(self.network.transformer)
         # The autoencoder has its own multiple; latents also have to divide into the network's patches.
-        if any(cells % multiple for cells, multiple in zip(shape[1:], multiples, strict=True)) or not all(shape):
+        if any(cells % multiple for cells, multiple in zip(shape[1:], multiples, strict=True)) or not all(
+            shape
+        ):
             rows, columns = self.autoencoder.image_size(*multiples)
-            sides = "both sides must be multiples of" if rows == columns else f"height must be a multiple of {rows}, width of"
-            raise UserError(
-                f"an image of {width}x{height} pixels doesn't fit this model: {sides} {columns}."
+            sides = (
+                "both sides must be multiples of"
+                if rows == columns
+                else f"height must be a multiple of {rows}, width of"
             )
+            raise UserError(f"an image of {width}x{height} pixels doesn't fit this model: {sides} {columns}.")
         most = self.network.family.largest_side(self.network.transformer)
         if most is not None and max(shape[1] // self.network.family.frames, shape[2]) > most:
             _, largest = self.autoencoder.image_size(most, most)

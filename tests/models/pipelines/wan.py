@@ -35,7 +35,9 @@ def write(folder: Path) -> None:
     """Write the pipeline, with random weights that are the same at each call."""
     torch.manual_seed(0)
     words = tokenizer(folder / "tokenizer", 512, "$A </s>")
-    umt5 = UMT5Config(vocab_size=words, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=3, eos_token_id=3)
+    umt5 = UMT5Config(
+        vocab_size=words, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=3, eos_token_id=3
+    )
     WanPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=varied(video_autoencoder()),
