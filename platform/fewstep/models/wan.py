@@ -75,7 +75,7 @@ class Wan(DiffusersFamily):
     def ending(self, transformer: Transformer) -> Ending:
         """The last norm with the network's table of scale and shift, and its projection."""
         norm, projection = last_modules(transformer, self.last_layers)
-        modulated = _ModulatedNorm(norm, transformer.scale_shift_table)
+        modulated = _NormWithTable(norm, transformer.scale_shift_table)
         return Ending(modulated, cast(nn.Linear, projection), channel_last=True)
 
     def latent_channels(self, transformer: Transformer) -> int:
@@ -178,7 +178,7 @@ def _tokens(transformer: Transformer, call: Callable[[], Any]) -> Tensor:
     )
 
 
-class _ModulatedNorm(nn.Module):
+class _NormWithTable(nn.Module):
     """The last norm, and what the network does with its result: (B, L, D), time embedding (B, D) → (B, L, D)."""
 
     def __init__(self, norm: nn.Module, table: nn.Parameter) -> None:
