@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from fewstep.assets import asset
+from fewstep.cli import main
 from fewstep.student.card import CARD
 from hub_server import READER, WRITER, HubServer
 
@@ -129,6 +130,16 @@ def test_a_dry_run_prints_the_card_and_needs_no_hub(
         "files  README.md, comparison.png, config.json, diffusion_pytorch_model.safetensors, fewstep.json\n"
     )
     assert hub_server.requests == []
+
+
+@pytest.mark.parametrize("revision", ["", "a b", "v1@v2"])
+def test_a_branch_that_no_hub_id_can_name_is_refused(
+    revision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", "--repo", "team/new", "--dry-run", "--revision", revision]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --revision: {revision!r} is no name of a branch: give one without spaces and @.\n"
+    )
 
 
 @pytest.mark.parametrize(

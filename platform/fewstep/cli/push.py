@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.cli.common import add_student_options
+from fewstep.errors import UserError
 
 if TYPE_CHECKING:
     from fewstep.student import StudentCard
@@ -54,14 +55,21 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such student, or it can't be pushed there.
     """
+    from fewstep.hub import check_repository, is_hub_id, push_files
+
+    # Before the slow imports, and before a student is fetched.
+    check_repository(options.repo, writing=not options.dry_run)
+    address = options.repo if options.revision is None else f"{options.repo}@{options.revision}"
+    if not is_hub_id(address):
+        raise UserError(
+            f"--revision: {options.revision!r} is no name of a branch: give one without spaces and @."
+        )
+
     from fewstep.evaluate.model_card import README, model_card
-    from fewstep.hub import check_repository, push_files
     from fewstep.student import read_student_card, resolve_student
 
-    check_repository(options.repo, writing=not options.dry_run)
     folder = resolve_student(options.model, tracking_uri=options.tracking_uri).folder
     card = read_student_card(folder)
-    address = options.repo if options.revision is None else f"{options.repo}@{options.revision}"
     text = str(model_card(folder, card, address))
     files: dict[str, bytes | Path] = {README: text.encode()}
     files |= _own_files(folder, card)
