@@ -49,14 +49,20 @@ class Case:
     """A family with a tiny network of it, and inputs.
 
     Args:
-        name: of the family, and of the module in `pipelines` that has the network's configuration.
+        name: of the family.
         lengths: tokens of two captions.
         frames: latent frames, of families of videos.
+        module: in `pipelines`, with the network's configuration, if its name is not the family's.
     """
 
     name: str
     lengths: tuple[int, int] = (5, 9)
     frames: int = 1
+    module: str = ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return import_module(f"pipelines.{self.module or self.name}").CONFIG
 
     @cached_property
     def family(self) -> DiffusersFamily:
@@ -69,8 +75,7 @@ class Case:
 
     def network(self) -> Any:
         torch.manual_seed(0)
-        config: dict[str, Any] = import_module(f"pipelines.{self.name}").CONFIG
-        return varied(self.family.build(config))
+        return varied(self.family.build(self.config))
 
     @cached_property
     def conditioning(self) -> TextConditioning:
@@ -84,7 +89,7 @@ class Case:
 
     def network_on_meta(self) -> Any:
         with torch.device("meta"):
-            return self.family.build(import_module(f"pipelines.{self.name}").CONFIG)
+            return self.family.build(self.config)
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, TextConditioning]:
@@ -104,6 +109,8 @@ CASES = {
     "wan": Case("wan"),
     "wan:2": Case("wan", frames=2),
     "z_image": Case("z_image"),
+    "longcat_image": Case("longcat_image"),
+    "flux2_klein": Case("flux2", module="flux2_klein"),
 }
 
 
@@ -368,6 +375,8 @@ TEXTS = {
     "krea2": {"in_channels": 12, "text_hidden_dim": 128},
     "wan": {"in_channels": 3, "out_channels": 3, "text_dim": 384},
     "z_image": {"in_channels": 3, "cap_feat_dim": 384},
+    "longcat_image": {"in_channels": 12, "joint_attention_dim": 384},
+    "flux2": {"in_channels": 12, "joint_attention_dim": 384},
 }
 """Of networks for pixels and the bundled text encoder, whose states are 384 wide."""
 
@@ -375,9 +384,8 @@ TEXTS = {
 @pytest.fixture(params=[False, True], ids=["adapters", "full"])
 def pipe(case: Case, request: pytest.FixtureRequest, tmp_path: Path) -> FewStepPipeline:
     """A student of the bundled text encoder."""
-    config: dict[str, Any] = import_module(f"pipelines.{case.name}").CONFIG
     torch.manual_seed(0)
-    varied(case.family.build(config | TEXTS[case.name])).save_pretrained(tmp_path / "teacher")
+    varied(case.family.build(case.config | TEXTS[case.name])).save_pretrained(tmp_path / "teacher")
     transformer, family, reference = load_teacher(str(tmp_path / "teacher"), case.named)
     lora = None if request.param else LoRAConfig(rank=2)
     network = stirred(PolicyNetwork(transformer, family, GMFLOW, lora, full=request.param))

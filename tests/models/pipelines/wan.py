@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from pipelines.parts import tokenizer, varied
-from pipelines.tiny import opened
+from pipelines.parts import opened, tokenizer, varied
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
