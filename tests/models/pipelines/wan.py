@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from pipelines.parts import opened, tokenizer, varied
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
@@ -33,15 +33,15 @@ def video_autoencoder() -> Any:
 def write(folder: Path) -> None:
     """Write the pipeline, with random weights that are the same at each call."""
     torch.manual_seed(0)
-    words = tokenizer(folder / "tokenizer", 512, "$A </s>")
+    words = tokenizer(folder / "tokenizer", "$A </s>", model_max_length=512)
     umt5 = UMT5Config(
-        vocab_size=words, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=3, eos_token_id=3
+        vocab_size=len(words), d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=3, eos_token_id=3
     )
     WanPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=varied(video_autoencoder()),
         text_encoder=varied(UMT5EncoderModel(umt5)),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=words,
         transformer=varied(WanTransformer3DModel(**CONFIG)),
     ).save_pretrained(folder)
 
