@@ -9,13 +9,15 @@ import pytest
 from fewstep.plan.cards import TEACHERS, rows
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "gpus.md")
+PAGE, SHORT = ROOT / "docs" / "gpus.md", ROOT / "README.md"
+"""The second has some of the teachers."""
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_the_published_table_is_that_of_the_plans(teacher: str) -> None:
     """Anew after a change: `python -m fewstep.plan.cards`."""
     planned = rows({teacher: TEACHERS[teacher]})
-    for page in PAGES:
+    for page in (PAGE, SHORT):
         lines = [line for line in page.read_text().splitlines() if line.startswith(f"| {teacher}: ")]
-        assert [line.strip("| ").split(" | ") for line in lines] == planned, page
+        if page == PAGE or lines:
+            assert [line.strip("| ").split(" | ") for line in lines] == planned, page

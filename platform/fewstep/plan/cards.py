@@ -12,7 +12,7 @@ from fewstep.models.planned import lower_on_meta
 from fewstep.models.precision import LIBRARIES
 from fewstep.plan.memory import standing_memory
 from fewstep.plan.serving import GPU, Served, plan_serving
-from fewstep.plan.training import FULL_SIZE, measure, new_student
+from fewstep.plan.training import measure, new_student
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 CARDS = (24, 48, 80, 141)
@@ -27,20 +27,28 @@ HELD: dict[Precision, str] = {"bfloat16": "bf16", "int8": "int8", "int4": "int4"
 TOKENS = 512
 """Per caption."""
 
+PATCHES = 64
+"""Image tokens per side, of an image of a megapixel."""
+
 SETTINGS = ("train.gpu=true", "optimizer.type=adam8bit", "optimizer.ema_offload=true")
 """Of the recipes: what makes trainings small."""
 
 TEACHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Qwen-Image (20 B)": ("qwen_image_4nfe", ()),
     "FLUX.1 dev (12 B)": ("flux_4nfe", ()),
-    "FLUX.2 dev (32 B)": (
-        "flux_4nfe",
-        (
-            "teacher.path=black-forest-labs/FLUX.2-dev",
-            "teacher.family=flux2",
-            "teacher.embedded_guidance_scale=4.0",
-        ),
+    "FLUX.2 dev (32 B)": ("flux2_4nfe", ()),
+    "FLUX.2 klein (9 B)": (
+        "flux2_klein_4nfe",
+        ("teacher.path=black-forest-labs/FLUX.2-klein-base-9B",),
     ),
+    "FLUX.2 klein (4 B)": (
+        "flux2_klein_4nfe",
+        ("teacher.path=black-forest-labs/FLUX.2-klein-base-4B",),
+    ),
+    "Stable Diffusion 3.5 (8 B)": ("sd35_4nfe", ()),
+    "Qwen-Image 2.1 (7 B)": ("qwen_image21_4nfe", ()),
+    "LongCat-Image (6 B)": ("longcat_4nfe", ()),
+    "Z-Image (6 B)": ("z_image_4nfe", ()),
 }
 """Teacher → the recipe that distils it, and what is overridden there."""
 
@@ -76,10 +84,11 @@ def _highest(peaks: dict[Precision, int], size: int) -> str:
 
 def _peaks(recipe: DistillRecipe) -> Iterator[tuple[tuple[str, Precision], int]]:
     """(what is done, precision) → bytes on each card, for images of a megapixel and micro-batches of one."""
-    served = Served.recipe(recipe)
+    served, teacher = Served.recipe(recipe), new_student(recipe)
+    side = PATCHES * teacher.family.patch(teacher.transformer)
     for precision in HELD:
         [plan] = plan_serving(
-            served, GPU(0), side=FULL_SIZE, tokens=TOKENS, encoder_precision=precision, precisions=[precision]
+            served, GPU(0), side=side, tokens=TOKENS, encoder_precision=precision, precisions=[precision]
         )
         yield ("serve", precision), plan.memory.in_tiles
         # FSDP does not shard quantised weights: then every card holds all of them.
@@ -90,7 +99,7 @@ def _peaks(recipe: DistillRecipe) -> Iterator[tuple[tuple[str, Precision], int]]
         lower_on_meta(network, precision)
         standing = {number: standing_memory(network, chosen, number).total for number in NUMBERS}
         network.transformer.enable_gradient_checkpointing()
-        shape = network.channels, FULL_SIZE, FULL_SIZE
+        shape = network.channels, side, side
         activations = measure(network, chosen, 1, shape, TOKENS).activations
         for number in NUMBERS:
             yield (f"train on {number}", precision), standing[number] + activations
