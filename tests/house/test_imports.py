@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "platform", ROOT / "serve")
 
-FOUNDATION = {"fewstep", "assets", "config", "errors", "files", "recipes", "text"}
+FOUNDATION = {"fewstep", "assets", "config", "draws", "errors", "files", "recipes", "text"}
 """What everybody may use."""
 
 KNOWS: dict[str, set[str]] = {

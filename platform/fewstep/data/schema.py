@@ -148,25 +148,6 @@ class DatasetInfo:
             for shape in shapes
         }
 
-    def check_world(self, split: str, world_size: int) -> None:
-        """Refuse more workers than a bucket of the split has shards, as workers read different shards.
-
-        Raises:
-            UserError: some worker would have nothing to read.
-        """
-        for shape, shards in self.buckets(split).items():
-            if len(shards) < world_size:
-                rows = sum(shard.rows for shard in shards)
-                remedy = f"set train.workers={len(shards)}"
-                if rows >= world_size:
-                    remedy += (
-                        f", or prepare the data again with --shard-rows {max(1, rows // (2 * world_size))}"
-                    )
-                raise UserError(
-                    f"{self.root} has {len(shards)} shards of shape {'x'.join(map(str, shape))} in its split "
-                    f"{split!r} for {world_size} workers: {remedy}."
-                )
-
     @classmethod
     def open(cls, root: str | os.PathLike[str]) -> DatasetInfo:
         """Read and check a dataset's manifest.

@@ -1,13 +1,13 @@
 """The stream of batches that a training worker iterates: endless, seeded, exactly seekable, read through Ray Data.
 
-A batch is a pure function of (dataset, seed, batch size, rank, world size, number of the batch), so that a resumed
-worker continues with the batch that it would have got without the interruption. The order is made as follows:
+Global batch n is a pure function of (dataset, seed, batch size, open shards, n), whatever the number of workers, so
+that a resumed run continues with the batch that it would have got without the interruption. The order is made so:
 
-* In each epoch of a bucket (the shards of one latent shape) the shards are permuted, and rank r of w takes every w-th
-  of them: in each epoch all ranks together see each row exactly once. Rows are permuted within their shard, differently
-  in each epoch.
-* The bucket of batch n is drawn at random, weighted by rows, and is the same on all ranks. Rows that a batch leaves
-  over go into the bucket's next batch, also from one epoch to the next: no row is dropped, and every batch is full.
+* The bucket (the shards of one latent shape) of batch n is drawn at random, weighted by rows.
+* A batch takes its rows from several shards at a time, a fixed number of each: `order.ShardOrder` says which. In each
+  epoch of a bucket each row is used once. Rows are permuted within their shard, differently in each epoch.
+* A worker computes a part of each batch, and reads the shards that this part comes from. No row is dropped, and every
+  batch is full.
 * The shards of all coming epochs are work items, in the order in which they are needed. Ray Data reads some of them
   ahead, whatever the epoch: no epoch begins with a pause, and a resumed stream begins at the right item.
 """
@@ -19,7 +19,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from torch import Tensor
 from fewstep.config import Shape
 from fewstep.data.columns import conditioning_of, floats
 from fewstep.data.execution import configured, user_errors
-from fewstep.data.order import ShardOrder, WorkItem, grouped, read_permuted
+from fewstep.data.order import OPEN_SHARDS, ShardOrder, WorkItem, grouped, read_permuted
 from fewstep.data.schema import DatasetInfo, Encoding, read_shard
 from fewstep.data.seeds import stable_hash
 from fewstep.errors import UserError
@@ -97,23 +97,25 @@ class Batch:
 
 
 class ShardStream:
-    """An endless stream of a split's batches for one rank; iterate it in a process that is connected to Ray.
+    """An endless stream of a worker's parts of a split's batches; iterate it in a process that is connected to Ray.
 
     Each `iter()` begins at `start_batch`. A thread reads ahead until the iterator is closed.
 
     Args:
         root: the dataset, a local folder or `s3://…`.
         split: name of the split.
-        batch_size: examples of a batch of this rank.
+        batch_size: examples of a global batch, of all workers.
         seed: of the order.
-        rank, world_size: this rank, and the number of ranks.
-        start_batch: number of batches that this rank has consumed before.
+        parts: indices, in the global batch, of the examples of each batch that is yielded for it; by default one batch
+            of all of them. Together they are one range.
+        open_shards: see `ShardOrder`.
+        start_batch: number of the global batch to begin with.
 
     Attributes:
         seconds_waited: seconds that the consumer has waited for batches; set it to 0.0 to count from there.
 
     Raises:
-        UserError: see `DatasetInfo.open`; or a bucket has fewer shards than there are ranks.
+        UserError: see `DatasetInfo.open`.
     """
 
     def __init__(
@@ -123,17 +125,19 @@ class ShardStream:
         *,
         batch_size: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        parts: Sequence[range] | None = None,
+        open_shards: int = OPEN_SHARDS,
         start_batch: int = 0,
     ) -> None:
         self.info = DatasetInfo.open(root)
-        self.info.check_world(split, world_size)
-        buckets = self.info.buckets(split)
         self.start_batch = start_batch
         self.seconds_waited = 0.0
+        self._parts = parts or [range(batch_size)]
+        self._share = range(self._parts[0].start, self._parts[-1].stop)
         # All of the order is decided there, from numbers alone; what follows only reads.
-        self._order = ShardOrder(buckets, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self._order = ShardOrder(
+            self.info.buckets(split), batch_size=batch_size, seed=seed, open_shards=open_shards
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         # Bounded: the thread stops reading ahead when the queue is full.
@@ -168,20 +172,30 @@ class ShardStream:
         pending: dict[int, pa.Table] = {}
         blocks = self._blocks()
         for bucket in self._order.bucket_draws(self.start_batch):
-            while len(pending.get(bucket, ())) < self._order.batch_size:
-                # A block may hold rows of several shards, and so of several buckets.
-                block = next(blocks)
-                for index in block["bucket"].unique().to_pylist():
-                    part = block.filter(pc.equal(block["bucket"], index))
-                    pending[index] = pa.concat_tables([pending[index], part]) if index in pending else part
-            rows = pending[bucket]
-            yield Batch.of(rows.slice(0, self._order.batch_size), self.info.encoding)
-            # Kept for the bucket's next batch.
-            pending[bucket] = rows.slice(self._order.batch_size)
+            rows = []
+            for lane in self._order.lanes_of(bucket, self._share):
+                while len(pending.get(lane.number, ())) < lane.rows:
+                    # A block may hold rows of several shards, and so of several lanes.
+                    block = next(blocks)
+                    for number in block["lane"].unique().to_pylist():
+                        more = block.filter(pc.equal(block["lane"], number))
+                        pending[number] = (
+                            pa.concat_tables([pending[number], more]) if number in pending else more
+                        )
+                ready = pending[lane.number]
+                # A lane may be in the parts of two workers, of which each takes its own rows.
+                own = range(
+                    max(lane.indices.start, self._share.start), min(lane.indices.stop, self._share.stop)
+                )
+                rows.append(ready.slice(own.start - lane.indices.start, len(own)))
+                pending[lane.number] = ready.slice(lane.rows)  # kept for the bucket's next batch
+            share = pa.concat_tables(rows)
+            for part in self._parts:
+                yield Batch.of(share.slice(part.start - self._share.start, len(part)), self.info.encoding)
 
     def _blocks(self) -> Iterator[pa.Table]:
         """Blocks of permuted rows, in the order of their work items, from many short Ray Data executions."""
-        tasks = grouped(self._order.items(self.start_batch), TASK_BYTES, TASK_ITEMS)
+        tasks = grouped(self._order.items(self.start_batch, self._share), TASK_BYTES, TASK_ITEMS)
         while True:
             segment = list(itertools.islice(tasks, SEGMENT_TASKS))
             pipeline = _pipeline(self.info.storage, segment, self._order.seed)

@@ -160,7 +160,7 @@ def _ray_trainer(
         cast(Any, train_worker),
         train_loop_config=cast(Any, job),  # travels as it is; Ray's annotations ask for a dictionary
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=cast(Any, settings.workers),
             use_gpu=settings.gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {}),
         ),

@@ -104,11 +104,11 @@ def _train(job: WorkerJob) -> None:
     stream = ShardStream(
         recipe.data.path,
         "train",
-        batch_size=learner.batch_size,
+        batch_size=recipe.data.batch_size,
         seed=settings.seed,
-        rank=rank,
-        world_size=world_size,
-        start_batch=learner.batches,
+        parts=learner.share.parts,
+        open_shards=recipe.data.open_shards,
+        start_batch=done,
     )
     _loop(job, learner, stream, checkpoints, tracker, done)
 
@@ -149,7 +149,6 @@ def _resume(learner: Learner, group: Any) -> int:
     """
     import ray.train
 
-    settings = learner.recipe.train
     if (latest := ray.train.get_checkpoint()) is None:
         return 0
     with latest.as_directory() as folder:
@@ -162,9 +161,6 @@ def _resume(learner: Learner, group: Any) -> int:
         ckpt.load_tensors(learner.tensors(), Path(folder))
     if learner.rank == 0:
         print(f"resumed from the checkpoint of step {done}", flush=True)
-    # With the same number of workers, the stream goes on exactly where it was; with another number, at about the same
-    # place.
-    learner.batches = done * settings.accumulate
     return done
 
 
@@ -199,6 +195,7 @@ def _loop(
         # Progress and metrics: the only place where the host waits for the device
         save = step % settings.checkpoint_every == 0 or step == settings.steps
         if step % settings.log_every == 0 or save or step == 1:
+            meter.sum_over_workers(learner.world_size)
             metrics = meter.read(recipe.data.batch_size, stream.seconds_waited) | {"train/learning_rate": lr}
             stream.seconds_waited = 0.0
             if metrics["train/non_finite"]:
@@ -231,9 +228,9 @@ def sample(learner: Learner, plan: SamplePlan) -> Tensor:
     with learner.ema.swapped():
         drop_gathered(objective.model)  # FSDP may still hold the weights from before the swap
         for first in range(
-            0, len(noise), learner.batch_size
+            0, len(noise), learner.share.largest
         ):  # so that it takes no more memory than training
-            part = slice(first, first + learner.batch_size)
+            part = slice(first, first + learner.share.largest)
             latents.append(objective.sample(noise[part].to(device), conditioning[part].to(device)).cpu())
     drop_gathered(objective.model)
     objective.model.train()
