@@ -66,11 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--held-out", type=_from(float, 0, 1), default=0.02, metavar="F", help="fraction of own data kept out of "
         "training by a hash of the file name or prompt (the emoji set and fashion-mnist have their "
         "own split)")  # fmt: skip
-    add("--shard-rows", type=_from(int, 1), metavar="N", help="most rows a shard holds; a split needs at least as "
-        "many shards as there are training workers; default: 256 (fashion-mnist: 1024)")  # fmt: skip
+    add("--shard-rows", type=_from(int, 1), metavar="N", help="most rows a shard holds; a training batch takes rows "
+        "of several at a time; default: 256 (fashion-mnist: 1024)")  # fmt: skip
     add(
         "--max-pixels", type=_from(int, 1), metavar="N", help="larger images are rejected; default: 178956970"
     )
+    add("--encode", choices=("shards", "stream"), default="shards", help="shards: encode now. stream: write captions, "
+        "and where images lie, for data.encode=stream, which encodes them while training runs")  # fmt: skip
     add("--seed", type=int, default=0, help="of the shuffle of rows over shards")
     add("--encoders", type=_from(int, 1), default=1, metavar="N", help="actors of each encoder")
     add("--gpus", type=_from(float, 0), default=0.0, metavar="F", help="GPUs of each actor")
@@ -120,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
         source = prompts(options.paths, held_out=options.held_out)
     connect_ray()
     prepare(
-        source, options.out, config, encoders=options.encoders, gpus=options.gpus,
+        source, options.out, config, encode=options.encode == "shards", encoders=options.encoders, gpus=options.gpus,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
 

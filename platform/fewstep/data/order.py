@@ -8,9 +8,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -191,10 +191,27 @@ def grouped(items: Iterator[WorkItem], size: int, most: int) -> Iterator[list[Wo
             group = []
 
 
-def read_permuted(tasks: pa.Table, *, storage: Storage, seed: int) -> Iterator[pa.Table]:
+def read_permuted(tasks: pa.Table, *, storage: Storage, seed: int, reader: ShardReader) -> Iterator[pa.Table]:
     """Ray Data task: gives the rows of its work items, permuted for their epochs, with a column `lane`."""
-    for item in itertools.chain(*tasks["items"].to_pylist()):
-        rows = read_shard(storage, item["path"])
+    items = list(itertools.chain(*tasks["items"].to_pylist()))
+    for item, rows in zip(items, reader.tables(storage, [item["path"] for item in items]), strict=True):
         # The permutation depends on epoch and shard alone, so a resumed stream skips the very rows it had consumed.
         order = generator(seed, "rows", item["epoch"], item["path"]).permutation(len(rows))[item["skip"] :]
         yield rows.take(order).append_column("lane", pa.array([item["lane"]] * len(order), pa.int32()))
+
+
+class ShardReader(Protocol):
+    """Reads shards in SCHEMA's columns. It is sent to the tasks that read."""
+
+    def tables(self, storage: Storage, paths: Sequence[str]) -> Iterator[pa.Table]:
+        """The shards at these paths, in order."""
+        ...
+
+
+class EncodedShards:
+    """Reads shards that were encoded when the dataset was prepared."""
+
+    def tables(self, storage: Storage, paths: Sequence[str]) -> Iterator[pa.Table]:
+        """See `ShardReader`."""
+        for path in paths:
+            yield read_shard(storage, path)

@@ -30,13 +30,16 @@ from fewstep.data.schema import (
     SCHEMA_VERSION,
     DatasetInfo,
     Encoding,
+    RawRows,
     Shard,
     bucket_folder,
     encode_table,
+    parquet_bytes,
     shard_metadata,
 )
 from fewstep.data.seeds import stable_hash
 from fewstep.data.sources import Source
+from fewstep.data.stream_config import STAGE_CPUS
 from fewstep.data.tables import Rejection
 from fewstep.encoders import (
     MINILM,
@@ -55,8 +58,6 @@ REJECTED = "rejected.jsonl"
 IMAGES_PER_PASS = 16
 DECODING_THREADS = 4
 ROWS_PER_MEASURE = 512
-STAGE_CPUS = 0.1
-"""CPU slots of an actor or task: a fraction, because training workers may hold nearly all CPUs of a small cluster."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class ShardPlan:
     def as_item(self) -> dict[str, Any]:
         """The plan as a row of the pipeline's dataset."""
         size = {"width": self.size.width, "height": self.size.height, "shape": list(self.shape)}
-        return {"path": self.path, "split": self.split, **size, "rows": _pack(self.rows)}
+        return {"path": self.path, "split": self.split, **size, "rows": pack(self.rows)}
 
 
 def prepare(
@@ -108,6 +109,7 @@ def prepare(
     out: str | os.PathLike[str],
     config: PreparationConfig,
     *,
+    encode: bool = True,
     encoders: int = 1,
     gpus: float = 0.0,
     report: Callable[[str], None] = print,
@@ -118,6 +120,7 @@ def prepare(
         source: the raw rows.
         out: folder or `s3://…` of the dataset.
         config: the settings that determine its content.
+        encode: whether its shards are encoded. Otherwise they hold raw rows, which are encoded in the stream.
         encoders: number of actors of each kind (text encoder, autoencoder).
         gpus: GPUs of each actor; with a fraction, actors share one.
         report: called with a line of progress from time to time.
@@ -131,18 +134,27 @@ def prepare(
     dim, pooled = encoder_widths(config.text_encoder)
     for note in source.notes:
         report(note)
-    config = claim(storage, source, config)
+    config = claim(storage, source, config, encode)
     plans, rejected = plan(source, config)
     present = storage.list()
     missing = [shard for shard in plans if shard.path not in present]
     if len(missing) < len(plans):
         report(f"{len(plans) - len(missing)} of {len(plans)} shards are finished already and are skipped")
     encoding = Encoding(config.text_encoder, dim, config.autoencoder, pooled, config.max_tokens)
-    _encode(missing, source, storage, config, encoding, encoders=encoders, gpus=gpus, report=report)
-    return _finish(storage, source, plans, rejected, encoding, report)
+    raw = None
+    if encode:
+        _encode(missing, source, storage, config, encoding, encoders=encoders, gpus=gpus, report=report)
+    else:
+        _write_raw(missing, storage, encoding)
+        images = None if source.storage is None else source.storage.root
+        sizes = {"x".join(map(str, p.shape)): str(p.size) for p in plans}
+        raw = RawRows(config.max_pixels, images, sizes)
+    return _finish(storage, source, plans, rejected, encoding, raw, report)
 
 
-def claim(storage: Storage, source: Source, config: PreparationConfig) -> PreparationConfig:
+def claim(
+    storage: Storage, source: Source, config: PreparationConfig, encode: bool = True
+) -> PreparationConfig:
     """Record in the folder which source and settings its dataset is made of, or compare with the record there.
 
     Returns:
@@ -151,13 +163,19 @@ def claim(storage: Storage, source: Source, config: PreparationConfig) -> Prepar
     Raises:
         UserError: the folder's dataset is made of another source or other settings.
     """
-    ours = {"version": SCHEMA_VERSION, "source": source.name, **config.as_dict(), "rows": source.digest()}
+    ours = {
+        "version": SCHEMA_VERSION,
+        "encode": "shards" if encode else "stream",
+        "source": source.name,
+        **config.as_dict(),
+        "rows": source.digest(),
+    }
     content = storage.read(PLAN)
     if content is None:
         storage.write(PLAN, json.dumps(ours, indent=1).encode())
         return config
-    # Versions before 0.2 knew neither of the two.
-    theirs = {"max_pixels": MAX_PIXELS, "least_shards": 1} | json.loads(content)
+    # Versions before 0.2 knew none of these.
+    theirs = {"max_pixels": MAX_PIXELS, "least_shards": 1, "encode": "shards"} | json.loads(content)
     differing = [name for name in ours if theirs.get(name) != ours[name] and name != "least_shards"]
     if differing:
         name = differing[0]
@@ -209,7 +227,7 @@ class EncodeText:
         return load_encoder(self.config.text_encoder, max_tokens=self.config.max_tokens, device=_device())
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        rows = _unpack(item["rows"])
+        rows = unpack(item["rows"])
         refusals = self.encoder.refusals(rows["caption"].to_pylist())
         rejected = [
             Rejection(where, *refusal).as_dict()
@@ -221,7 +239,7 @@ class EncodeText:
         # Rejected rows are out by now, as `encode` refuses what `refusals` names.
         for name, column in condition_columns(self.encoder.encode(captions)).items():
             rows = rows.append_column(SCHEMA.field(name), column)
-        return {**item, "rows": _pack(rows), "rejected": json.dumps(rejected)}
+        return {**item, "rows": pack(rows), "rejected": json.dumps(rejected)}
 
 
 class EncodeImages:
@@ -246,16 +264,18 @@ class EncodeImages:
         return load_autoencoder(self.config.autoencoder, device=_device())
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        rows, rejected = _unpack(item["rows"]), json.loads(item["rejected"])
-        count, latents = len(rows) + len(rejected), None
+        table, rejected = self.table(item)
+        metadata = self.encoding.metadata(rejected)
+        self.out.write(item["path"], parquet_bytes(table.replace_schema_metadata(metadata)))
+        return {"rows": len(table) + len(rejected)}
+
+    def table(self, item: dict[str, Any]) -> tuple[pa.Table, list[dict[str, str]]]:
+        """A shard whose captions are encoded as a table of SCHEMA, and the rows that could not be encoded."""
+        rows, rejected, latents = unpack(item["rows"]), json.loads(item["rejected"]), None
         if self.has_images:
             rows, latents, broken = self._latents(rows, Size(item["width"], item["height"]))
             rejected += [rejection.as_dict() for rejection in broken]
-        table = encode_table(rows, latents, tuple(item["shape"]), item["split"])
-        self.out.write(
-            item["path"], _parquet(table.replace_schema_metadata(self.encoding.metadata(rejected)))
-        )
-        return {"rows": count}
+        return encode_table(rows, latents, tuple(item["shape"]), item["split"]), rejected
 
     def _latents(self, rows: pa.Table, size: Size) -> tuple[pa.Table, np.ndarray, list[Rejection]]:
         """The rows with a usable image, their latents (N, C, H, W), and the rejected other rows."""
@@ -419,12 +439,27 @@ def _encode(
                 reported = now
 
 
+def _write_raw(plans: Sequence[ShardPlan], out: Storage, encoding: Encoding) -> None:
+    """Write shards of raw rows."""
+    metadata = encoding.metadata()
+    with ThreadPoolExecutor(16) as threads:
+        written = [
+            threads.submit(
+                lambda p: out.write(p.path, parquet_bytes(p.rows.replace_schema_metadata(metadata))), p
+            )
+            for p in plans
+        ]
+        for one in written:
+            one.result()
+
+
 def _finish(
     storage: Storage,
     source: Source,
     plans: Sequence[ShardPlan],
     rejected: list[Rejection],
     encoding: Encoding,
+    raw: RawRows | None,
     report: Callable[[str], None],
 ) -> DatasetInfo:
     """Write the list of rejected rows, and the manifest, from the metadata of all shards."""
@@ -447,7 +482,7 @@ def _finish(
         )
     storage.sweep()
     info = DatasetInfo(
-        storage, encoding, source.name, source.name != "prompts", shards, reasons, source.attribution
+        storage, encoding, source.name, source.name != "prompts", shards, reasons, source.attribution, raw
     )
     info.save()
     if refused:
@@ -469,7 +504,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _pack(table: pa.Table) -> bytes:
+def pack(table: pa.Table) -> bytes:
     """A table as Arrow IPC bytes, so that a whole shard is a single row of Ray Data."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -477,16 +512,6 @@ def _pack(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _unpack(content: bytes) -> pa.Table:
-    """The inverse of `_pack`."""
+def unpack(content: bytes) -> pa.Table:
+    """The inverse of `pack`."""
     return pa.ipc.open_stream(content).read_all()
-
-
-def _parquet(table: pa.Table) -> memoryview:
-    """A shard's table as the bytes of a Parquet file."""
-    import pyarrow.parquet as pq
-
-    assert table.schema.equals(SCHEMA)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return memoryview(sink.getvalue())

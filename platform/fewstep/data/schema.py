@@ -101,6 +101,18 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class RawRows:
+    """What the manifest of a dataset that is encoded in the stream tells of its rows."""
+
+    max_pixels: int
+    """Images of more pixels are refused."""
+    images: str | None
+    """Address of the storage that the rows' files lie in; None where rows name no files."""
+    sizes: dict[str, str]
+    """Size in pixels (WIDTHxHEIGHT) of each bucket, by the bucket's name, such as 3x16x16."""
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """A finished dataset: its storage, and the checked content of its manifest."""
 
@@ -113,6 +125,8 @@ class DatasetInfo:
     """Reason → number of rows rejected for it."""
 
     attribution: str = ""
+    raw: RawRows | None = None
+    """Of a dataset whose shards hold raw rows, to be encoded when they are read; None where they are encoded."""
 
     @property
     def root(self) -> str:
@@ -173,6 +187,7 @@ class DatasetInfo:
             tuple(Shard(s["path"], s["split"], tuple(s["shape"]), s["rows"]) for s in manifest["shards"]),
             manifest["rejected"],
             manifest["attribution"],
+            RawRows(**manifest["raw"]) if manifest.get("raw") else None,
         )
         if not any(shard.rows for shard in info.shards):
             raise UserError(f"the dataset {info.root} is empty: give fewstep prepare-data images or prompts.")
@@ -203,6 +218,8 @@ class DatasetInfo:
             "attribution": self.attribution,
             "shards": [asdict(shard) for shard in self.shards],
         }
+        if self.raw is not None:
+            manifest["raw"] = asdict(self.raw)
         self.storage.write(MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
@@ -278,6 +295,20 @@ def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
     Raises:
         UserError: as `shard_metadata`; another schema version.
     """
+    table = read_raw(storage, path, columns)
+    for name in LATER_COLUMNS:
+        # Added where an older shard lacks it, unless the caller asked for other columns.
+        if name not in table.column_names and (columns is None or name in columns):
+            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
+    return table
+
+
+def read_raw(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a shard, or some of its columns, as they are; for shards of raw rows.
+
+    Raises:
+        UserError: as `read_shard`.
+    """
     import pyarrow.parquet as pq
 
     with storage.reachable():
@@ -292,11 +323,16 @@ def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
             ) from error
     metadata = (table.schema.metadata or {}).get(METADATA_KEY, b'{"version": "none"}')
     check_version(json.loads(metadata)["version"], f"{storage.root}/{path}")
-    for name in LATER_COLUMNS:
-        # Added where an older shard lacks it, unless the caller asked for other columns.
-        if name not in table.column_names and (columns is None or name in columns):
-            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
     return table.replace_schema_metadata(None)
+
+
+def parquet_bytes(table: pa.Table) -> memoryview:
+    """A shard's table as the bytes of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return memoryview(sink.getvalue())
 
 
 _SIZES = ("channels", "height", "width")

@@ -30,9 +30,18 @@ from torch import Tensor
 
 from fewstep.config import Shape
 from fewstep.data.columns import conditioning_of, floats
+from fewstep.data.encode import RowEncoder
 from fewstep.data.execution import configured, user_errors
-from fewstep.data.order import OPEN_SHARDS, ShardOrder, WorkItem, grouped, read_permuted
-from fewstep.data.schema import DatasetInfo, Encoding, read_shard
+from fewstep.data.order import (
+    OPEN_SHARDS,
+    EncodedShards,
+    ShardOrder,
+    ShardReader,
+    WorkItem,
+    grouped,
+    read_permuted,
+)
+from fewstep.data.schema import DatasetInfo, Encoding, read_raw, read_shard
 from fewstep.data.seeds import stable_hash
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Conditioning
@@ -110,6 +119,7 @@ class ShardStream:
             of all of them. Together they are one range.
         open_shards: see `ShardOrder`.
         start_batch: number of the global batch to begin with.
+        reader: reads shards; an `encode.EncoderPool` for a dataset of raw rows.
 
     Attributes:
         seconds_waited: seconds that the consumer has waited for batches; set it to 0.0 to count from there.
@@ -128,8 +138,11 @@ class ShardStream:
         parts: Sequence[range] | None = None,
         open_shards: int = OPEN_SHARDS,
         start_batch: int = 0,
+        reader: ShardReader | None = None,
     ) -> None:
         self.info = DatasetInfo.open(root)
+        assert reader or self.info.raw is None, "raw shards are read by those who can encode them"
+        self._reader = reader or EncodedShards()
         self.start_batch = start_batch
         self.seconds_waited = 0.0
         self._parts = parts or [range(batch_size)]
@@ -198,7 +211,7 @@ class ShardStream:
         tasks = grouped(self._order.items(self.start_batch, self._share), TASK_BYTES, TASK_ITEMS)
         while True:
             segment = list(itertools.islice(tasks, SEGMENT_TASKS))
-            pipeline = _pipeline(self.info.storage, segment, self._order.seed)
+            pipeline = _pipeline(self.info.storage, segment, self._order.seed, self._reader)
             with user_errors():
                 yield from pipeline.iter_batches(
                     batch_size=None, batch_format="pyarrow", prefetch_batches=READ_TASKS
@@ -236,18 +249,24 @@ def read_split(
     rows_of: dict[str, list[int]] = {}
     for _, path, row in chosen:
         rows_of.setdefault(path, []).append(row)
-    rows = pa.concat_tables(read_shard(info.storage, path).take(rows) for path, rows in rows_of.items())
-    return Batch.of(rows.sort_by("key"), info.encoding)
+    if info.raw is None:
+        parts = [read_shard(info.storage, path).take(rows) for path, rows in rows_of.items()]
+    else:
+        encoder = RowEncoder(info)
+        parts = [
+            encoder.encode(path, read_raw(info.storage, path).take(rows)) for path, rows in rows_of.items()
+        ]
+    return Batch.of(pa.concat_tables(parts).sort_by("key"), info.encoding)
 
 
-def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int) -> Dataset:
+def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int, reader: ShardReader) -> Dataset:
     """The Ray Data pipeline that reads `tasks`, lists of work items, in order."""
     import ray.data
 
     rows = [{"items": [item.as_dict() for item in task]} for task in tasks]
     # Reading takes no CPU slot, so that it also works where training workers hold all CPUs of a cluster.
     pipeline = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(read_permuted, storage=storage, seed=seed),
+        partial(read_permuted, storage=storage, seed=seed, reader=reader),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,

@@ -21,8 +21,9 @@ import yaml
 from pydantic import Field, PositiveInt, model_validator
 
 from fewstep.config import Config, Precision, checked_settings
-from fewstep.data.datasets import EMOJI_DATA
+from fewstep.data.datasets import EMOJI_DATA, SHIPPED_DATA, streamed
 from fewstep.data.order import OPEN_SHARDS
+from fewstep.data.stream_config import CacheConfig, EncodersConfig
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
@@ -157,11 +158,27 @@ class DataConfig(Config):
     path: str = EMOJI_DATA
     """Folder or s3:// address of a prepared dataset (fewstep prepare-data); data/emoji16 and data/fashion28 are
     prepared if they don't exist."""
+    encode: Literal["shards", "stream"] = "shards"
+    """shards: captions and images were encoded when the dataset was prepared. stream: they are encoded while the
+    training runs, of a dataset prepared with --encode stream, which is captions and images alone."""
+    encoders: EncodersConfig = EncodersConfig()
+    """With encode: stream, the actors that do it and their resources; on any node of the cluster."""
+    cache: CacheConfig | None = None
+    """With encode: stream, a bounded cache of what was encoded, as `{path: /scratch/cache, max_gb: 200}`; null for
+    none."""
     batch_size: int = Field(48, ge=1)
     """Samples per optimizer step, over all workers and accumulation steps."""
     open_shards: int = Field(OPEN_SHARDS, ge=1)
     """Shards that a batch takes samples of, where there are as many. More mix better and take more memory; with a
     multiple of the number of workers, no shard is read by two of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shipped_data_have_a_folder_of_each_kind(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("encode") == "stream":
+            path = data.get("path", EMOJI_DATA)
+            return {**data, "path": streamed(path) if path in SHIPPED_DATA else path}
+        return data
 
 
 class OptimizerConfig(Config):

@@ -132,6 +132,12 @@ def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> Non
             f"images (fewstep prepare-data --source folder){remedy}."
         )
     info.buckets("train")  # refuses a dataset without training rows
+    if (info.raw is None) == (recipe.data.encode == "stream"):
+        kind, other = ("encoded", "shards") if info.raw is None else ("not encoded", "stream")
+        raise UserError(
+            f"data.encode={recipe.data.encode}: the rows of {info.root} are {kind}: set data.encode={other}, or "
+            f"prepare another folder with --encode {recipe.data.encode}."
+        )
 
 
 def _check_fit(info: DatasetInfo, transformer: Transformer, family: Family, teacher: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import Shape
+from fewstep.data.order import ShardReader
 from fewstep.data.stream import ShardStream
 from fewstep.encoders import load_autoencoder
 from fewstep.evaluate.grid import sample_grid
@@ -57,6 +58,8 @@ class WorkerJob:
     """The run's place in MLflow."""
     home: str
     """The driver's folder, to which the recipe's paths are relative."""
+    reader: ShardReader | None = None
+    """Reads the shards of a dataset that is encoded in the stream."""
     code: FamilyCode | None = None
     """The user's file that registers the network's family, if there is one."""
 
@@ -109,6 +112,7 @@ def _train(job: WorkerJob) -> None:
         parts=learner.share.parts,
         open_shards=recipe.data.open_shards,
         start_batch=done,
+        reader=job.reader,
     )
     _loop(job, learner, stream, checkpoints, tracker, done)
 
