@@ -32,6 +32,9 @@ from fewstep.train.worker import EXPORT, SamplePlan, WorkerJob, train_worker
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
+RESIZE_SECONDS = 60.0
+"""Time between two looks whether the cluster has grown or shrunk, for runs of [fewest, most] workers."""
+
 PREVIEW_CAPTIONS = 32
 """Number of held-out captions in the sample grids."""
 
@@ -182,6 +185,7 @@ def _ray_trainer(
         train_loop_config=cast(Any, job),  # travels as it is; Ray's annotations ask for a dictionary
         scaling_config=ray.train.ScalingConfig(
             num_workers=cast(Any, settings.workers),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=settings.gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {}),
         ),

@@ -23,6 +23,7 @@ from fewstep.models.family_code import FamilyCode
 from fewstep.models.sharded import whole
 from fewstep.tracking.run import TrackedRun, Tracker
 from fewstep.train import checkpoint as ckpt
+from fewstep.train.drain import DrainNotice
 from fewstep.train.learner import Learner
 from fewstep.train.parallel import drop_gathered
 from fewstep.train.progress import LossMeter, progress_line
@@ -114,7 +115,7 @@ def _train(job: WorkerJob) -> None:
         start_batch=done,
         reader=job.reader,
     )
-    _loop(job, learner, stream, checkpoints, tracker, done)
+    _loop(job, learner, stream, checkpoints, DrainNotice(dist.new_group(backend="gloo")), tracker, done)
 
     # The end: the trained model, with the EMA's weights, goes into the last checkpoint. `whole` gathers shards, so all
     # ranks take part, although only rank 0 writes. They send shards from their GPUs, also where the host keeps the EMA.
@@ -173,6 +174,7 @@ def _loop(
     learner: Learner,
     stream: ShardStream,
     checkpoints: ckpt.Checkpoints,
+    notice: DrainNotice,
     tracker: Tracker | None,
     done: int,
 ) -> None:
@@ -197,7 +199,8 @@ def _loop(
         learner.step(step, source, meter)
 
         # Progress and metrics: the only place where the host waits for the device
-        save = step % settings.checkpoint_every == 0 or step == settings.steps
+        drained = notice.arrived()
+        save = step % settings.checkpoint_every == 0 or step == settings.steps or drained
         if step % settings.log_every == 0 or save or step == 1:
             meter.sum_over_workers(learner.world_size)
             metrics = meter.read(recipe.data.batch_size, stream.seconds_waited) | {"train/learning_rate": lr}
@@ -212,6 +215,10 @@ def _loop(
         # Checkpoints: writing begins here, and has long ended when it is reported some steps later
         if save:
             checkpoints.begin(step, metrics)
+            if drained:  # there is no later for this one
+                checkpoints.settle()
+                if learner.rank == 0:
+                    print(f"a node is about to go: the checkpoint of step {step} is complete", flush=True)
         elif step % settings.log_every == 0:
             checkpoints.settle()
 
