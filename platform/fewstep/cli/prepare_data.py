@@ -63,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of a diffusers AutoencoderKL or that of Qwen-Image, Qwen-Image 2.1 or FLUX.2 (PIPELINE:vae for a "
         "pipeline's); default: pixel (fashion-mnist: grey)")  # fmt: skip
     add("--max-tokens", type=_from(int, 1), metavar="N", help="longer captions are rejected; default: 64")
+    add("--latent-type", choices=("float32", "bfloat16", "float16"), help="numbers that latents are stored as; "
+        "default: float32")  # fmt: skip
     add("--held-out", type=_from(float, 0, 1), default=0.02, metavar="F", help="fraction of own data kept out of "
         "training by a hash of the file name or prompt (the emoji set and fashion-mnist have their "
         "own split)")  # fmt: skip
@@ -104,6 +106,7 @@ def run(options: argparse.Namespace) -> None:
         "text_encoder": options.text_encoder,
         "autoencoder": options.autoencoder,
         "max_tokens": options.max_tokens,
+        "latent_type": options.latent_type,
         "shard_rows": options.shard_rows,
         "seed": options.seed,
         "max_pixels": options.max_pixels,

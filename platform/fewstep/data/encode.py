@@ -39,10 +39,10 @@ class RowEncoder:
         assert info.raw is not None, "only the shards of raw datasets are to be encoded"
         encoding = info.encoding
         config = PreparationConfig(
-            (),
-            encoding.text_encoder,
-            encoding.autoencoder,
-            encoding.max_tokens,
+            sizes=(),
+            text_encoder=encoding.text_encoder,
+            autoencoder=encoding.autoencoder,
+            max_tokens=encoding.max_tokens,
             max_pixels=info.raw.max_pixels,
         )
         images = None if info.raw.images is None else Storage.at(info.raw.images)

@@ -19,17 +19,20 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from fewstep.config import MAX_TOKENS, Shape
-from fewstep.data.columns import condition_columns
+from fewstep.data.columns import condition_columns, latent_column
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.images import MAX_PIXELS, Size, fit, lift_limit, measure, open_image
 from fewstep.data.schema import (
     PLAN,
+    READABLE,
     SCHEMA,
     SCHEMA_VERSION,
     DatasetInfo,
     Encoding,
+    NumberType,
     RawRows,
     Shard,
     bucket_folder,
@@ -70,6 +73,8 @@ class PreparationConfig:
     text_encoder: str = MINILM
     autoencoder: str = PIXEL
     max_tokens: int = MAX_TOKENS
+    latent_type: NumberType = "float32"
+    """How the numbers of latents are stored; bfloat16 is half as large, and what most autoencoders compute in."""
     shard_rows: int = 256
     """Most rows of a shard; each bucket of a split is divided into shards of equal size."""
 
@@ -140,7 +145,9 @@ def prepare(
     missing = [shard for shard in plans if shard.path not in present]
     if len(missing) < len(plans):
         report(f"{len(plans) - len(missing)} of {len(plans)} shards are finished already and are skipped")
-    encoding = Encoding(config.text_encoder, dim, config.autoencoder, pooled, config.max_tokens)
+    encoding = Encoding(
+        config.text_encoder, dim, config.autoencoder, pooled, config.max_tokens, config.latent_type
+    )
     raw = None
     if encode:
         _encode(missing, source, storage, config, encoding, encoders=encoders, gpus=gpus, report=report)
@@ -175,7 +182,11 @@ def claim(
         storage.write(PLAN, json.dumps(ours, indent=1).encode())
         return config
     # Versions before 0.2 knew none of these.
-    theirs = {"max_pixels": MAX_PIXELS, "least_shards": 1, "encode": "shards"} | json.loads(content)
+    before = {"max_pixels": MAX_PIXELS, "least_shards": 1, "encode": "shards", "latent_type": "float32"}
+    theirs = before | json.loads(content)
+    # The remaining shards may be of another version than those that are there.
+    if theirs["version"] in READABLE:
+        theirs["version"] = SCHEMA_VERSION
     differing = [name for name in ours if theirs.get(name) != ours[name] and name != "least_shards"]
     if differing:
         name = differing[0]
@@ -275,7 +286,10 @@ class EncodeImages:
         if self.has_images:
             rows, latents, broken = self._latents(rows, Size(item["width"], item["height"]))
             rejected += [rejection.as_dict() for rejection in broken]
-        return encode_table(rows, latents, tuple(item["shape"]), item["split"]), rejected
+        column = None
+        if latents is not None:
+            column = latent_column(torch.from_numpy(latents), self.encoding.latent_type)
+        return encode_table(rows, column, tuple(item["shape"]), item["split"]), rejected
 
     def _latents(self, rows: pa.Table, size: Size) -> tuple[pa.Table, np.ndarray, list[Rejection]]:
         """The rows with a usable image, their latents (N, C, H, W), and the rejected other rows."""

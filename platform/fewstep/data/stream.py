@@ -20,16 +20,17 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import torch
 from torch import Tensor
 
 from fewstep.config import Shape
-from fewstep.data.columns import conditioning_of, floats
+from fewstep.data.columns import conditioning_of, latents_of
 from fewstep.data.encode import RowEncoder
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.order import (
@@ -74,7 +75,7 @@ class Batch:
     """B examples of one latent shape.
 
     Attributes:
-        latent: (B, C, H, W) float32; None in datasets of prompts without images.
+        latent: (B, C, H, W), float32 unless it was asked for as it is stored; None in datasets of prompts alone.
         conditioning: texts, padded to the longest of the batch, or classes.
         captions: B captions.
         keys: B keys of rows.
@@ -91,18 +92,28 @@ class Batch:
         return len(self.keys)
 
     @classmethod
-    def of(cls, rows: pa.Table, encoding: Encoding) -> Batch:
-        """A batch of rows of one bucket, which have SCHEMA's columns."""
-        rows = rows.combine_chunks()
+    def of(cls, rows: pa.Table, encoding: Encoding, *, stored: bool = False) -> Batch:
+        """A batch of rows of one bucket, which have SCHEMA's columns.
+
+        Args:
+            rows, encoding: of a dataset.
+            stored: whether latents and token states keep the types that they are stored in; `to` changes that.
+        """
         shape: Shape = tuple(rows[name][0].as_py() for name in ("channels", "height", "width"))
-        latent = floats(rows["latent"])
+        latent = latents_of(rows, encoding, stored=stored)
         return cls(
             None if latent is None else latent.view(len(rows), *shape),
-            conditioning_of(rows, encoding),
+            conditioning_of(rows, encoding, stored=stored),
             rows["caption"].to_pylist(),
             rows["key"].to_pylist(),
             shape,
         )
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device, without waiting for the copies, and its numbers in float32 there."""
+        latent = None if self.latent is None else self.latent.to(device, non_blocking=True).float()
+        conditioning = self.conditioning.to(device).to(device, torch.float32)
+        return replace(self, latent=latent, conditioning=conditioning)
 
 
 class ShardStream:
@@ -120,6 +131,7 @@ class ShardStream:
         open_shards: see `ShardOrder`.
         start_batch: number of the global batch to begin with.
         reader: reads shards; an `encode.EncoderPool` for a dataset of raw rows.
+        stored: see `Batch.of`.
 
     Attributes:
         seconds_waited: seconds that the consumer has waited for batches; set it to 0.0 to count from there.
@@ -139,10 +151,11 @@ class ShardStream:
         open_shards: int = OPEN_SHARDS,
         start_batch: int = 0,
         reader: ShardReader | None = None,
+        stored: bool = False,
     ) -> None:
         self.info = DatasetInfo.open(root)
         assert reader or self.info.raw is None, "raw shards are read by those who can encode them"
-        self._reader = reader or EncodedShards()
+        self._reader, self._stored = reader or EncodedShards(), stored
         self.start_batch = start_batch
         self.seconds_waited = 0.0
         self._parts = parts or [range(batch_size)]
@@ -190,8 +203,7 @@ class ShardStream:
                 while len(pending.get(lane.number, ())) < lane.rows:
                     # A block may hold rows of several shards, and so of several lanes.
                     block = next(blocks)
-                    for number in block["lane"].unique().to_pylist():
-                        more = block.filter(pc.equal(block["lane"], number))
+                    for number, more in _by_lane(block):
                         pending[number] = (
                             pa.concat_tables([pending[number], more]) if number in pending else more
                         )
@@ -204,7 +216,8 @@ class ShardStream:
                 pending[lane.number] = ready.slice(lane.rows)  # kept for the bucket's next batch
             share = pa.concat_tables(rows)
             for part in self._parts:
-                yield Batch.of(share.slice(part.start - self._share.start, len(part)), self.info.encoding)
+                rows_of_part = share.slice(part.start - self._share.start, len(part))
+                yield Batch.of(rows_of_part, self.info.encoding, stored=self._stored)
 
     def _blocks(self) -> Iterator[pa.Table]:
         """Blocks of permuted rows, in the order of their work items, from many short Ray Data executions."""
@@ -273,6 +286,14 @@ def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int, reader: 
         compute=ray.data.TaskPoolStrategy(READ_TASKS),
     )
     return configured(pipeline, in_order=True)
+
+
+def _by_lane(block: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """(lane, its rows) for each run of rows of one lane, without copying any."""
+    lanes = block["lane"].to_numpy()
+    starts = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist()]
+    for start, end in zip(starts, [*starts[1:], len(lanes)], strict=True):
+        yield int(lanes[start]), block.slice(start, end - start)
 
 
 def _put(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,8 +122,5 @@ class Learner:
         return SampleGenerators(seed, step, part, self.share.total)
 
     def to_device(self, batch: Batch) -> Batch:
-        """A batch with its tensors on the model's device, without waiting for the copies."""
-        if self.device.type == "cpu":
-            return batch
-        latent = None if batch.latent is None else batch.latent.to(self.device, non_blocking=True)
-        return replace(batch, latent=latent, conditioning=batch.conditioning.to(self.device))
+        """A batch with its tensors on the model's device."""
+        return batch if self.device.type == "cpu" else batch.to(self.device)

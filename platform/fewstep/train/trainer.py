@@ -183,8 +183,8 @@ def _ray_trainer(
     return TorchTrainer(
         cast(Any, train_worker),
         train_loop_config=cast(Any, job),  # travels as it is; Ray's annotations ask for a dictionary
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cast(Any, settings.workers),
+        scaling_config=cast(Any, ray.train.ScalingConfig)(
+            num_workers=settings.workers,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=settings.gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {}),

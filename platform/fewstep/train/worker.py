@@ -114,6 +114,7 @@ def _train(job: WorkerJob) -> None:
         open_shards=recipe.data.open_shards,
         start_batch=done,
         reader=job.reader,
+        stored=device.type != "cpu",  # half as much to copy; on CPUs the reading thread converts
     )
     _loop(job, learner, stream, checkpoints, DrainNotice(dist.new_group(backend="gloo")), tracker, done)
 
