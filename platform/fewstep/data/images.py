@@ -49,6 +49,33 @@ class Size:
         return min(sizes, key=lambda size: abs(np.log(size.width * height / (size.height * width))))
 
 
+def bucket_sizes(side: int, multiple: int) -> tuple[Size, ...]:
+    """Sizes of about side × side pixels, from twice as high as wide to twice as wide as high.
+
+    Sides are multiples of `multiple`, and of about a sixteenth of `side` where that is more: at 1024, of 64.
+
+    Args:
+        side: of the square among them, in pixels.
+        multiple: that the model's sides must be of.
+
+    Raises:
+        UserError: `side` is no multiple of it.
+    """
+    if side % multiple:
+        raise UserError(
+            f"--buckets {side} is no multiple of {multiple}, of which both sides have to be: take "
+            f"{max(side // multiple, 1) * multiple}."
+        )
+    step = max(multiple, side // 16 // multiple * multiple)
+    wide = []
+    for height in range(side - step, 0, -step):
+        width = round(side * side / height / step) * step
+        if width > 2 * height:
+            break
+        wide.append(Size(width, height))
+    return (Size(side, side), *wide, *(Size(size.height, size.width) for size in wide))
+
+
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image:
     """Decode an image's bytes to RGB, turned upright, with transparent parts on white.
 
