@@ -21,8 +21,8 @@ examples
       --autoencoder stabilityai/sd-vae-ft-ema --text-encoder labels:1000 --encoders 8 --gpus 1
   {program} --source folder photos/ --out s3://bucket/photos --size 512x512 --size 640x384 \\
       --autoencoder models/qwen-image:vae --text-encoder models/encoder --encoders 4 --gpus 1
-  {program} --source parquet hf://datasets/lambdalabs/naruto --out data/naruto --size 512
-  {program} --source webdataset 's3://bucket/set/{{000..012}}.tar' --out s3://bucket/set512 --buckets 512
+  {program} --source parquet hf://datasets/ORG/NAME --out data/set512 --size 512
+  {program} --source webdataset 's3://bucket/set/{000..012}.tar' --out s3://bucket/set512 --buckets 512
   {program} --source prompts prompts.txt --out data/prompts --size 16 --held-out 0.05
   ray job submit -- {program} --out data/emoji16
 
@@ -38,7 +38,7 @@ sources
                    or bytes) or the names of image files; also hf://datasets/ORGANISATION/NAME. Files named train…
                    and validation… or test… are split so
   webdataset PATH...
-                   tar files of WebDataset, folders of them or patterns such as set/{{000..012}}.tar: an image, and its
+                   tar files of WebDataset, folders of them or patterns such as set/{000..012}.tar: an image, and its
                    caption in .txt or under caption, text or prompt in .json
   prompts FILE...  captions alone, for distillation without data: .txt (one a line), or such a table with a
                    column caption, text or prompt
