@@ -103,16 +103,24 @@ def test_what_is_no_class_is_refused_with_the_nearest() -> None:
 
 
 def test_a_row_of_no_class_is_skipped_and_listed() -> None:
-    from fewstep.data.prepare import ShardPlan, _unpack
+    from fewstep.data.prepare import ShardPlan, unpack
     from fewstep.data.sources import INDEX
 
     rows = pa.table(
-        [["a", "b", "c"], ["dog", "cow", ""], ["train"] * 3, [None] * 3, [None] * 3, ["t:1", "t:2", "t:3"]],
+        [
+            ["a", "b", "c"],
+            ["dog", "cow", ""],
+            ["train"] * 3,
+            [None] * 3,
+            [None] * 3,
+            ["t:1", "t:2", "t:3"],
+            [None] * 3,
+        ],
         schema=INDEX,
     )
     config = PreparationConfig(sizes=(Size(4, 4),), text_encoder="labels:cat,dog")
     item = EncodeText(config)(ShardPlan("p", "train", Size(4, 4), (3, 4, 4), rows).as_item())
-    assert _unpack(item["rows"])["key"].to_pylist() == ["a", "c"]
+    assert unpack(item["rows"])["key"].to_pylist() == ["a", "c"]
     assert '"where": "t:2", "reason": "unknown class"' in item["rejected"]
 
 

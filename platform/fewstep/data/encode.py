@@ -20,6 +20,7 @@ import pyarrow as pa
 from fewstep.config import Shape
 from fewstep.data.cache import ShardCache
 from fewstep.data.images import Size
+from fewstep.data.members import at_addresses
 from fewstep.data.prepare import EncodeImages, EncodeText, PreparationConfig, pack, unpack
 from fewstep.data.schema import DatasetInfo, read_raw
 from fewstep.data.seeds import stable_hash
@@ -44,8 +45,9 @@ class RowEncoder:
             autoencoder=encoding.autoencoder,
             max_tokens=encoding.max_tokens,
             max_pixels=info.raw.max_pixels,
+            min_size=info.raw.min_size,
         )
-        images = None if info.raw.images is None else Storage.at(info.raw.images)
+        images = None if info.raw.images is None else at_addresses(info.raw.images)
         self._sizes = info.raw.sizes
         self._text = EncodeText(config)
         self._images = EncodeImages(config, encoding, images, info.storage, info.has_latents)

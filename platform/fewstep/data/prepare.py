@@ -8,6 +8,7 @@ not at all, so one that exists is finished and is skipped.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import time
@@ -19,12 +20,15 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from fewstep.config import MAX_TOKENS, Shape
 from fewstep.data.columns import condition_columns, latent_column
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.images import MAX_PIXELS, Size, fit, lift_limit, measure, open_image
+from fewstep.data.members import ImageStorage, addresses, image_bytes, reading_unit, rows_with_cells
+from fewstep.data.rows import INDEX, Source, hashes, texts
 from fewstep.data.schema import (
     PLAN,
     READABLE,
@@ -40,8 +44,6 @@ from fewstep.data.schema import (
     parquet_bytes,
     shard_metadata,
 )
-from fewstep.data.seeds import stable_hash
-from fewstep.data.sources import Source
 from fewstep.data.stream_config import STAGE_CPUS
 from fewstep.data.tables import Rejection
 from fewstep.encoders import (
@@ -57,6 +59,9 @@ from fewstep.errors import UserError
 from fewstep.storage import Storage
 
 REJECTED = "rejected.jsonl"
+
+BROKEN = "broken image"
+"""Reason of rejections of images that can't be read."""
 
 IMAGES_PER_PASS = 16
 DECODING_THREADS = 4
@@ -83,6 +88,9 @@ class PreparationConfig:
 
     max_pixels: int = MAX_PIXELS
     """Images of more pixels are rejected: one needs 3 bytes per pixel of memory, several times over."""
+
+    min_size: int = 0
+    """Images whose shorter side has fewer pixels are rejected."""
 
     least_shards: int = 8
     """Shards of a bucket of the training split, at least, where it has as many rows: each training worker reads shards
@@ -153,9 +161,9 @@ def prepare(
         _encode(missing, source, storage, config, encoding, encoders=encoders, gpus=gpus, report=report)
     else:
         _write_raw(missing, storage, encoding)
-        images = None if source.storage is None else source.storage.root
+        images = None if source.storage is None else addresses(source.storage)
         sizes = {"x".join(map(str, p.shape)): str(p.size) for p in plans}
-        raw = RawRows(config.max_pixels, images, sizes)
+        raw = RawRows(config.max_pixels, config.min_size, images, sizes)
     return _finish(storage, source, plans, rejected, encoding, raw, report)
 
 
@@ -181,8 +189,14 @@ def claim(
     if content is None:
         storage.write(PLAN, json.dumps(ours, indent=1).encode())
         return config
-    # Versions before 0.2 knew none of these.
-    before = {"max_pixels": MAX_PIXELS, "least_shards": 1, "encode": "shards", "latent_type": "float32"}
+    # Older versions didn't know these.
+    before = {
+        "max_pixels": MAX_PIXELS,
+        "min_size": 0,
+        "least_shards": 1,
+        "encode": "shards",
+        "latent_type": "float32",
+    }
     theirs = before | json.loads(content)
     # The remaining shards may be of another version than those that are there.
     if theirs["version"] in READABLE:
@@ -208,21 +222,39 @@ def plan(source: Source, config: PreparationConfig) -> tuple[list[ShardPlan], li
     autoencoder = load_autoencoder(config.autoencoder)
     shapes = {size: autoencoder.latent_shape(size.height, size.width) for size in config.sizes}
     sizes, broken = _choose_sizes(source, config)
-    keys, splits = source.rows["key"].to_pylist(), source.rows["split"].to_pylist()
-    # In the order of a hash: any part of a group is a random sample of it.
-    groups: dict[tuple[str, Size], list[int]] = {}
-    for index in sorted(range(len(keys)), key=lambda i: stable_hash(config.seed, keys[i])):
-        if (size := sizes[index]) is not None:
-            groups.setdefault((splits[index], size), []).append(index)
+    # In one piece each, with offsets of 64 bits: rows are taken from anywhere, and captions may exceed 2 GiB.
+    rows = source.rows.cast(_LARGE_INDEX).combine_chunks()
+    order = _shuffled(rows, config.seed)
+    sizes, held_out = sizes[order], pc.equal(rows["split"], "held_out").to_numpy()[order]
+    groups: list[tuple[str, str, Size, np.ndarray]] = []
+    for number, size in enumerate(config.sizes):
+        for split, mask in (("held_out", held_out), ("train", ~held_out)):
+            if len(indices := order[mask & (sizes == number)]):
+                groups.append((split, str(size), size, indices))
     plans = []
     # Sorted, so that shards have the same names in every run.
-    for (split, size), indices in sorted(groups.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+    for split, _, size, indices in sorted(groups, key=lambda group: group[:2]):
         least = min(config.least_shards, len(indices)) if split == "train" else 1
         count = max(least, -(-len(indices) // config.shard_rows))
         for number, part in enumerate(np.array_split(indices, count)):
             path = f"{bucket_folder(split, shapes[size])}/part-{number:05d}.parquet"
-            plans.append(ShardPlan(path, split, size, shapes[size], source.rows.take(part)))
+            plans.append(ShardPlan(path, split, size, shapes[size], rows.take(pa.array(part)).cast(INDEX)))
     return plans, [*source.rejected, *broken]
+
+
+_LARGE_INDEX = pa.schema([f.with_type(pa.large_string()) if f.type == pa.string() else f for f in INDEX])
+
+
+def _shuffled(rows: pa.Table, seed: int) -> np.ndarray:
+    """Numbers of the rows in the order of a hash, (rows,): any part of a group of them is a random sample of it.
+
+    Rows that are read together, out of a Parquet file, stay one after the other.
+    """
+    names = texts(rows["key"])
+    if rows["part"].null_count < len(rows):
+        places = zip(names, texts(rows["file"]), texts(rows["part"]), strict=True)
+        names = ((part and reading_unit(file, part)) or key for key, file, part in places)
+    return np.argsort(hashes(seed, names, len(rows)), kind="stable")
 
 
 class EncodeText:
@@ -260,7 +292,7 @@ class EncodeImages:
         self,
         config: PreparationConfig,
         encoding: Encoding,
-        images: Storage | None,
+        images: ImageStorage | None,
         out: Storage,
         has_images: bool,
     ) -> None:
@@ -316,11 +348,12 @@ class EncodeImages:
     def _decoded(self, rows: pa.Table, size: Size) -> Iterator[tuple[range, list[np.ndarray | Rejection]]]:
         """Rows and decoded images, `IMAGES_PER_PASS` at a time; threads decode the next ones in the meantime."""
         ahead: tuple[range, list[Future[np.ndarray | Rejection]]] | None = None
+        complete = rows_with_cells(rows, self.images)
         for start in range(0, len(rows), IMAGES_PER_PASS):
             indices = range(start, min(start + IMAGES_PER_PASS, len(rows)))
             futures = [
-                self.threads.submit(_load, row, self.images, size, self.config.max_pixels)
-                for row in rows.slice(start, len(indices)).to_pylist()
+                self.threads.submit(_load, row, self.images, size, self.config)
+                for row in itertools.islice(complete, len(indices))
             ]
             # Submitted before the pass ahead of it is given out, so that both go on side by side.
             if ahead is not None:
@@ -330,78 +363,84 @@ class EncodeImages:
             yield ahead[0], [future.result() for future in ahead[1]]
 
 
-def _choose_sizes(source: Source, config: PreparationConfig) -> tuple[list[Size | None], list[Rejection]]:
-    """The bucket of each row, None where its image's size can't be read; and the rejections of those rows."""
+def _choose_sizes(source: Source, config: PreparationConfig) -> tuple[np.ndarray, list[Rejection]]:
+    """The bucket of each row as its number in `config.sizes`, (rows,), −1 where its image's size can't be read or is
+    too small; and the rejections of those rows."""
     rows = source.rows
     if len(config.sizes) == 1:
-        return [config.sizes[0]] * len(rows), []
+        return np.zeros(len(rows), np.int64), []
     if source.storage is None:
         # Prompts without images have no aspect ratio: they are spread evenly over the buckets.
-        return [
-            config.sizes[stable_hash(0, f"size/{key}") % len(config.sizes)] for key in rows["key"].to_pylist()
-        ], []
+        places = hashes(0, (f"size/{key}" for key in texts(rows["key"])), len(rows))
+        return (places % len(config.sizes)).astype(np.int64), []
     import ray.data
 
-    index = rows.select(["key", "file", "image", "where"])
+    index = rows.select(["key", "file", "image", "where", "part"])
     blocks = [index.slice(start, ROWS_PER_MEASURE) for start in range(0, len(index), ROWS_PER_MEASURE)]
     measured = ray.data.from_arrow(blocks).map_batches(
         cast(Any, _measure),  # Ray's annotations leave out fn_kwargs
-        fn_kwargs={"images": source.storage, "max_pixels": config.max_pixels},
+        fn_kwargs={"images": source.storage, "config": config},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=STAGE_CPUS,
     )
+    sizes: list[np.ndarray] = []
+    rejected: list[Rejection] = []
     with user_errors():
-        found = {row["key"]: row for row in configured(measured).iter_rows()}
-    sizes: list[Size | None] = []
-    rejected = []
-    for key, where in zip(rows["key"].to_pylist(), rows["where"].to_pylist(), strict=True):
-        row = found[key]
-        if row["trouble"]:
-            rejected.append(Rejection(where, "broken image", row["trouble"]))
-        sizes.append(None if row["trouble"] else Size.nearest(config.sizes, row["width"], row["height"]))
-    return sizes, rejected
+        for batch in configured(measured, in_order=True).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        ):
+            found = cast(pa.Table, batch)
+            sizes.append(found["size"].to_numpy())
+            refused = found.filter(pc.is_valid(found["reason"]))
+            rejected += [Rejection(**row) for row in refused.drop_columns("size").to_pylist()]
+    return np.concatenate(sizes), rejected
 
 
-def _measure(rows: pa.Table, images: Storage, max_pixels: int) -> pa.Table:
-    """Ray Data task: width and height of each row's image, or what is wrong with the image."""
+_MEASURED = pa.schema(
+    [("size", pa.int64()), *((name, pa.string()) for name in ("where", "reason", "detail"))]
+)
+
+
+def _measure(rows: pa.Table, images: ImageStorage, config: PreparationConfig) -> pa.Table:
+    """Ray Data task: number of the bucket of each row's image, or what is wrong with the image."""
     lift_limit()
     measured = []
-    for row in rows.to_pylist():
+    for row in rows_with_cells(rows, images):
         try:
-            width, height = measure(_content(row, images), max_pixels)
-            measured.append({"key": row["key"], "width": width, "height": height, "trouble": ""})
+            width, height = measure(image_bytes(row, images), config.max_pixels)
         except ValueError as error:
-            measured.append({"key": row["key"], "width": 0, "height": 0, "trouble": _trouble(row, error)})
-    return pa.Table.from_pylist(measured)
+            measured.append({"size": -1, **Rejection(row["where"], BROKEN, _trouble(row, error)).as_dict()})
+            continue
+        if refusal := _too_small(row, width, height, config):
+            measured.append({"size": -1, **refusal.as_dict()})
+        else:
+            measured.append({"size": config.sizes.index(Size.nearest(config.sizes, width, height))})
+    return pa.Table.from_pylist(measured, schema=_MEASURED)
 
 
-def _load(row: dict[str, Any], images: Storage | None, size: Size, max_pixels: int) -> np.ndarray | Rejection:
+def _load(
+    row: dict[str, Any], images: ImageStorage | None, size: Size, config: PreparationConfig
+) -> np.ndarray | Rejection:
     """A row's image at the bucket's size, (height, width, 3) uint8; or the rejection of the row."""
     try:
-        return fit(open_image(_content(row, images), max_pixels), size)
+        image = open_image(image_bytes(row, images), config.max_pixels)
     except ValueError as error:
-        return Rejection(row["where"], "broken image", _trouble(row, error))
+        return Rejection(row["where"], BROKEN, _trouble(row, error))
+    return _too_small(row, *image.size, config) or fit(image, size)
+
+
+def _too_small(row: dict[str, Any], width: int, height: int, config: PreparationConfig) -> Rejection | None:
+    """The rejection of an image whose shorter side is below the least; None of others."""
+    if min(width, height) >= config.min_size:
+        return None
+    detail = f"{row['file'] or row['key']}: {width}x{height} pixels, and --min-size is {config.min_size}"
+    return Rejection(row["where"], "small image", detail)
 
 
 def _trouble(row: dict[str, Any], error: ValueError) -> str:
     """What is wrong with a row's image, with the name of the image."""
     return f"{row['file'] or row['key']}: {error}"
-
-
-def _content(row: dict[str, Any], images: Storage | None) -> bytes:
-    """The bytes of a row's image file.
-
-    Raises:
-        ValueError: the file does not exist any more.
-    """
-    if row["image"] is not None:
-        return row["image"]
-    assert images is not None, "rows that name files come with the storage they lie in"
-    content = images.read(row["file"])
-    if content is None:
-        raise ValueError("the file has gone")
-    return content
 
 
 def _encode(

@@ -118,8 +118,11 @@ class RawRows:
 
     max_pixels: int
     """Images of more pixels are refused."""
-    images: str | None
-    """Address of the storage that the rows' files lie in; None where rows name no files."""
+    min_size: int
+    """Images whose shorter side has fewer pixels are refused."""
+    images: str | dict[str, Any] | None
+    """Address of the storage that the rows' files lie in, or `members.addresses` of several; None where rows name no
+    files."""
     sizes: dict[str, str]
     """Size in pixels (WIDTHxHEIGHT) of each bucket, by the bucket's name, such as 3x16x16."""
 
