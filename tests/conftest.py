@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hub_server import HubServer
+
 ROOT = Path(__file__).parents[1]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs two at once: each, and what it starts, on one core
@@ -76,6 +78,14 @@ def s3_server() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture
+def hub_server() -> Iterator[HubServer]:
+    """An empty Hugging Face hub on this machine."""
+    server = HubServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The folder that relative paths (data, runs, mlflow.db) are relative to."""
+"""The folder that relative paths (data, runs, mlflow.db) are relative to, and the user's cache."""
 
 from __future__ import annotations
 
@@ -23,3 +23,15 @@ def enter_home() -> None:
     if home is not None:
         Path(home).mkdir(parents=True, exist_ok=True)
         os.chdir(home)
+
+
+def cache_folder(name: str) -> Path | None:
+    """The folder `~/.cache/fewstep/NAME`, which need not exist; None for users without a home folder.
+
+    Args:
+        name: of what is kept there.
+    """
+    try:
+        return Path.home() / ".cache" / "fewstep" / name
+    except RuntimeError:  # HOME is unset, and the system does not know the user, as in many containers
+        return None

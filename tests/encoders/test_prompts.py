@@ -23,6 +23,8 @@ from transformers import (
     Qwen3VLProcessor,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from fewstep.config import Precision
@@ -34,7 +36,7 @@ from fewstep.errors import UserError
 from fewstep.models.diffusers_family import bare_pipeline
 from fewstep.plan.parts import text_encoder_bytes
 
-KINDS = ("z-image", "longcat-image", "sd3", "qwen-image-2.1", "krea2")
+KINDS = ("z-image", "longcat-image", "sd3", "qwen-image-2.1", "krea2", "wan")
 CAPTIONS = ["a red heart", "a dog", "", "dog 'red' heart a a dog"]
 KREA_LAYERS = (1, 2)
 
@@ -67,6 +69,11 @@ class Made:
                 states, mask, _ = self.pipe.encode_prompt(caption)
                 assert mask is None, "no padding"
                 return states[0], None
+            case "wan":
+                # As its call: rows of zeros follow, which the network's family adds.
+                states = self.pipe.encode_prompt(caption, None, False, max_sequence_length=512)[0][0]
+                assert len(states) == 512
+                return states[states.any(dim=1)], None
         states, mask = self.pipe.encode_prompt(caption)
         return states[mask].flatten(1), None
 
@@ -120,6 +127,13 @@ def made(kind: str, folder: Path) -> Made:
             pipe = bare_pipeline("LongCatImagePipeline", text_encoder=model, tokenizer=plain)
         case "sd3":
             pipe = bare_pipeline("StableDiffusion3Pipeline", **sd3_parts(folder / "plain"))
+        case "wan":
+            umt5 = UMT5Config(
+                vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=3, pad_token_id=0,
+                eos_token_id=2,
+            )  # fmt: skip
+            ended = words(folder / "ended", "$A </s>")
+            pipe = bare_pipeline("WanPipeline", text_encoder=UMT5EncoderModel(umt5).eval(), tokenizer=ended)
         case "krea2":
             settings = {"text_encoder_select_layers": KREA_LAYERS}
             pipe = bare_pipeline("Krea2Pipeline", text_encoder=qwen3_vl().model, tokenizer=plain, **settings)
@@ -186,7 +200,7 @@ def test_shards_hold_the_same_rounded_and_the_null_condition_is_the_empty_captio
 
 def test_captions_that_the_pipeline_would_cut_are_refused(pipeline, encoder):
     """The count is the pipeline's own: what it gives still grows below the limit, and not above."""
-    limit = {"z-image": 512, "longcat-image": 512, "sd3": 256}.get(pipeline.kind)
+    limit = {"z-image": 512, "longcat-image": 512, "sd3": 256, "wan": 512}.get(pipeline.kind)
     long = load_encoder(pipeline.name, max_tokens=2000)
     if pipeline.kind == "krea2":
         limit = 512 + 34 - 5

@@ -24,8 +24,9 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "AutoencoderKLFlux2": {},
     "AutoencoderKLQwenImage": {},
     "AutoencoderKLQwenImage21": {},
+    "AutoencoderKLWan": {},
 }  # fmt: skip
-"""Full-sized autoencoders: those of FLUX.1, FLUX.2, Qwen-Image and Qwen-Image 2.1."""
+"""Full-sized autoencoders: those of FLUX.1, FLUX.2, Qwen-Image, Qwen-Image 2.1 and Wan 2.1."""
 
 SMALL = {"layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False}
 TINY: dict[str, dict[str, Any]] = {
@@ -35,6 +36,8 @@ TINY: dict[str, dict[str, Any]] = {
     | {"latents_std": [1.0] * 4},
     "AutoencoderKLQwenImage21": {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 4, "num_res_blocks": 1}
     | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+    "AutoencoderKLWan": {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4}
+    | {"latents_std": [1.0] * 4},
 }
 
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from fewstep.evaluate.report import Report
+
 
 def test_the_metrics_are_flat_finite_numbers_for_every_row(measured, passes):
     metrics = measured.metrics()
@@ -23,6 +25,25 @@ def test_the_json_holds_rows_captions_and_differences(measured):
     assert [r["name"] for r in content["rows"]] == [r.name for r in measured.rows]
     assert content["captions"] == 24
     assert content["student_minus"]["euler_8"]["low"] == measured.student_minus["euler_8"].low
+
+
+def test_the_report_is_read_back_from_its_metrics(measured, a_report):
+    for report in (measured, a_report()):
+        again = Report.from_metrics(
+            report.metrics() | {"loss": 1.0, "eval/student_4/more/deeply": 2.0}, report.student
+        )
+        assert again == replace(report, student_minus={})
+
+
+@pytest.mark.parametrize(
+    "missing", ["eval/captions", "eval/teacher_64/diversity", "eval/student_4/kid_teacher_ci_low"]
+)
+def test_metrics_that_are_no_whole_report_are_none(measured, missing):
+    metrics = measured.metrics()
+    del metrics[missing]
+    assert Report.from_metrics(metrics, "student_4") is None
+    assert Report.from_metrics(measured.metrics(), "student_1") is None
+    assert Report.from_metrics({}, "student_4") is None
 
 
 @pytest.mark.parametrize(

@@ -49,21 +49,33 @@ class Case:
     """A family with a tiny network of it, and inputs.
 
     Args:
-        name: of the family, and of the module in `pipelines` that has the network's configuration.
+        name: of the family.
         lengths: tokens of two captions.
+        frames: latent frames, of families of videos.
+        module: in `pipelines`, with the network's configuration, if its name is not the family's.
     """
 
     name: str
     lengths: tuple[int, int] = (5, 9)
+    frames: int = 1
+    module: str = ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return import_module(f"pipelines.{self.module or self.name}").CONFIG
 
     @cached_property
     def family(self) -> DiffusersFamily:
-        return cast(DiffusersFamily, get_family(self.name))
+        return cast(DiffusersFamily, get_family(self.named))
+
+    @property
+    def named(self) -> str:
+        """The family in recipes."""
+        return self.name if self.frames == 1 else f"{self.name}:{self.frames}"
 
     def network(self) -> Any:
         torch.manual_seed(0)
-        config: dict[str, Any] = import_module(f"pipelines.{self.name}").CONFIG
-        return varied(self.family.build(config))
+        return varied(self.family.build(self.config))
 
     @cached_property
     def conditioning(self) -> TextConditioning:
@@ -77,7 +89,7 @@ class Case:
 
     def network_on_meta(self) -> Any:
         with torch.device("meta"):
-            return self.family.build(import_module(f"pipelines.{self.name}").CONFIG)
+            return self.family.build(self.config)
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, TextConditioning]:
@@ -94,7 +106,11 @@ class Case:
 CASES = {
     "sd3": Case("sd3", lengths=(7, 7)),  # its encoders give all captions one length
     "krea2": Case("krea2"),
+    "wan": Case("wan"),
+    "wan:2": Case("wan", frames=2),
     "z_image": Case("z_image"),
+    "longcat_image": Case("longcat_image"),
+    "flux2_klein": Case("flux2", module="flux2_klein"),
 }
 
 
@@ -244,9 +260,9 @@ def folder(case: Case, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("full", [False, True])
 def test_a_skeleton_that_is_filled_is_the_loaded_network(case: Case, folder: Path, full: bool) -> None:
     lora = None if full else LoRAConfig(rank=2)
-    loaded, family, _ = load_teacher(str(folder), case.name)
+    loaded, family, _ = load_teacher(str(folder), case.named)
     whole = PolicyNetwork(loaded, family, GMFLOW, lora, full=full)
-    skeleton, family, weights = open_teacher(str(folder), case.name)
+    skeleton, family, weights = open_teacher(str(folder), case.named)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     filled = PolicyNetwork(skeleton, family, GMFLOW, lora, full=full)
     assert weights is not None
@@ -266,16 +282,16 @@ def test_a_folder_without_a_weight_or_buffer_is_refused(case: Case, folder: Path
         save_file({n: t for n, t in state.items() if n != name}, file, metadata={"format": "pt"})
         for opened in (load_teacher, open_teacher):
             with pytest.raises(UserError, match=f"{name} are missing"):
-                opened(str(folder), case.name)
+                opened(str(folder), case.named)
 
 
 def test_a_sharded_student_learns_as_a_whole_one(case: Case, folder: Path) -> None:
-    loaded, family, _ = load_teacher(str(folder), case.name)
+    loaded, family, _ = load_teacher(str(folder), case.named)
     whole = stirred(PolicyNetwork(loaded, family, GMFLOW, LoRAConfig(rank=2)))
     expected, teacher = gradients(whole, case), whole.velocity(*case.inputs)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     try:
-        skeleton, family, weights = open_teacher(str(folder), case.name)
+        skeleton, family, weights = open_teacher(str(folder), case.named)
         sharded = PolicyNetwork(skeleton, family, GMFLOW, LoRAConfig(rank=2))
         mesh = init_device_mesh("cpu", (1,))
         for module in (*family.blocks(skeleton), sharded):
@@ -332,13 +348,15 @@ def test_sizes_that_the_network_has_no_place_for_are_refused(case: Case) -> None
     sizes = [(HEIGHT + 1, WIDTH, "can't be cut")]
     if most is not None:
         sizes.append((HEIGHT, most + family.patch(network), "positions for"))
+        x = torch.zeros(2, CHANNELS, family.frames * most, family.patch(network))
+        assert velocity(case, network, x, TIMES, case.conditioning).shape == x.shape
         x = torch.zeros(2, CHANNELS, HEIGHT, most)
         assert velocity(case, network, x, TIMES, case.conditioning).shape == x.shape
         with pytest.raises(UserError, match=f"give at most {most}"):
             square(student, most + family.patch(network))
-        assert square(student, most) == (CHANNELS, most, most)
+        assert square(student, most) == (CHANNELS, family.frames * most, most)
     encoding: Any = SimpleNamespace(
-        text_encoder="minilm", autoencoder="pixel", token_dim=family.condition_width(network),
+        text_encoder="minilm", autoencoder=f"pixel::{family.frames}", token_dim=family.condition_width(network),
         pooled_dim=family.pooled_width(network),
     )  # fmt: skip
     for height, width, message in sizes:
@@ -355,7 +373,10 @@ def test_sizes_that_the_network_has_no_place_for_are_refused(case: Case) -> None
 TEXTS = {
     "sd3": {"in_channels": 3, "out_channels": 3, "joint_attention_dim": 384, "pooled_projection_dim": 384},
     "krea2": {"in_channels": 12, "text_hidden_dim": 128},
+    "wan": {"in_channels": 3, "out_channels": 3, "text_dim": 384},
     "z_image": {"in_channels": 3, "cap_feat_dim": 384},
+    "longcat_image": {"in_channels": 12, "joint_attention_dim": 384},
+    "flux2": {"in_channels": 12, "joint_attention_dim": 384},
 }
 """Of networks for pixels and the bundled text encoder, whose states are 384 wide."""
 
@@ -363,10 +384,9 @@ TEXTS = {
 @pytest.fixture(params=[False, True], ids=["adapters", "full"])
 def pipe(case: Case, request: pytest.FixtureRequest, tmp_path: Path) -> FewStepPipeline:
     """A student of the bundled text encoder."""
-    config: dict[str, Any] = import_module(f"pipelines.{case.name}").CONFIG
     torch.manual_seed(0)
-    varied(case.family.build(config | TEXTS[case.name])).save_pretrained(tmp_path / "teacher")
-    transformer, family, reference = load_teacher(str(tmp_path / "teacher"), case.name)
+    varied(case.family.build(case.config | TEXTS[case.name])).save_pretrained(tmp_path / "teacher")
+    transformer, family, reference = load_teacher(str(tmp_path / "teacher"), case.named)
     lora = None if request.param else LoRAConfig(rank=2)
     network = stirred(PolicyNetwork(transformer, family, GMFLOW, lora, full=request.param))
     card = StudentCard(
@@ -429,4 +449,5 @@ def test_what_diffusers_keeps_in_float32_is_kept_so_on_a_teacher_too(
         own = exported.transformer.named_parameters()
         types.append({name: p.dtype for name, p in own})
     assert types[0] == types[1]
-    assert (torch.float32 in types[0].values()) == (pipe.card.teacher.family == "krea2")
+    partly = get_family(pipe.card.teacher.family).name.startswith(("krea2", "wan"))
+    assert (torch.float32 in types[0].values()) == partly

@@ -102,14 +102,16 @@ def test_quantised_weights_and_other_shapes_are_refused(folder: Path, tmp_path: 
 
 
 def test_a_teacher_without_safetensors_is_no_stand_in_for_one_with_a_hash(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = reference_to(str(folder), "qwen_image")
     network, _, _ = load_teacher(str(folder), "qwen_image")
-    network.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    network.save_pretrained(tmp_path / "old" / "pickled", safe_serialization=False)
+    monkeypatch.chdir(tmp_path)
     message = r"has no \*.safetensors, by which it could be told"
-    with pytest.raises(UserError, match=message), checked_meanwhile(str(tmp_path / "pickled"), wanted):
-        pass
+    for path in (str(tmp_path / "old" / "pickled"), "old/pickled"):  # the second has the form of a hub id
+        with pytest.raises(UserError, match=message), checked_meanwhile(path, wanted):
+            pass
 
 
 def test_a_wrong_hash_in_the_cache_is_computed_again(

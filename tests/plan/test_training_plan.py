@@ -36,6 +36,7 @@ def recipe(*overrides: str, source: str | None = None) -> DistillRecipe:
             ["teacher.family=flux", "teacher.embedded_guidance_scale=3.5"],
         ),
         ("facebook/DiT-XL-2-256", 0.675, ["teacher.family=dit"]),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1.419, ["teacher.family=wan:21"]),
     ],
 )
 def test_published_parameter_counts_come_out(hub_id: str, billions: float, settings: list[str]) -> None:
@@ -43,7 +44,7 @@ def test_published_parameter_counts_come_out(hub_id: str, billions: float, setti
     assert count_parameters(network) / 1e9 == pytest.approx(billions, rel=3e-3)
 
 
-@pytest.mark.parametrize("source", ["qwen_image_4nfe", "flux_4nfe", "imagenet_1nfe"])
+@pytest.mark.parametrize("source", ["qwen_image_4nfe", "flux_4nfe", "imagenet_1nfe", "wan_4nfe"])
 def test_the_papers_recipes_can_be_planned(source: str) -> None:
     overrides = ["teacher.path=facebook/DiT-XL-2-256"] if source == "imagenet_1nfe" else []
     plan = make_plan(recipe(*overrides, source=source), Machine(gpus=8, memory_gb=80), side=32)

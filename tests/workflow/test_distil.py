@@ -61,6 +61,13 @@ def test_a_measured_student_is_registered_with_its_figures(recipe, trained, fake
 
     card = read_student_card(trained.folder)
     assert card.metrics["eval/captions"] == 8
+    picture = Path("out/a-run/comparison.png").read_bytes()
+    registered = resolve_student(f"models:/{model}@champion", tracking_uri=uri).folder
+    assert (
+        picture
+        == (trained.folder / "comparison.png").read_bytes()
+        == (registered / "comparison.png").read_bytes()
+    )
     version = client.get_model_version(model, "1")
     assert float(version.tags["metric.eval/student_4/passes"]) == 4
 

@@ -35,11 +35,6 @@ def bundled_folder(name: str, folders: Mapping[str, str]) -> Path:
     return folder
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether a text has the form of a hub id, owner/name, and not that of a path."""
-    return not path.startswith((".", "/", "~")) and path.count("/") == 1
-
-
 def expanded(path: str | os.PathLike[str]) -> Path:
     """The path with a home folder in place of a leading `~` or `~user`.
 

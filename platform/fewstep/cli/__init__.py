@@ -43,6 +43,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "generate": Command("fewstep.cli.generate", "write images from prompts with a distilled student"),
     "export": Command("fewstep.cli.export", "write a student as a folder that diffusers loads as a pipeline"),
+    "push": Command("fewstep.cli.push", "push a student to the Hugging Face hub, with a model card"),
     "serve": Command(
         "fewstep.cli.serve", "put students behind HTTP: a page, OpenAI's API, live previews", "serve"
     ),

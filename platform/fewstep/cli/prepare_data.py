@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-size", type=_from(int, 1), metavar="N", help="images with a shorter side below it are rejected"
     )
     add("--text-encoder", metavar="NAME", help="minilm, a folder or hub id of a transformers encoder; flux:PIPELINE, "
-        "flux2:, krea2:, longcat-image:, qwen-image:, qwen-image-2.1:, sd3: or z-image:PIPELINE for those of a "
+        "flux2:, krea2:, longcat-image:, qwen-image:, qwen-image-2.1:, sd3:, wan: or z-image:PIPELINE for those of a "
         "diffusers pipeline; or classes instead of text: labels:fashion-mnist, labels:cat,dog, labels:1000 (class "
         "numbers); default: minilm (fashion-mnist: its labels)")  # fmt: skip
     add("--autoencoder", metavar="NAME", help="pixel (latents are pixels), grey (one channel), or a folder or hub id "

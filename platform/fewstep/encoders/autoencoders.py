@@ -277,6 +277,64 @@ class QwenImage21Autoencoder(QwenImageAutoencoder):
         return 11 * (self._config.decoder_base_dim or self._config.base_dim)  # measured
 
 
+class WanAutoencoder(QwenImageAutoencoder):
+    """Wan's AutoencoderKLWan, of videos whose frames stand under each other, as a film strip does.
+
+    Of the first latent frame one picture is made, and of each further one four. So a video of T latent frames of (h, w)
+    cells is a latent (C, T·h, w), and an image of (4·(T − 1) + 1)·8·h rows and 8·w columns. T is the last part of the
+    autoencoder's name, `PIPELINE:vae:T`; without it, 1.
+    """
+
+    def __init__(self, name: str, model: Any, tiling: bool | None = None) -> None:
+        super().__init__(name, model, tiling)
+        self._frames = place_of(name)[2] or 1
+        self._pictures = 1 + (self._frames - 1) * self._config.scale_factor_temporal
+
+    def latent_shape(self, height: int, width: int) -> Shape:
+        """Shape (C, T·h, w) of the latent of a video whose pictures together have (height, width) pixels.
+
+        Raises:
+            UserError: a side is not a multiple of what the model needs.
+        """
+        if height % (self._pictures * self._factor):
+            raise UserError(
+                f"a film strip of {width}x{height} pixels doesn't fit the autoencoder {self.name!r}, whose videos are "
+                f"{self._pictures} pictures under each other: its height must be a multiple of "
+                f"{self._pictures * self._factor}."
+            )
+        channels, rows, columns = super().latent_shape(height // self._pictures, width)
+        return channels, self._frames * rows, columns
+
+    def image_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size (H, W) in pixels of all pictures under each other, of a latent of (height, width) cells."""
+        height, width = super().image_size(height, width)
+        return self._pictures * height // self._frames, width
+
+    def decoding_bytes(self, height: int, width: int) -> int:
+        """About the most memory that decoding a video takes, of all its pictures together (height, width) pixels."""
+        if self._frames == 1:
+            return super().decoding_bytes(height, width)
+        # The pictures of one latent frame are made at a time, and beside them there is what convolutions keep of the
+        # frame before (measured), and the pictures that are done.
+        live = 51 * self._config.base_dim + 3 * self._pictures
+        return int(SPARE * height // self._pictures * width * live * self._model.dtype.itemsize)
+
+    def _reduction(self) -> int:
+        return self._config.scale_factor_spatial
+
+    def _mode(self, pixels: Tensor) -> Tensor:
+        # (B, 3, H, W) → (B, 3, pictures, H/pictures, W) → (B, C, T, h, w) → (B, C, T·h, w)
+        return KLAutoencoder._mode(self, pixels.unflatten(2, (self._pictures, -1))).flatten(2, 3)
+
+    def _picture(self, raw: Tensor) -> Tensor:
+        if self._frames == 1:
+            return super()._picture(raw)
+        return KLAutoencoder._picture(self, raw.unflatten(2, (self._frames, -1))).flatten(2, 3)
+
+    def _tiled_picture(self, raw: Tensor) -> Tensor:
+        return KLAutoencoder._tiled_picture(self, raw.unflatten(2, (self._frames, -1))).flatten(2, 3)
+
+
 class Flux2Autoencoder(KLAutoencoder):
     """FLUX.2's AutoencoderKLFlux2.
 
@@ -318,8 +376,25 @@ KINDS = {
     "AutoencoderKLQwenImage": QwenImageAutoencoder,
     "AutoencoderKLQwenImage21": QwenImage21Autoencoder,
     "AutoencoderKLFlux2": Flux2Autoencoder,
+    "AutoencoderKLWan": WanAutoencoder,
 }
 """Name of diffusers' class → ours."""
+
+
+def place_of(name: str) -> tuple[str, str | None, int | None]:
+    """Folder or hub id of an autoencoder by its name, the folder in it, and the number of latent frames of its videos.
+
+    Raises:
+        UserError: the number of frames is none.
+    """
+    place, _, rest = name.partition(":")
+    subfolder, colon, frames = rest.partition(":")
+    if colon and not (frames.isascii() and frames.isdigit() and int(frames)):
+        raise UserError(
+            f"the autoencoder {name!r}: {frames!r} is no number of latent frames: give one from 1 on, as in "
+            f"{place}:{subfolder}:21."
+        )
+    return place, subfolder or None, int(frames) if colon else None
 
 
 def load_autoencoder(
@@ -332,7 +407,8 @@ def load_autoencoder(
     """Load an autoencoder.
 
     Args:
-        name: "pixel", "grey", or the folder or hub id of one of `KINDS`; with `:vae` behind it, that of a pipeline.
+        name: "pixel", "grey", or the folder or hub id of one of `KINDS`; with `:vae` behind it, that of a pipeline;
+            with `:vae:21`, that of videos of 21 latent frames.
         device: where it runs.
         precision: how its weights are held and in what it computes, "float32" (also None) or "bfloat16". Latents are
             float32 in either. Pixels as latents have no weights, and ignore it.
@@ -352,12 +428,12 @@ def load_autoencoder(
         )
     import diffusers
 
-    location, _, subfolder = name.partition(":")
+    location, subfolder, frames = place_of(name)
     folder = expanded(location)
     # A folder is never looked up on the hub, so that a missing file in it is named as such.
     where = {
         "pretrained_model_name_or_path": str(folder) if folder.is_dir() else location,
-        "subfolder": subfolder or None,
+        "subfolder": subfolder,
         "local_files_only": folder.is_dir(),
     }
     try:
@@ -365,6 +441,8 @@ def load_autoencoder(
         kind = diffusers.AutoencoderKL.load_config(**where).get("_class_name")
         if kind not in KINDS:
             raise ValueError(f"it is {kind}, and known are {', '.join(KINDS)}")
+        if frames is not None and not issubclass(KINDS[kind], WanAutoencoder):
+            raise ValueError(f"it is {kind}, of images, and takes no number of frames")
         model = getattr(diffusers, kind).from_pretrained(**where, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -21,7 +21,17 @@ MINILM = "minilm"
 LABELS = "labels:"
 """Prefix of the names of label encoders, for classes instead of texts (see `labels.py`)."""
 
-PIPELINES = ("flux", "flux2", "krea2", "longcat-image", "qwen-image", "qwen-image-2.1", "sd3", "z-image")
+PIPELINES = (
+    "flux",
+    "flux2",
+    "krea2",
+    "longcat-image",
+    "qwen-image",
+    "qwen-image-2.1",
+    "sd3",
+    "wan",
+    "z-image",
+)
 """Prefixes of the names of pipelines' own text encoders, before ":" and the pipeline's folder or hub id
 (see `pipelines.py`)."""
 

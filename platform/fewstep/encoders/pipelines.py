@@ -21,6 +21,7 @@ from fewstep.encoders.prompts import (
     LongCatImageTextEncoder,
     QwenImage21TextEncoder,
     SD3TextEncoder,
+    WanTextEncoder,
     ZImageTextEncoder,
 )
 from fewstep.encoders.text import GROUP, TextEncoder, loading
@@ -193,6 +194,8 @@ def load_pipeline_encoder(
                 return SD3TextEncoder(name, part("_3"), (part(), part("_2")), held)
             case "z-image":
                 return ZImageTextEncoder(name, *part(), max_tokens, held)
+            case "wan":
+                return WanTextEncoder(name, *part(), max_tokens, held)
             case "longcat-image":
                 return LongCatImageTextEncoder(name, *part(), max_tokens, held)
             case "qwen-image-2.1":
@@ -217,6 +220,8 @@ def text_models(name: str) -> dict[str, str]:
         case "sd3":
             clip = "CLIPTextModelWithProjection"
             return {"_3": "T5EncoderModel", "": clip, "_2": clip}
+        case "wan":
+            return {"": "UMT5EncoderModel"}
     return {"": "AutoModel"}
 
 

@@ -21,6 +21,7 @@ from fewstep.encoders.base import as_stored
 from fewstep.encoders.text import TextEncoder
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.diffusers_family import bare_pipeline
+from fewstep.models.wan import TEXT_TOKENS
 
 
 class PipelineTextEncoder(TextEncoder):
@@ -210,6 +211,33 @@ class SD3TextEncoder(PipelineTextEncoder):
             [caption], None, None, device=self._model.device, do_classifier_free_guidance=False
         )
         return states[0], pooled[0]
+
+
+class WanTextEncoder(PipelineTextEncoder):
+    """Wan's text encoder: UMT5's last states, of real tokens only.
+
+    The zeros that its network attends to after them are added where it is called.
+    """
+
+    _pipeline_class = "WanPipeline"
+
+    def _longest(self) -> int:
+        return TEXT_TOKENS
+
+    def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        return super()._tokenize([prompt_clean(caption) for caption in captions])
+
+    def _prompt(self, caption: str) -> tuple[Tensor, None]:
+        # As a call of the pipeline; the method's own default would encode the same text to other states.
+        states, _ = self._pipeline.encode_prompt(
+            [caption],
+            do_classifier_free_guidance=False,
+            max_sequence_length=TEXT_TOKENS,
+            device=self._model.device,
+        )
+        return states[0][: len(self._tokenize([caption])[0])], None
 
 
 class QwenImage21TextEncoder(PipelineTextEncoder):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from fewstep.errors import UserError
 from fewstep.evaluate.metrics import Estimate
@@ -19,6 +20,10 @@ STUDENT = "student_4"
 
 LEAST_CAPTIONS = 3
 """Captions that an evaluation needs: its confidence intervals leave one out at a time."""
+
+
+_OPTIONAL = ("kid_real", "kid_real_ci", "frechet", "accuracy")
+"""Figures that a result may lack."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,46 @@ class Report:
                     flat[f"{prefix}/{row.name}/{name}"] = float(value)
         return flat
 
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, float], student: str, prefix: str = "eval") -> Report | None:
+        """The report whose `metrics` these are, but for the differences; None if they lack a reference or the student.
+
+        Args:
+            metrics: flat names → figures; names of other things are left out.
+            student: name of the student's main result.
+            prefix: of the names.
+        """
+        figures: dict[str, dict[str, Any]] = {}
+        for flat, value in metrics.items():
+            match flat.split("/"):
+                case [first, method, figure] if first == prefix:
+                    figures.setdefault(method, {})[figure] = value
+        rows = [row for method, found in figures.items() if (row := _result(method, found)) is not None]
+        teacher = next((row.name for row in rows if row.name.startswith("teacher_")), None)
+        if (
+            teacher is None
+            or student not in {row.name for row in rows}
+            or f"{prefix}/captions" not in metrics
+        ):
+            return None
+        return cls(int(metrics[f"{prefix}/captions"]), tuple(rows), teacher, student)
+
     def to_json(self) -> str:
         """The whole report as indented JSON."""
         # asdict leaves named tuples as tuples, whose fields JSON would not name.
         content = asdict(self) | {"student_minus": {k: v._asdict() for k, v in self.student_minus.items()}}
         return json.dumps(content, indent=2)
+
+
+def _result(method: str, figures: Mapping[str, float]) -> MethodResult | None:
+    """A result of its figures as `Report.metrics` names them; None if one is missing that every result has."""
+    known: dict[str, Any] = {"name": method}
+    for one in fields(MethodResult):
+        if one.name.endswith("_ci"):
+            ends = figures.get(f"{one.name}_low"), figures.get(f"{one.name}_high")
+            known[one.name] = None if None in ends else ends
+        elif one.name != "name":
+            known[one.name] = figures.get(one.name)
+    if any(value is None and name not in _OPTIONAL for name, value in known.items()):
+        return None
+    return MethodResult(**known | {"passes": int(known["passes"])})

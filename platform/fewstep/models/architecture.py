@@ -10,6 +10,7 @@ import torch
 
 from fewstep.assets import asset
 from fewstep.errors import UserError
+from fewstep.hub import hub_folder
 from fewstep.models.family import Family, Transformer
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import locate, told_guidance
@@ -19,6 +20,7 @@ NETWORKS = {
     "Qwen/Qwen-Image-2.1": "qwen_image21",
     "Qwen/Qwen-Image-2512": "qwen_image",
     "Tongyi-MAI/Z-Image": "z_image",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_1_3b",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
     "black-forest-labs/FLUX.2-dev": "flux2_dev",
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2_klein_4b",
@@ -92,17 +94,11 @@ def _in_folder(folder: Path, path: str) -> dict[str, Any]:
 
 
 def _on_hub(hub_id: str, path: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    for place in PLACES:
-        try:
-            return json.loads(Path(hf_hub_download(hub_id, place)).read_text())
-        except EntryNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"teacher.path: the configuration of {path!r} can't be fetched ({str(error).splitlines()[0]}): known "
-                f"without a connection are {', '.join(NETWORKS)}."
-            ) from error
-    raise UserError(f"teacher.path: the hub's {path!r} has no config.json, so its network can't be planned.")
+    try:
+        folder = hub_folder(hub_id, PLACES)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"teacher.path: the configuration of {path!r} can't be fetched ({str(error).splitlines()[0]}): known "
+            f"without a connection are {', '.join(NETWORKS)}."
+        ) from error
+    return _in_folder(folder, path)

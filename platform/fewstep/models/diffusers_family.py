@@ -29,6 +29,10 @@ class DiffusersFamily(Family):
     time_scale: ClassVar[float] = 1000.0
     """Factor on t in [0, 1] in what that module is called with."""
 
+    late_time: ClassVar[bool] = False
+    """Whether the network gives its last norm no time embedding, but scales and shifts what the norm gives; the
+    embedding is then the first result of the module that embeds the time."""
+
     def embedded_time(self, t: Tensor) -> Tensor:
         """What the module that embeds the time is called with for σ = t, (B,) float32."""
         return self.time_scale * t.float()

@@ -140,3 +140,43 @@ class TokenCatch:
             tokens, self._tokens = self._tokens, None
         assert tokens is not None, "the network has just been called"
         return tokens
+
+
+class LateTime:
+    """Gives the student's head in a last norm's place the time embedding, which the network itself adds only later.
+
+    A hook on the module that embeds the time, and one on the norm's place.
+    """
+
+    def __init__(self) -> None:
+        self._embedding: Tensor | None = None
+
+    @classmethod
+    def carry(cls, transformer: nn.Module, source: str, norm: str) -> None:
+        """Have the student's head get the time embedding at every call from now on.
+
+        Args:
+            transformer: the network.
+            source: name of the module whose first result is the time embedding.
+            norm: name of the last norm.
+        """
+        embedding, place = transformer.get_submodule(source), transformer.get_submodule(norm)
+        if "late_time" in place.__dict__:
+            return
+        if "late_time" not in embedding.__dict__:
+            embedding.__dict__["late_time"] = carrier = cls()
+            embedding.register_forward_hook(carrier.keep)
+        place.__dict__["late_time"] = carrier = embedding.__dict__["late_time"]
+        place.register_forward_pre_hook(carrier.give)
+
+    def keep(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        """The hook on the module that embeds the time."""
+        self._embedding = output[0]
+
+    def give(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The hook on the norm's place; the network's own norm gets what it always gets."""
+        embedding, self._embedding = self._embedding, None
+        if not (isinstance(module, SwitchedNorm) and module.student):
+            return inputs
+        assert embedding is not None, "the time is embedded before"
+        return (*inputs, embedding)

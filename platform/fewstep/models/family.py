@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
 from fewstep.models.ending import Ending, last_modules
 
 Transformer = Any
@@ -32,6 +33,9 @@ class Family(ABC):
     last_layers: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
     """Names of the transformer's last modules, whose place a student's head takes: norm and projection, or one layer
     that is both."""
+
+    frames: Any = 1  # an int; a field of families of videos
+    """Latent frames of a video, which stand under each other in a latent; 1 for images."""
 
     passes_sigmas: ClassVar[bool] = True
     """Whether its own pipeline gives its scheduler σ from 1 to 1/n in n equal steps to shift, or leaves σ to it."""
@@ -96,7 +100,22 @@ class Family(ABC):
 
     @abstractmethod
     def patch(self, transformer: Transformer) -> int:
-        """Side p of a patch; latent height and width must be multiples of it."""
+        """Side p of a patch; each frame's latent height and width must be multiples of it."""
+
+    def multiples(self, transformer: Transformer) -> tuple[int, int]:
+        """Numbers of which latent height and width must be multiples."""
+        patch = self.patch(transformer)
+        return self.frames * patch, patch
+
+    def of_frames(self, frames: int) -> Family:
+        """The family of videos of so many latent frames.
+
+        Raises:
+            UserError: it is a family of images.
+        """
+        raise UserError(
+            f"teacher.family: {self.name!r} makes images and takes no number of frames: leave it out."
+        )
 
     def tokens(self, transformer: Transformer, height: int, width: int) -> int:
         """Number of image tokens of a latent of this height and width."""
@@ -104,7 +123,7 @@ class Family(ABC):
         return (height // patch) * (width // patch)
 
     def largest_side(self, transformer: Transformer) -> int | None:
-        """Most latent height and width that the network has positions for; None if it has no such limit."""
+        """Most latent height and width of a frame that the network has positions for; None if it has no such limit."""
         return None
 
     def prepare(self, transformer: Transformer, conditioning: Any) -> Any:

@@ -16,6 +16,7 @@ from types import ModuleType
 
 from fewstep.assets import expanded
 from fewstep.errors import UserError
+from fewstep.home import cache_folder
 from fewstep.models.registry import registered
 
 CODE = "family.py"
@@ -90,8 +91,9 @@ def use_module(path: str | Path) -> None:
     """
     code = FamilyCode.read(path)
     code.use()
-    _trusted(code.sha256).parent.mkdir(parents=True, exist_ok=True)
-    _trusted(code.sha256).write_text(f"{code.path}\n")
+    if (record := _trusted(code.sha256)) is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(f"{code.path}\n")
 
 
 def code_of(family: str) -> FamilyCode | None:
@@ -121,7 +123,7 @@ def find_code(family: str, sha256: str | None, folder: Path) -> None:
         raise UserError(
             f"{folder / CODE} is not the file that the student was exported with: export it again."
         )
-    if not _trusted(sha256).exists():
+    if (record := _trusted(sha256)) is None or not record.exists():
         raise UserError(
             f"{folder} is the student of a teacher whose family {family!r} is code that came with it: read "
             f"{folder / CODE}, and if you trust it, set {MODULES}={folder / CODE}."
@@ -129,6 +131,7 @@ def find_code(family: str, sha256: str | None, folder: Path) -> None:
     copy.use()
 
 
-def _trusted(sha256: str) -> Path:
-    """The file whose existence records that code of this hash may be run."""
-    return Path.home() / ".cache" / "fewstep" / "trusted" / sha256
+def _trusted(sha256: str) -> Path | None:
+    """The file whose existence records that code of this hash may be run; None for users without a home."""
+    folder = cache_folder("trusted")
+    return None if folder is None else folder / sha256

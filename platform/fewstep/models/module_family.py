@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import UserError
+from fewstep.hub import hub_folder
 from fewstep.models.family import Family, Transformer
 from fewstep.models.prediction import DiffusionPrediction
 from fewstep.models.projection import LastProjection, time_features, tokens_of
@@ -58,10 +59,8 @@ class ModuleFamily(Family):
         """The network of a folder or hub id with `config.json` (optional) and `*.safetensors`, in float32."""
         folder = Path(path)
         if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
             # Only what is read below: repositories may hold much more.
-            folder = Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+            folder = hub_folder(path, ["config.json", "*.safetensors"])
         config = json.loads(file.read_text()) if (file := folder / "config.json").exists() else {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:

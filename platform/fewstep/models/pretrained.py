@@ -15,10 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from fewstep.hub import hub_folder
 from fewstep.models.devices import map_large_blocks, return_freed_memory
 from fewstep.models.family import Transformer
 
-PARTS = ("config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
+PARTS = ("config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*")
 """Files that are fetched of a hub repository: a network's own, or those of a pipeline's transformer and scheduler."""
 
 LARGE_WEIGHT = 2**20
@@ -45,24 +46,15 @@ def network_folder(path: str) -> Path:
 
     Args:
         path: folder or hub id of the network itself, or of a pipeline with a `transformer`. The files of a hub id,
-            which may end in @REVISION, are fetched into the hub's local cache, once per machine.
+            as `parse_hub_id` reads it, are fetched into the hub's local cache, once per machine.
 
     Raises:
         OSError: neither has a `config.json`, or the hub can't be reached.
+        ValueError: it is no folder, and no hub id.
     """
     folder = Path(path)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        name, _, revision = path.partition("@")
-        folder = Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=list(PARTS),
-                ignore_patterns=list(VARIANTS),
-            )
-        )
+        folder = hub_folder(path, PARTS, VARIANTS)
     for candidate in (folder, folder / "transformer"):
         if (candidate / "config.json").exists():
             return candidate
@@ -82,18 +74,17 @@ def from_pretrained(kind: type[Any], path: str) -> Transformer:
     return read(kind, network_folder(path))
 
 
-def read(kind: type[Any], place: str | Path, **where: Any) -> Transformer:
+def read(kind: type[Any], folder: Path) -> Transformer:
     """A diffusers network of class `kind` in float32.
 
     Args:
         kind: class of the network.
-        place: folder or hub id.
-        where: further arguments of diffusers' `from_pretrained`, such as `subfolder`.
+        folder: the network's own.
 
     Raises:
         ValueError: weights are missing there (diffusers would leave them at random values).
     """
-    network, found = kind.from_pretrained(place, torch_dtype=torch.float32, output_loading_info=True, **where)
+    network, found = kind.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
     if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
         raise ValueError(_lacking(kind, missing))
     return network

@@ -16,6 +16,7 @@ from fewstep.models.qwen_image import QwenImage
 from fewstep.models.qwen_image21 import QwenImage21
 from fewstep.models.sd3 import SD3
 from fewstep.models.unet import UNet
+from fewstep.models.wan import Wan
 from fewstep.models.z_image import ZImage
 
 _FAMILIES: dict[str, Family] = {}
@@ -45,9 +46,20 @@ def registered() -> dict[str, Family]:
 def get_family(name: str) -> Family:
     """The family registered under `name`.
 
+    Args:
+        name: of the family; of videos with their number of latent frames, `wan:21`.
+
     Raises:
-        UserError: there is no such family.
+        UserError: there is no such family, or it is one of images and was asked for frames.
     """
+    base, colon, frames = name.partition(":")
+    if colon and name not in _FAMILIES:
+        if not (frames.isascii() and frames.isdigit() and int(frames)):
+            raise UserError(
+                f"teacher.family: in {name!r}, {frames!r} is no number of latent frames: give one from 1 on, as in "
+                "wan:21."
+            )
+        return get_family(base).of_frames(int(frames))
     if name not in _FAMILIES:
         # A suggestion if a name is close; otherwise all names.
         near = difflib.get_close_matches(name, _FAMILIES, 1)
@@ -55,6 +67,11 @@ def get_family(name: str) -> Family:
         hint += "" if near else "a family of your own comes from the file that teacher.module names."
         raise UserError(f"teacher.family: there is no family {name!r}; {hint}")
     return _FAMILIES[name]
+
+
+def base_name(family: str) -> str:
+    """Name of a family without a number of frames."""
+    return family if family in _FAMILIES else family.partition(":")[0]
 
 
 # fewstep's own families, in the same way as a user's.
@@ -68,3 +85,4 @@ register(UNet())
 register(ZImage())
 register(SD3())
 register(Krea2())
+register(Wan())

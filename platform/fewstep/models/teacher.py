@@ -14,9 +14,10 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fewstep.assets import bundled_folder, expanded, is_hub_id
+from fewstep.assets import bundled_folder, expanded
 from fewstep.errors import UserError
 from fewstep.files import save_weights
+from fewstep.hub import HUB_ID, is_hub_id
 from fewstep.models.family import Family, Transformer
 from fewstep.models.pretrained import network_folder, scheduler_config
 from fewstep.models.registry import get_family
@@ -76,7 +77,7 @@ def locate(path: str, field: str = "teacher.path") -> str:
     """The folder or file of a teacher given by its bundled name or path; a hub id is returned as it is.
 
     Args:
-        path: a bundled name, a folder, a file of weights or a hub id (owner/name).
+        path: a bundled name, a folder, a file of weights or a hub id.
         field: name of the setting, for error messages.
 
     Raises:
@@ -90,7 +91,7 @@ def locate(path: str, field: str = "teacher.path") -> str:
     if not is_hub_id(path):
         raise UserError(
             f"{field}: there is no folder {path!r}; give a diffusers folder, a *.safetensors file, a hub id "
-            f"(owner/name or owner/name@revision) or one of the bundled names: {', '.join(BUNDLED_TEACHERS)}."
+            f"({HUB_ID}) or one of the bundled names: {', '.join(BUNDLED_TEACHERS)}."
         )
     return path
 
@@ -252,8 +253,8 @@ def check_reference(found: TeacherReference, wanted: TeacherReference) -> None:
     Raises:
         UserError: the weights differ.
     """
-    # Hub ids have no hash: there is nothing to compare.
-    if wanted.sha256 and found.sha256 is None and not is_hub_id(found.path):
+    # Hub ids have no hash: there is nothing to compare. What lies here is none, whatever its form.
+    if wanted.sha256 and found.sha256 is None and Path(locate(found.path)).exists():
         raise UserError(
             f"{found.path} has no *.safetensors, by which it could be told whether this student was distilled from it: "
             "give the original teacher."

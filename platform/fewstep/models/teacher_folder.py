@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.assets import expanded, is_hub_id
+from fewstep.assets import expanded
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.files import save_weights
+from fewstep.home import cache_folder
+from fewstep.hub import hub_folder, is_hub_id
 from fewstep.models.diffusers_family import DiffusersFamily, bare_pipeline
 from fewstep.models.family import Family, Transformer
 from fewstep.models.pretrained import network_folder, scheduler_config, stream_weights
@@ -58,7 +60,8 @@ def teacher_folder(base: str, family: Family, loras: Sequence[LoRAFile] = ()) ->
         loras: what is folded in.
 
     Raises:
-        UserError: a LoRA can't be read, or has layers that the network lacks; or diffusers can't read the single file.
+        UserError: a LoRA can't be read, or has layers that the network lacks; diffusers can't read the single file; or
+            the user has no home folder.
     """
     if (file := Path(base)).is_file():
         base = _converted(file, family)
@@ -240,9 +243,7 @@ def _lora_file(path: str) -> Path:
     if not place.is_dir():
         if not is_hub_id(path):
             raise UserError(f"teacher.loras: there is no file {path!r}: correct the path.")
-        from huggingface_hub import snapshot_download
-
-        place = Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
+        place = hub_folder(path, ["*.safetensors"])
     files = sorted(place.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(f"teacher.loras: {path} has {len(files)} *.safetensors files: name the file itself.")
@@ -250,9 +251,15 @@ def _lora_file(path: str) -> Path:
 
 
 def _kept(key: str | None) -> Path:
-    """The folder in which a teacher of this hash is kept."""
+    """The folder in which a teacher of this hash is kept.
+
+    Raises:
+        UserError: the user has no home folder.
+    """
     assert key is not None, "a network's folder has weights"
-    return Path.home() / ".cache" / "fewstep" / "teachers" / key[:32]
+    if (kept := cache_folder("teachers")) is None:
+        raise UserError("there is no home folder to keep the written teacher in: set HOME.")
+    return kept / key[:32]
 
 
 @contextmanager

@@ -15,10 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.hub import hub_folder
 from fewstep.models.family import Transformer
 from fewstep.models.module_family import ModuleFamily, OwnNetwork
 from fewstep.models.prediction import DiffusionPrediction
-from fewstep.models.pretrained import SCHEDULER, read, scheduler_config
+from fewstep.models.pretrained import SCHEDULER, VARIANTS, read, scheduler_config
+
+FILES = ("config.json", "scheduler_config.json", "diffusion_pytorch_model*", "unet/*", "scheduler/*")
+"""Files that are fetched of a hub repository: a UNet's own, or those of a pipeline's UNet and scheduler."""
 
 
 def _unet(_class_name: str = "UNet2DModel", **config: Any) -> Transformer:
@@ -39,16 +43,17 @@ class UNet(ModuleFamily):
     width: int = 0
 
     def load(self, path: str) -> Transformer:
-        """The UNet of a pipeline's folder or hub id, or of its own folder with a `scheduler_config.json` in it."""
+        """The UNet of a pipeline's folder or hub id, or of its own with a `scheduler_config.json` in it."""
         import diffusers
 
-        parts = {"subfolder": "unet"} if not (Path(path) / "config.json").exists() else {}
-        config = diffusers.UNet2DModel.load_config(path, **parts)
+        folder = Path(path) if Path(path).is_dir() else hub_folder(path, FILES, VARIANTS)
+        place = folder if (folder / "config.json").exists() else folder / "unet"
+        config = diffusers.UNet2DModel.load_config(place)
         # Pipelines differ in the class of their UNet: the configuration names it.
         kind = getattr(diffusers, config["_class_name"])
         _check_inputs(config)
-        network = read(kind, path, **parts)
-        scheduler = config[SCHEDULER] if SCHEDULER in config else _scheduler_config(path)
+        network = read(kind, place)
+        scheduler = config[SCHEDULER] if SCHEDULER in config else _scheduler_config(folder)
         prediction = DiffusionPrediction.from_scheduler(scheduler)
         # The scheduler goes into the network's own configuration, so that teachers and students save it along.
         return OwnNetwork(network, self, prediction, {**config, SCHEDULER: dict(scheduler)})
@@ -118,18 +123,13 @@ def _check_inputs(config: Mapping[str, Any]) -> None:
         )
 
 
-def _scheduler_config(path: str) -> dict[str, Any]:
-    """Configuration of the scheduler of a UNet's folder, of its pipeline's folder, or of a hub id.
+def _scheduler_config(folder: Path) -> dict[str, Any]:
+    """Configuration of the scheduler of a UNet's folder, or of its pipeline's folder.
 
     Raises:
         ValueError: the folder has none.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        from diffusers import DDPMScheduler
-
-        return DDPMScheduler.load_config(path, subfolder=SCHEDULER)
     config = scheduler_config(folder)
     if config is None:
-        raise ValueError(f"{path} has no scheduler/scheduler_config.json to say what its UNet predicts")
+        raise ValueError(f"{folder} has no scheduler/scheduler_config.json to say what its UNet predicts")
     return config

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fewstep.home import cache_folder
+
 _SETTLED_SECONDS = 2
 """Age of a file's last change from which on another change is sure to show in its times (some disks count seconds)."""
 
@@ -59,10 +61,8 @@ def weights_hash(
 
 def _memory(name: str) -> Path | None:
     """The file in which a hash is kept; None for users without a home."""
-    try:
-        return Path.home() / ".cache" / "fewstep" / "hashes" / name
-    except RuntimeError:
-        return None
+    folder = cache_folder("hashes")
+    return None if folder is None else folder / name
 
 
 def _state(files: Sequence[Path]) -> tuple[str, float]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fewstep.assets import expanded
 from fewstep.config import Precision
-from fewstep.encoders.autoencoders import GREY, KINDS, PIXEL, KLAutoencoder
+from fewstep.encoders.autoencoders import GREY, KINDS, PIXEL, KLAutoencoder, place_of
 from fewstep.encoders.base import LABELS, of_pipeline
 from fewstep.encoders.pipelines import text_models
 from fewstep.encoders.text import loading
@@ -23,6 +23,7 @@ ENCODERS = {
     "qwen_image": "qwen-image",
     "qwen_image21": "qwen-image-2.1",
     "sd3": "sd3",
+    "wan": "wan",
     "z_image": "z-image",
 }
 """Family of a network → prefix of the name of its pipeline's own text encoder."""
@@ -92,14 +93,14 @@ def autoencoder_on_meta(name: str, precision: Precision) -> KLAutoencoder | None
         return None
     import diffusers
 
-    place, _, subfolder = name.partition(":")
+    place, subfolder, _ = place_of(name)
     config = known_config(place, "vae")
     if config is None:
         try:
             folder = expanded(place)
             config = diffusers.AutoencoderKL.load_config(
                 str(folder) if folder.is_dir() else place,
-                subfolder=subfolder or None,
+                subfolder=subfolder,
                 local_files_only=folder.is_dir(),
             )
         except (OSError, ValueError) as error:
@@ -122,7 +123,7 @@ def usual_parts(family: str, teacher: str) -> tuple[str, str]:
         family: of the teacher.
         teacher: the folder or hub id of its pipeline.
     """
-    encoder = (
-        f"{ENCODERS[family]}:{teacher}" if family in ENCODERS else LABELS if family == "dit" else UNKNOWN
-    )
-    return encoder, f"{teacher}:vae" if family in ENCODERS else UNKNOWN
+    base, colon, frames = family.partition(":")
+    if base not in ENCODERS:
+        return LABELS if family == "dit" else UNKNOWN, UNKNOWN
+    return f"{ENCODERS[base]}:{teacher}", f"{teacher}:vae{colon}{frames}"

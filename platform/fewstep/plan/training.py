@@ -246,7 +246,7 @@ def _latent_shape(recipe: DistillRecipe, network: PolicyNetwork, side: int | Non
 
 
 def square(network: PolicyNetwork, side: int) -> Shape:
-    """Shape (C, side, side) of a network's latents.
+    """Shape (C, side, side) of a network's latents; of a video, (C, T·side, side) of all its frames.
 
     Raises:
         UserError: the side can't be cut into its patches, or is larger than it has positions for.
@@ -259,7 +259,7 @@ def square(network: PolicyNetwork, side: int) -> Shape:
         raise UserError(
             f"--latent-size {side} is more than the network's {most} positions: give at most {most}."
         )
-    return network.channels, side, side
+    return network.channels, network.family.frames * side, side
 
 
 def _captions(recipe: DistillRecipe) -> int:

@@ -46,7 +46,12 @@ class StudentCard(Config):
 
 def write_student_card(card: StudentCard, folder: Path) -> None:
     """Write (or replace) the card of a student folder."""
-    (folder / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
+    (folder / CARD).write_text(card_text(card))
+
+
+def card_text(card: StudentCard) -> str:
+    """The content of a card's file."""
+    return json.dumps(card.model_dump(mode="json"), indent=2) + "\n"
 
 
 def read_student_card(folder: Path) -> StudentCard:

@@ -37,6 +37,7 @@ from diffusers import (
     QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.loaders import (
@@ -45,6 +46,7 @@ from diffusers.loaders import (
     Krea2LoraLoaderMixin,
     QwenImageLoraLoaderMixin,
     SD3LoraLoaderMixin,
+    WanLoraLoaderMixin,
     ZImageLoraLoaderMixin,
 )
 from pydantic import TypeAdapter
@@ -58,7 +60,7 @@ from fewstep.models.diffusers_family import DiffusersFamily
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, build_head
 from fewstep.models.pretrained import stream_weights
-from fewstep.models.registry import get_family
+from fewstep.models.registry import base_name, get_family
 from fewstep.models.teacher import checked_meanwhile, open_teacher, told_guidance
 from fewstep.policies import Policy
 from fewstep.student.adapter import adapter_state
@@ -203,7 +205,8 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
         | ZImageTransformer2DModel
         | SD3Transformer2DModel
         | Krea2Transformer2DModel
-        | LongCatImageTransformer2DModel,
+        | LongCatImageTransformer2DModel
+        | WanTransformer3DModel,
         head: StudentHead,
     ) -> None:
         super().__init__()
@@ -388,6 +391,10 @@ class LongCatImageFewStepPipeline(FewStepDiffusionPipeline):
     """For students of LongCat-Image, for which diffusers has no loader of LoRAs."""
 
 
+class WanFewStepPipeline(FewStepDiffusionPipeline, WanLoraLoaderMixin):
+    """For students of Wan 2.1; takes its style LoRAs. A video is an image of its frames under each other."""
+
+
 PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "qwen_image": QwenImageFewStepPipeline,
     "flux": FluxFewStepPipeline,
@@ -397,6 +404,7 @@ PIPELINES: dict[str, type[FewStepDiffusionPipeline]] = {
     "krea2": Krea2FewStepPipeline,
     "qwen_image21": QwenImage21FewStepPipeline,
     "longcat_image": LongCatImageFewStepPipeline,
+    "wan": WanFewStepPipeline,
 }
 """The teacher's family → the pipeline for its students."""
 
@@ -416,7 +424,7 @@ def to_diffusers(
             in another precision than float32.
     """
     card, network = student.card, cast(Any, student.network)
-    if card.teacher.family not in PIPELINES:
+    if base_name(card.teacher.family) not in PIPELINES:
         raise UserError(
             f"a student of the family {card.teacher.family!r} can't be exported as a diffusers pipeline, only of "
             f"{', '.join(PIPELINES)}: use the student's own folder instead (FewStepPipeline.from_pretrained reads it)."
@@ -425,7 +433,7 @@ def to_diffusers(
     config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
     head = StudentHead(card, network.policy_config, config)
     head.head.load_state_dict(network.head.state_dict())
-    return PIPELINES[card.teacher.family](transformer, head.eval().requires_grad_(False))
+    return PIPELINES[base_name(card.teacher.family)](transformer, head.eval().requires_grad_(False))
 
 
 def save_diffusers(
@@ -561,6 +569,7 @@ class _Grafted(nn.Module):
         # The whole forward runs, and the input of its last norm is caught on the way: a compiled or offloaded
         # transformer can't be run in part.
         caught: list[tuple[Any, ...]] = []
+        late: list[Tensor] = []
         family = cast(DiffusersFamily, self.family)
 
         def exact_time(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -572,12 +581,17 @@ class _Grafted(nn.Module):
             return (given[0].to(cast(nn.Linear, layer).weight.dtype), *given[1:])
 
         def catch(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            caught.append((*given, *named.values()))
+            caught.append((*given, *named.values(), *late))
+
+        def keep_time(_: nn.Module, __: Any, embedded: tuple[Tensor, ...]) -> None:
+            late.append(embedded[0])
 
         last = transformer.get_submodule(family.last_layers[0])
         hooks = [last.register_forward_pre_hook(catch, with_kwargs=True)]
+        embedding = transformer.get_submodule(family.time_embedding)
+        if family.late_time:
+            hooks.append(embedding.register_forward_hook(keep_time))
         if dtype != torch.float32:
-            embedding = transformer.get_submodule(family.time_embedding)
             hooks.append(embedding.register_forward_pre_hook(exact_time))
             linear = (layer for layer in embedding.modules() if isinstance(layer, nn.Linear))
             # Quantised ones, of integers, take any type.

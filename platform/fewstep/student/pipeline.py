@@ -496,17 +496,21 @@ class FewStepPipeline:
             trained_width if width is None else width,
         )
         shape = self.autoencoder.latent_shape(height, width)
-        patch = self.network.family.patch(self.network.transformer)
+        multiples = self.network.family.multiples(self.network.transformer)
         # The autoencoder has its own multiple; latents also have to divide into the network's patches.
-        if any(cells % patch or cells < patch for cells in shape[1:]):
-            multiple, _ = self.autoencoder.image_size(patch, patch)
-            raise UserError(
-                f"an image of {width}x{height} pixels doesn't fit this model: both sides must be multiples of "
-                f"{multiple}."
+        if any(cells % multiple for cells, multiple in zip(shape[1:], multiples, strict=True)) or not all(
+            shape
+        ):
+            rows, columns = self.autoencoder.image_size(*multiples)
+            sides = (
+                "both sides must be multiples of"
+                if rows == columns
+                else f"height must be a multiple of {rows}, width of"
             )
+            raise UserError(f"an image of {width}x{height} pixels doesn't fit this model: {sides} {columns}.")
         most = self.network.family.largest_side(self.network.transformer)
-        if most is not None and max(shape[1:]) > most:
-            largest, _ = self.autoencoder.image_size(most, most)
+        if most is not None and max(shape[1] // self.network.family.frames, shape[2]) > most:
+            _, largest = self.autoencoder.image_size(most, most)
             raise UserError(
                 f"an image of {width}x{height} pixels doesn't fit this model: it has positions for sides of at most "
                 f"{largest}."

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fewstep.assets import bundled_folder, expanded, is_hub_id
+from fewstep.assets import bundled_folder, expanded
 from fewstep.errors import UserError
+from fewstep.hub import HUB_ID, hub_folder, is_hub_id
 
 BUNDLED_STUDENTS = {"emoji-student": "emoji_student", "fashion-student": "fashion_student"}
 """Names of the bundled students → their folders in the assets."""
@@ -38,7 +39,8 @@ def resolve_student(
 
     Args:
         source: a bundled name, a student's folder, `s3://bucket/folder`, MLflow's `models:/name@alias`,
-            `models:/name/3`, `models:/name/latest` or `runs:/id/path`, or a hub id (owner/name).
+            `models:/name/3`, `models:/name/latest` or `runs:/id/path`, or a hub id (owner/name, owner/name/folder,
+            either with @revision).
         tracking_uri: address of MLflow; by default `MLFLOW_TRACKING_URI` or ./mlflow.db.
         into: folder that files are fetched to; by default a new temporary folder, or the hub's cache.
 
@@ -98,8 +100,8 @@ def fetch_folder(address: str, into: Path | None, field: str, bundled: dict[str,
     if is_hub_id(address):
         return _from_hub(address, field)
     raise UserError(
-        f"{field}: there is no folder {address!r}; give a folder, s3://…, models:/name@alias, a hub id (owner/name) or "
-        f"one of the bundled names: {', '.join(bundled)}."
+        f"{field}: there is no folder {address!r}; give a folder, s3://…, models:/name@alias, a hub id "
+        f"({HUB_ID}) or one of the bundled names: {', '.join(bundled)}."
     )
 
 
@@ -146,17 +148,15 @@ def _fetch(address: str, into: Path) -> Path:
 
 
 def _from_hub(name: str, field: str) -> Path:
-    """The folder of a hub repository in the hub's cache.
+    """The folder of a hub id in the hub's cache.
 
     Raises:
         UserError: it can't be fetched.
     """
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name))
+        return hub_folder(name)
     except (OSError, ValueError) as error:  # base classes of the hub's errors
         raise UserError(
-            f"{field}: the hub's {name!r} can't be fetched ({str(error).splitlines()[0][:200]}): check the name and "
-            "the connection, or give a folder."
+            f"{field}: there is no folder {name!r}, and the hub's can't be fetched "
+            f"({str(error).splitlines()[0][:200]}): check the name and the connection, or give a folder."
         ) from error

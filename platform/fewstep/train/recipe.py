@@ -65,7 +65,7 @@ class TeacherConfig(TeacherSamplerConfig):
     path: str = "emoji"
     """A bundled name, a diffusers folder, or a hub id; of the network itself, or of its pipeline."""
     family: str = "qwen_image"
-    """Name of the network's family."""
+    """Name of the network's family; for videos with their number of latent frames, wan:21."""
     module: str | None = None
     """A Python file that registers that family, for a teacher of your own (docs/tutorials/own_teacher.md)."""
     loras: tuple[LoRAFile, ...] = ()

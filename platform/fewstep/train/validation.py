@@ -6,6 +6,7 @@ import torch
 
 from fewstep.data.datasets.bundled import open_data
 from fewstep.data.schema import DatasetInfo
+from fewstep.encoders.autoencoders import place_of
 from fewstep.encoders.labels import class_names, is_labels
 from fewstep.errors import UserError
 from fewstep.evaluate.classifier import Classifier
@@ -16,7 +17,7 @@ from fewstep.models.family import Family, Transformer
 from fewstep.models.family_code import use_module
 from fewstep.models.network import PolicyNetwork
 from fewstep.models.precision import LIBRARIES, check_arithmetic, check_precision
-from fewstep.models.registry import get_family
+from fewstep.models.registry import base_name, get_family
 from fewstep.models.teacher import check_guidance, locate, open_teacher
 from fewstep.models.teacher_folder import check_loras
 from fewstep.student.adapter import check_adapter
@@ -154,6 +155,7 @@ def _check_fit(info: DatasetInfo, transformer: Transformer, family: Family, teac
     shapes = {shard.shape for shard in info.shards}
     channels, width = family.latent_channels(transformer), family.condition_width(transformer)
     patch, classes = family.patch(transformer), family.classes(transformer)
+    rows, columns = family.multiples(transformer)
     if foreign := {shape[0] for shape in shapes} - {channels}:
         raise UserError(
             f"data.path: {info.root} holds latents of {foreign.pop()} channels (autoencoder "
@@ -179,14 +181,22 @@ def _check_fit(info: DatasetInfo, transformer: Transformer, family: Family, teac
             f"knows {classes}: prepare the data with the teacher's own classes."
         )
     if uneven := [
-        f"{shape[1]}x{shape[2]}" for shape in sorted(shapes) if shape[1] % patch or shape[2] % patch
+        f"{shape[1]}x{shape[2]}" for shape in sorted(shapes) if shape[1] % rows or shape[2] % columns
     ]:
+        of_frames = f"{family.frames} frames of " if family.frames > 1 else ""
         raise UserError(
-            f"data.path: latents of {uneven[0]} can't be cut into the teacher's {patch}x{patch} patches: prepare the "
-            "data at a size that is a multiple of the patch."
+            f"data.path: latents of {uneven[0]} can't be cut into the teacher's {of_frames}{patch}x{patch} patches: "
+            "prepare the data at a size that is a multiple of the patch."
+        )
+    if (frames := place_of(info.encoding.autoencoder)[2] or 1) != family.frames:
+        raise UserError(
+            f"data.path: {info.root} holds videos of {frames} latent frames (autoencoder "
+            f"{info.encoding.autoencoder!r}), the teacher {teacher!r} is asked for {family.frames}: set "
+            f"teacher.family={base_name(family.name)}:{frames}, or prepare the data again."
         )
     most = family.largest_side(transformer)
-    if large := [f"{s[1]}x{s[2]}" for s in sorted(shapes) if most is not None and max(s[1:]) > most]:
+    sides = {f"{s[1]}x{s[2]}": max(s[1] // family.frames, s[2]) for s in sorted(shapes)}
+    if large := [size for size, side in sides.items() if most is not None and side > most]:
         raise UserError(
             f"data.path: latents of {large[0]} are larger than the {most}x{most} that the teacher {teacher!r} has "
             "positions for: prepare the data at a smaller size."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from shlex import quote
 
 from fewstep.data.schema import DatasetInfo, read_shard
 from fewstep.evaluate.criteria import check_criteria
+from fewstep.evaluate.model_card import PICTURE
 from fewstep.evaluate.plots import loss_plot
 from fewstep.student import (
     PYFUNC_MODEL,
@@ -107,6 +109,7 @@ def _measure(
     (results / "report.txt").write_text(text)
     card = read_student_card(trained.folder).model_copy(update={"metrics": metrics})
     write_student_card(card, trained.folder)
+    shutil.copy(results / PICTURE, trained.folder)  # for its model card, wherever the student goes
     print(f"\n{text}\npicture     {results.absolute() / 'comparison.png'}", flush=True)
     return metrics
 

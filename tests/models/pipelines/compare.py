@@ -74,6 +74,7 @@ CASES = [
     Case("qwen_image", "qwen_image", renorm="token"),
     Case("qwen_image21", "qwen_image21"),
     Case("sd3", "sd3"),
+    Case("wan", "wan:2"),
     Case("z_image", "z_image"),
 ]
 

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
-from pipelines.tiny import (
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from pipelines.parts import (
     CELL,
     CHANNELS,
     FLUX_TIMES,
-    VOCABULARY,
+    autoencoder,
     call,
-    flow_scheduler,
-    flux_autoencoder,
     opened,
     tokenizer,
 )
@@ -35,22 +33,23 @@ CONFIG: dict[str, Any] = {
 def write(folder: Path) -> None:
     """Write the pipeline, with random weights that are the same at each call."""
     torch.manual_seed(0)
+    whole = tokenizer(folder / "tokenizer", "<s> $A </s>", model_max_length=40)
+    words = tokenizer(folder / "tokenizer_2", "$A </s>", model_max_length=512)
     t5 = T5Config(
-        vocab_size=len(VOCABULARY), d_model=24, d_kv=4, d_ff=16, num_layers=2, num_heads=3, pad_token_id=0,
-        eos_token_id=2,
+        vocab_size=len(words), d_model=24, d_kv=4, d_ff=16, num_layers=2, num_heads=3, pad_token_id=0,
+        eos_token_id=3,
     )  # fmt: skip
     clip = CLIPTextConfig(
-        vocab_size=len(VOCABULARY), hidden_size=12, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=40, bos_token_id=1, eos_token_id=7, pad_token_id=0,
+        vocab_size=len(whole), hidden_size=12, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=40, bos_token_id=1, eos_token_id=3, pad_token_id=0,
     )  # fmt: skip
-    clip.eos_token_id = 2
     FluxPipeline(
-        scheduler=flow_scheduler(**FLUX_TIMES),
-        vae=flux_autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_TIMES),
+        vae=autoencoder(),
         text_encoder=CLIPTextModel(clip).eval(),
-        tokenizer=tokenizer(folder / "tokenizer", "<s> $A </s>", model_max_length=40),
+        tokenizer=whole,
         text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer_2=tokenizer(folder / "tokenizer_2", "$A </s>", model_max_length=512),
+        tokenizer_2=words,
         transformer=FluxTransformer2DModel(**CONFIG).eval(),
     ).save_pretrained(folder)
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import Flux2Pipeline, Flux2Transformer2DModel
-from pipelines.tiny import (
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from pipelines.parts import (
     CHANNELS,
     FLUX_TIMES,
     LANGUAGE,
     call,
-    flow_scheduler,
     flux2_autoencoder,
     opened,
     tokenizer,
@@ -34,14 +33,17 @@ CONFIG: dict[str, Any] = {
 def write(folder: Path) -> None:
     """Write the pipeline, with random weights that are the same at each call."""
     torch.manual_seed(0)
-    text = LANGUAGE | {"model_type": "mistral", "head_dim": 8, "num_hidden_layers": 31}  # layer 30 is used
+    words = tokenizer(folder / "tokenizer", padding_side="left")
+    # Layer 30 is used.
+    size = {"vocab_size": len(words), "head_dim": 8, "num_hidden_layers": 31}
+    text = LANGUAGE | {"model_type": "mistral"} | size
     vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
     language = Mistral3Config(text_config=text, vision_config=vision | {"num_hidden_layers": 1})
     Flux2Pipeline(
-        scheduler=flow_scheduler(**FLUX_TIMES),
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_TIMES),
         vae=flux2_autoencoder(),
         text_encoder=Mistral3ForConditionalGeneration(language).eval(),
-        tokenizer=tokenizer(folder / "tokenizer", padding_side="left"),
+        tokenizer=words,
         transformer=Flux2Transformer2DModel(**CONFIG).eval(),
     ).save_pretrained(folder)
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from pipelines.tiny import (
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from pipelines.parts import (
     CHANNELS,
     FLUX_TIMES,
     LANGUAGE,
     call,
-    flow_scheduler,
     flux2_autoencoder,
     opened,
     tokenizer,
@@ -31,12 +30,14 @@ CONFIG: dict[str, Any] = {
 def write(folder: Path) -> None:
     """Write the pipeline, with random weights that are the same at each call."""
     torch.manual_seed(0)
-    language = Qwen3Config(**LANGUAGE, head_dim=8, num_hidden_layers=28)  # states of layer 27 are used
+    words = tokenizer(folder / "tokenizer")
+    # States of layer 27 are used.
+    language = Qwen3Config(**LANGUAGE, vocab_size=len(words), head_dim=8, num_hidden_layers=28)
     Flux2KleinPipeline(
-        scheduler=flow_scheduler(**FLUX_TIMES),
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_TIMES),
         vae=flux2_autoencoder(),
         text_encoder=Qwen3ForCausalLM(language).eval(),
-        tokenizer=tokenizer(folder / "tokenizer"),
+        tokenizer=words,
         transformer=Flux2Transformer2DModel(**CONFIG).eval(),
     ).save_pretrained(folder)
 

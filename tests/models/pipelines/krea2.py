@@ -12,10 +12,9 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
-from pipelines.parts import tokenizer, varied
-from pipelines.tiny import CELL, call, opened
+from pipelines.parts import CELL, call, opened, qwen3_vl, tokenizer, varied
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel
+from transformers import Qwen3VLModel
 
 LAYERS = (1, 2, 4)
 """Of the text encoder's hidden states, those that the network takes."""
@@ -36,19 +35,7 @@ relationships of the objects and background"""
 def write(folder: Path) -> None:
     """Write the pipeline, with random weights that are the same at each call."""
     torch.manual_seed(0)
-    words = tokenizer(folder / "tokenizer", 1024, words=WORDS)
-    qwen = Qwen3VLConfig(
-        text_config={
-            "vocab_size": words, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1],
-                                "mrope_interleaved": True},
-        },
-        vision_config={
-            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
-            "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-        },
-    )  # fmt: skip
+    words = tokenizer(folder / "tokenizer", words=WORDS)
     vae = AutoencoderKLQwenImage(
         base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.8, 1.1],
@@ -59,8 +46,8 @@ def write(folder: Path) -> None:
             max_image_seq_len=6400,
         ),
         vae=vae,
-        text_encoder=Qwen3VLModel(qwen).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=Qwen3VLModel(qwen3_vl(len(words), layers=4)).eval(),
+        tokenizer=words,
         transformer=varied(Krea2Transformer2DModel(**CONFIG)),
         text_encoder_select_layers=LAYERS,
     ).save_pretrained(folder)  # fmt: skip

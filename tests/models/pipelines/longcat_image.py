@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
-from pipelines.tiny import (
+from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
+from pipelines.parts import (
     CELL,
     CHANNELS,
     FLUX_TIMES,
+    autoencoder,
     call,
-    flow_scheduler,
-    flux_autoencoder,
     opened,
     qwen2_5_vl,
     tokenizer,
@@ -30,11 +29,12 @@ CONFIG: dict[str, Any] = {
 def write(folder: Path) -> None:
     """Write the pipeline, with random weights that are the same at each call."""
     torch.manual_seed(0)
+    words = tokenizer(folder / "tokenizer")
     LongCatImagePipeline(
-        scheduler=flow_scheduler(**FLUX_TIMES),
-        vae=flux_autoencoder(),
-        text_encoder=qwen2_5_vl(),
-        tokenizer=tokenizer(folder / "tokenizer"),
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_TIMES),
+        vae=autoencoder(),
+        text_encoder=qwen2_5_vl(len(words)),
+        tokenizer=words,
         text_processor=None,  # only for the rewriting of prompts
         transformer=LongCatImageTransformer2DModel(**CONFIG).eval(),
     ).save_pretrained(folder)

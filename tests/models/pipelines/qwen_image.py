@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
-from pipelines.tiny import CELL, CHANNELS, call, flow_scheduler, opened, qwen2_5_vl, tokenizer
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from pipelines.parts import CELL, CHANNELS, call, opened, qwen2_5_vl, tokenizer
 from torch import Tensor
 
 CONFIG: dict[str, Any] = {
@@ -30,11 +35,12 @@ def write(folder: Path) -> None:
         base_dim=4, z_dim=CHANNELS, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.5, -0.25, 0.1, 0.0], latents_std=[2.0, 1.5, 2.5, 1.0],
     )  # fmt: skip
+    words = tokenizer(folder / "tokenizer")
     QwenImagePipeline(
-        scheduler=flow_scheduler(**TIMES),
+        scheduler=FlowMatchEulerDiscreteScheduler(**TIMES),
         vae=vae.eval(),
-        text_encoder=qwen2_5_vl(),
-        tokenizer=tokenizer(folder / "tokenizer"),
+        text_encoder=qwen2_5_vl(len(words)),
+        tokenizer=words,
         transformer=QwenImageTransformer2DModel(**CONFIG).eval(),
     ).save_pretrained(folder)
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from pipelines.parts import autoencoder, tokenizer, varied
-from pipelines.tiny import call, opened
+from pipelines.parts import autoencoder, call, opened, tokenizer, varied
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     T5Config,
@@ -31,21 +29,22 @@ def write(folder: Path) -> None:
     torch.manual_seed(0)
     parts: dict[str, Any] = {}
     for suffix, width, projection in (("", 8, 6), ("_2", 12, 8)):
-        words = tokenizer(folder / f"tokenizer{suffix}", 77, "<s> $A </s>")
+        words = tokenizer(folder / f"tokenizer{suffix}", "<s> $A </s>", model_max_length=77)
         clip = CLIPTextConfig(
-            vocab_size=words, hidden_size=width, intermediate_size=16, num_hidden_layers=3,
+            vocab_size=len(words), hidden_size=width, intermediate_size=16, num_hidden_layers=3,
             num_attention_heads=2, projection_dim=projection, bos_token_id=1, eos_token_id=3, pad_token_id=0,
         )  # fmt: skip
         parts[f"text_encoder{suffix}"] = CLIPTextModelWithProjection(clip).eval()
-    words = tokenizer(folder / "tokenizer_3", 512, "$A </s>")
-    t5 = T5Config(vocab_size=words, d_model=28, d_kv=4, d_ff=16, num_layers=2, num_heads=3, eos_token_id=3)
+        parts[f"tokenizer{suffix}"] = words
+    words = parts["tokenizer_3"] = tokenizer(folder / "tokenizer_3", "$A </s>", model_max_length=512)
+    t5 = T5Config(
+        vocab_size=len(words), d_model=28, d_kv=4, d_ff=16, num_layers=2, num_heads=3, eos_token_id=3
+    )
     parts["text_encoder_3"] = T5EncoderModel(t5).eval()
-    for suffix in ("", "_2", "_3"):
-        parts[f"tokenizer{suffix}"] = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
     StableDiffusion3Pipeline(
         transformer=varied(SD3Transformer2DModel(**CONFIG)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(4, 1.5305, 0.0609),
+        vae=autoencoder(1.5305, 0.0609),
         **parts,
     ).save_pretrained(folder)
 

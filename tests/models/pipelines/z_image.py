@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from pipelines.parts import QWEN3, autoencoder, tokenizer, varied
-from pipelines.tiny import call, opened
+from pipelines.parts import autoencoder, call, opened, tokenizer, varied
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+from transformers import Qwen3Config, Qwen3Model
 
 CONFIG: dict[str, Any] = {
     "in_channels": 4, "dim": 264, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
@@ -22,16 +21,16 @@ CONFIG: dict[str, Any] = {
 def write(folder: Path) -> None:
     """Write the pipeline, with random weights that are the same at each call."""
     torch.manual_seed(0)
-    words = tokenizer(folder / "tokenizer", 1024, words="user assistant think", chat=QWEN3)
+    words = tokenizer(folder / "tokenizer", words="user assistant think")
     qwen = Qwen3Config(
-        vocab_size=words, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8,
     )  # fmt: skip
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(4, 0.3611, 0.1159),
+        vae=autoencoder(),
         text_encoder=Qwen3Model(qwen).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=words,
         transformer=varied(ZImageTransformer2DModel(**CONFIG)),
     ).save_pretrained(folder)
 

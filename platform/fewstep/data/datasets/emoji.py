@@ -27,6 +27,7 @@ from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig
 from fewstep.data.rows import Source, index_table
 from fewstep.errors import UserError
+from fewstep.home import cache_folder
 
 BUNDLE, LICENCES = asset("emoji16.parquet"), asset("EMOJI_LICENCES.md")
 BUNDLE_SIZE = 16
@@ -210,8 +211,14 @@ def write_bundle(cache: Path, target: Path = BUNDLE) -> int:
 
 
 def default_cache() -> Path:
-    """The folder in which npm's archives are kept."""
-    return Path.home() / ".cache" / "fewstep" / "emoji"
+    """The folder in which npm's archives are kept.
+
+    Raises:
+        UserError: the user has no home folder.
+    """
+    if (folder := cache_folder("emoji")) is None:
+        raise UserError("there is no home folder to keep the emoji packages in: set HOME, or give --cache.")
+    return folder
 
 
 def attributions() -> str:
