@@ -31,7 +31,7 @@ ray.init(address=cluster.address)
 steps = plan["steps"]
 recipe = load_recipe(DistillRecipe, None, [
     f"data.path={data}", "data.batch_size=8", f"teacher.path={teacher}", f"train.steps={steps}", "train.threads=1",
-    "train.log_every=1", "train.checkpoint_every=20", "train.sample_every=0", "train.keep_checkpoints=50",
+    "train.log_every=1", "train.checkpoint_every=10", "train.sample_every=0", "train.keep_checkpoints=50",
     "student.lora={rank: 4, dropout: 0.1}", "student.policy={type: gmflow, components: 3, logstd_width: 16}",
     "imitation.window=2", f"train.workers={plan['workers']}", "train.cpus_per_worker=1",
 ])
@@ -53,7 +53,9 @@ def act():
             import subprocess
             subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address,
                 "--node-id", nodes[-1].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
-                "--deadline-remaining-seconds", "20"], check=True)
+                "--deadline-remaining-seconds", "5"], check=True)
+            time.sleep(5)
+            cluster.remove_node(nodes.pop(), allow_graceful=False)  # as the machine is taken away
 
 # Ray starts nodes from the main thread alone.
 with ThreadPoolExecutor(1) as threads:
@@ -71,7 +73,7 @@ cluster.shutdown()
 """
 
 
-STEPS = 240
+STEPS = 200
 
 
 def run(home: Path, data: Path, teacher: Path, **plan: object) -> tuple[dict[int, list[float]], str]:
@@ -105,7 +107,7 @@ def assert_same(losses: dict[int, list[float]], undisturbed: dict[int, float]) -
 
 def test_two_workers_one_and_two_again_are_one_run(tiny_data, tiny_teacher, tmp_path, undisturbed) -> None:
     losses, said = run(
-        tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=[(40, "kill"), (80, "add")]
+        tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=[(20, "kill"), (40, "add")]
     )
     assert_same(losses, undisturbed)
     assert said.count("resumed from the checkpoint") >= 2, said
@@ -115,7 +117,7 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_first(
     tiny_data, tiny_teacher, tmp_path, undisturbed
 ) -> None:
     losses, said = run(
-        tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=[(40, "drain")]
+        tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=[(20, "drain")]
     )
     assert_same(losses, undisturbed)
     assert "a node is about to go: the checkpoint of step" in said
