@@ -19,7 +19,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -165,7 +166,7 @@ class ShardStream:
             self.info.buckets(split), batch_size=batch_size, seed=seed, open_shards=open_shards
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         # Bounded: the thread stops reading ahead when the queue is full.
         batches: queue.Queue[Batch | BaseException] = queue.Queue(QUEUED_BATCHES)
         stop = threading.Event()
@@ -222,13 +223,24 @@ class ShardStream:
     def _blocks(self) -> Iterator[pa.Table]:
         """Blocks of permuted rows, in the order of their work items, from many short Ray Data executions."""
         tasks = grouped(self._order.items(self.start_batch, self._share), TASK_BYTES, TASK_ITEMS)
-        while True:
+
+        def begin() -> tuple[pa.Table, Iterator[pa.Table]]:
             segment = list(itertools.islice(tasks, SEGMENT_TASKS))
             pipeline = _pipeline(self.info.storage, segment, self._order.seed, self._reader)
-            with user_errors():
-                yield from pipeline.iter_batches(
-                    batch_size=None, batch_format="pyarrow", prefetch_batches=READ_TASKS
-                )
+            blocks = iter(
+                pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=READ_TASKS)
+            )
+            return next(blocks), blocks
+
+        # The next execution begins while this one's blocks are taken: otherwise its start, a tenth of a second, would
+        # take as long as reading large shards.
+        with ThreadPoolExecutor(1, "next-segment") as thread, user_errors():
+            coming = thread.submit(begin)
+            while True:
+                first, others = coming.result()
+                coming = thread.submit(begin)
+                yield first
+                yield from others
 
 
 def read_split(
