@@ -31,7 +31,8 @@ from fewstep.storage import Storage
 
 DESCRIPTION = """\
 Read a dataset of random samples of real sizes as a training worker does, in batches, in turns with pyarrow's own
-reading of the same files, one after the other, which makes no batches. The default is Qwen-Image at a megapixel: 256 tokens of
+reading of the same files, one after the other, which makes no batches. The default is Qwen-Image at a megapixel: 256
+tokens of
 3,584 numbers and latents of 16x128x128."""
 
 EXAMPLES = """\
