@@ -12,7 +12,7 @@ once more: nothing is lost or doubled.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pyarrow as pa
@@ -135,10 +135,8 @@ class EncoderPool:
 
     def stop(self) -> None:
         """End the actors."""
-        import ray
-
         for actor in (*self.text, *self.images):
-            ray.kill(actor)
+            actor.__ray_terminate__.remote()  # after what it is doing
 
     def tables(self, storage: Storage, paths: Sequence[str]) -> Iterator[pa.Table]:
         """See `order.ShardReader`; all that is asked for is on its way to the actors at once.
@@ -183,7 +181,9 @@ def place_of(path: str) -> tuple[str, Shape]:
 def _actors(info: DatasetInfo, config: PoolConfig, *, images: bool) -> tuple[Any, ...]:
     import ray
 
-    # Started again as often as they die, and what they had begun is done again.
+    # Started again as often as they die, and what they had begun is done again. A large argument would lie in the object
+    # store, and be gone when an actor is to start again: encoders need no list of shards.
+    info = replace(info, shards=())
     kind = ray.remote(
         num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_restarts=-1, max_task_retries=-1
     )(ShardEncoder)
