@@ -113,10 +113,13 @@ class Storage:
         """The path in the file system of an object, given relative to the root."""
         return f"{self.base}/{relative}"
 
-    def read(self, relative: str) -> bytes | None:
-        """The content of an object, given relative to the root; None if it does not exist."""
+    def read(self, relative: str, start: int = 0, count: int | None = None) -> bytes | None:
+        """The content of an object, given relative to the root, or `count` bytes of it; None if it does not exist."""
         with self.reachable():
             try:
+                if count is not None:
+                    with self.filesystem.open_input_file(self.path(relative)) as file:
+                        return file.read_at(count, start)
                 # As it is stored: pyarrow would unzip by the suffix.
                 with self.filesystem.open_input_stream(self.path(relative), compression=None) as stream:
                     return stream.read()

@@ -291,6 +291,14 @@ def test_a_prompt_of_bytes_that_are_no_text_is_one_line_and_status_2(
         (["--out", "x", "photos"], "--source emoji takes no PATH"),
         (["--out", "x", "--source", "folder"], "--source folder takes one PATH"),
         (["--out", "x", "--source", "prompts"], "--source prompts takes a PATH"),
+        (["--out", "x", "--source", "webdataset"], "--source webdataset takes a PATH"),
+        (["--out", "x", "--source", "mix", "a.yaml", "b.yaml"], "--source mix takes one PATH"),
+        (["--out", "x", "--caption-column", "title"], "--caption-column is for --source folder, parquet, "),
+        (
+            ["--out", "x", "--source", "parquet", "p", "--captions", "t.csv"],
+            "--captions is for --source folder,",
+        ),
+        (["--out", "x", "--buckets", "64", "--size", "64"], "--buckets stands in place of --size"),
     ],
 )
 def test_prepare_data_refuses_what_does_not_go_together(
@@ -308,6 +316,8 @@ def test_prepare_data_refuses_what_does_not_go_together(
         ("--encoders", ["0", "-1", "nan", ""], "a whole number of at least 1"),
         ("--max-tokens", ["0", "-5"], "a whole number of at least 1"),
         ("--max-pixels", ["0", "1e6"], "a whole number of at least 1"),
+        ("--min-size", ["0", "x"], "a whole number of at least 1"),
+        ("--buckets", ["0", "512x512"], "a whole number of at least 1"),
         ("--held-out", ["1.5", "-1", "nan", "inf", "half"], "a number from 0 to 1"),
         ("--gpus", ["-1", "nan", "inf", "all"], "a number of at least 0"),
     ],

@@ -6,9 +6,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageCms, TiffImagePlugin
 
-from fewstep.data.images import Size, fit, measure, open_image
+from fewstep.data.images import Size, bucket_sizes, fit, measure, open_image
+from fewstep.errors import UserError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -178,3 +179,123 @@ def test_pictures_are_cut_in_the_middle() -> None:
     stripes = np.zeros((4, 12, 3), np.uint8)
     stripes[:, 4:8] = 200
     assert (fit(Image.fromarray(stripes), Size(4, 4)) == 200).all()
+
+
+COLOURS = np.stack([RAMP, RAMP.T, 255 - RAMP], -1)
+
+
+def close(content: bytes, wanted: np.ndarray, most: float) -> bool:
+    """Whether a picture's pixels differ from the wanted ones by little, on average."""
+    return float(np.abs(np.asarray(open_image(content)).astype(int) - wanted).mean()) <= most
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_several_is_shown(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.n_frames == 3
+    assert np.asarray(open_image(content))[2, 2].tolist() == [255, 0, 0]
+    assert measure(content) == (8, 6)
+
+
+def test_cmyk_of_printers_is_not_inverted() -> None:
+    image = Image.fromarray(COLOURS).resize((64, 64))
+    wanted = np.asarray(image).astype(int)
+    assert close(encoded(image.convert("CMYK"), "JPEG", quality=95), wanted, 6)
+    assert close(encoded(image.convert("CMYK"), "TIFF"), wanted, 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_alpha_of_every_depth_and_mode_lies_on_white(kind: str) -> None:
+    shown = COLOURS * (RAMP[..., None] / 255) + 255 * (1 - RAMP[..., None] / 255)
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    assert close(encoded(Image.fromarray(np.dstack([COLOURS, RAMP])), kind, **options), shown, 1)
+    if kind == "WEBP":
+        return
+    grey_and_alpha = Image.fromarray(np.dstack([RAMP, 255 - RAMP]))
+    assert grey_and_alpha.mode == "LA"
+    wanted = RAMP * (1 - RAMP / 255) + RAMP
+    assert close(encoded(grey_and_alpha, kind), np.repeat(wanted[..., None], 3, -1), 1)
+
+
+def test_a_palette_with_an_alpha_for_each_entry_lies_on_white() -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([0, 0, 0, 100, 0, 0, 0, 0, 200])
+    image.putdata([0, 1, 2])
+    content = encoded(image, transparency=bytes([0, 128, 255]))
+    pixels = np.asarray(open_image(content))[0]
+    assert pixels[0].tolist() == [255, 255, 255]
+    assert np.abs(pixels[1].astype(int) - [177, 127, 127]).max() <= 1
+    assert pixels[2].tolist() == [0, 0, 200]
+
+
+def test_colours_of_16_bits_are_scaled_and_not_clipped() -> None:
+    # A PNG file by hand, as Pillow writes none of 16 bits in colour.
+    import struct
+    import zlib
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    wide = (COLOURS.astype(">u2") * 257).astype(">u2")
+    lines = b"".join(b"\0" + row.tobytes() for row in wide)
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    content = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
+    assert np.array_equal(np.asarray(open_image(content)), COLOURS)
+
+
+def swapped_profile() -> bytes:
+    """A colour profile like sRGB's, in which the first number of a pixel means green and the second one red."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132])
+    tags = {bytes(profile[at : at + 4]): at + 4 for at in range(132, 132 + 12 * count, 12)}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    profile[red : red + 8], profile[green : green + 8] = profile[green : green + 8], profile[red : red + 8]
+    return bytes(profile.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colours_are_those_of_the_profile_in_the_file(kind: str) -> None:
+    image = Image.new("RGB", (16, 16), (250, 20, 20))
+    content = encoded(image, kind, icc_profile=swapped_profile())
+    assert close(content, np.array([20, 250, 20]), 4)
+    for harmless in (b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()):
+        assert close(encoded(image, kind, icc_profile=harmless), np.array([250, 20, 20]), 4)
+    if kind != "JPEG":
+        half = encoded(Image.new("RGBA", (16, 16), (250, 20, 20, 128)), kind, icc_profile=swapped_profile())
+        assert close(half, np.array([137, 252, 137]), 4)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "CMYK", "P", "I;16"])
+def test_a_profile_of_other_colours_than_the_picture_has_is_none(mode: str) -> None:
+    image = Image.new("L", (8, 8), 255).convert(mode) if mode != "I;16" else Image.new("I;16", (8, 8), 65535)
+    content = encoded(image, "TIFF", icc_profile=swapped_profile())
+    assert np.asarray(open_image(content)).min() >= 250
+
+
+def test_lab_pictures_show_their_colours() -> None:
+    profiles = [ImageCms.createProfile(space) for space in ("sRGB", "LAB")]
+    lab = ImageCms.profileToProfile(Image.new("RGB", (4, 4), (200, 30, 60)), *profiles, outputMode="LAB")
+    assert close(encoded(lab, "TIFF"), np.array([200, 30, 60]), 2)
+
+
+def test_standard_sizes_keep_the_area_and_reach_from_tall_to_wide() -> None:
+    for side, multiple in ((1024, 16), (512, 32), (256, 16), (96, 2), (16, 2)):
+        sizes = bucket_sizes(side, multiple)
+        assert sizes[0] == Size(side, side)
+        assert len(set(sizes)) == len(sizes) >= 5
+        assert {Size(size.height, size.width) for size in sizes} == set(sizes)
+        for size in sizes:
+            assert size.width % multiple == size.height % multiple == 0
+            assert 0.94 < size.width * size.height / side**2 < 1.06
+            assert 0.5 <= size.width / size.height <= 2
+        assert max(size.width / size.height for size in sizes) > 1.7
+    with pytest.raises(UserError, match=r"--buckets 500 is no multiple of 16, .*: take 496"):
+        bucket_sizes(500, 16)

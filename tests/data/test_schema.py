@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fewstep.data.columns import condition_columns
-from fewstep.data.schema import DatasetInfo, Encoding, encode_table, ragged_lists, read_shard
+from fewstep.data.columns import condition_columns, latent_column
+from fewstep.data.schema import DatasetInfo, Encoding, encode_table, parquet_bytes, read_shard
 from fewstep.data.stream import Batch, read_split
 from fewstep.encoders import as_stored
 from fewstep.errors import UserError
-from fewstep.models.conditioning import TextConditioning
+from fewstep.models.conditioning import ClassConditioning, TextConditioning
 from fewstep.storage import Storage
 
 SHAPE = (3, 2, 4)
@@ -73,9 +73,62 @@ def test_states_beyond_float16s_range_come_back_beside_others(tmp_path):
     torch.testing.assert_close(batch.states[1, :2], large, rtol=2**-10, atol=1e-5)
 
 
-def test_more_numbers_than_a_shard_can_count_are_refused_with_the_rows_that_fit():
-    with pytest.raises(UserError, match=r"--shard-rows 1023 or less"):
-        ragged_lists(np.empty(0, np.float16), [512 * 4096] * 1100)
+@pytest.mark.parametrize("latents", [True, False])
+def test_shards_of_version_1_are_read(make_dataset, tmp_path, latents: bool):
+    """They held token states and latents as lists of numbers."""
+    info = make_dataset({SHAPE: [5]})
+    shard = Path(info.root, info.shards[0].path)
+    now = read_shard(info.storage, info.shards[0].path)
+    if not latents:
+        place = now.column_names.index("latent")
+        now = now.set_column(place, "latent", pa.nulls(len(now), pa.large_binary()))
+    old = now
+    for name, kind in (("tokens", np.float16), ("latent", np.float32)):
+        rows = [None if row is None else np.frombuffer(row, kind) for row in now[name].to_pylist()]
+        lists = pa.array(rows, pa.list_(pa.from_numpy_dtype(kind)))
+        old = old.set_column(old.column_names.index(name), name, lists)
+    metadata = {b"fewstep": json.dumps({"version": 1, "rejected": []}).encode()}
+    pq.write_table(old.replace_schema_metadata(metadata), shard, compression="zstd")
+    again = read_shard(info.storage, info.shards[0].path)
+    assert again.schema.equals(now.schema)
+    assert again.equals(now)
+    # A part of such a table, too
+    pq.write_table(old.slice(2, 2).replace_schema_metadata(metadata), shard)
+    assert read_shard(info.storage, info.shards[0].path).equals(now.slice(2, 2))
+
+
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16", "float16"])
+def test_latents_come_back_as_the_numbers_that_they_are_stored_as(tmp_path, numbers):
+    storage, encoding = Storage.at(tmp_path), Encoding("labels:2", 0, "pixel", latent_type=numbers)
+    latents, kind = torch.randn(3, *SHAPE), getattr(torch, numbers)
+    labels = [ClassConditioning(torch.tensor([i % 2])) for i in range(3)]
+    rows = pa.table({"key": ["a", "b", "c"], "caption": ["", "", ""], **condition_columns(labels)})
+    table = encode_table(rows, latent_column(latents, numbers), SHAPE, "train")
+    storage.write("part.parquet", parquet_bytes(table.replace_schema_metadata(encoding.metadata())))
+    rows = read_shard(storage, "part.parquet")
+    for part in (slice(0, 3), slice(1, 3)):
+        some = rows.slice(part.start, part.stop - part.start)
+        assert torch.equal(Batch.of(some, encoding).latent, latents[part].to(kind).float())
+        stored = Batch.of(some, encoding, stored=True)
+        assert stored.latent.dtype == kind
+        assert torch.equal(stored.to(torch.device("cpu")).latent, latents[part].to(kind).float())
+
+
+def test_token_states_may_stay_as_they_are_stored(tmp_path):
+    texts = [TextConditioning.collate([torch.randn(length, 4).half().float()]) for length in (2, 3)]
+    large = TextConditioning.collate([as_stored(torch.full((1, 4), 1e6))])
+    encoding = Encoding("none", 4, "pixel")
+
+    def batch(conditions: list[TextConditioning], stored: bool) -> TextConditioning:
+        rows = pa.table({"key": ["a"] * len(conditions), "caption": [""] * len(conditions),
+                         **condition_columns(conditions)})  # fmt: skip
+        return Batch.of(encode_table(rows, None, SHAPE, "train"), encoding, stored=stored).conditioning
+
+    assert batch(texts, True).states.dtype == torch.float16
+    assert torch.equal(batch(texts, True).states.float(), batch(texts, False).states)
+    assert torch.equal(batch(texts, False).states, TextConditioning.join(texts).states)
+    assert batch([*texts, large], True).states.dtype == torch.float32
+    assert batch([*texts, large], True).states.max() == large.states.max()
 
 
 def test_shards_from_before_there_were_such_vectors_are_read(make_dataset):
@@ -112,8 +165,8 @@ def test_an_unfinished_dataset_is_refused(make_dataset):
 
 def test_another_schema_version_is_refused_in_the_manifest_and_in_a_shard(make_dataset):
     info = make_dataset({SHAPE: [3]})
-    edit_manifest(info, version=2)
-    with pytest.raises(UserError, match="has schema version 2, this fewstep reads version 1: prepare"):
+    edit_manifest(info, version=3)
+    with pytest.raises(UserError, match="has schema version 3, this fewstep reads versions 1 and 2: prepare"):
         DatasetInfo.open(info.root)
 
     other = make_dataset({SHAPE: [3]}, name="other")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 
@@ -13,9 +14,15 @@ from PIL import Image
 from fewstep.data import sources
 from fewstep.data.datasets import emoji
 from fewstep.data.images import Size
+from fewstep.data.prepare import PreparationConfig, plan
 from fewstep.errors import UserError
 
 CONTENT_SHA256 = "67a2b1c695afee3db82fac319b24e5c2ec70d491db4f386e6059ba156afffa2f"
+
+BEGUN = {
+    "folder": ("110d88608d0e2903", "4a59af4c539f0b68"),
+    "prompts": ("6502f0401e1eac1a", "a4c4325551c0ca58"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +129,28 @@ def test_the_held_out_fraction_is_stable_under_growth(tmp_path):
     assert splits[0].items() <= splits[1].items()
     assert 60 < Counter(splits[0].values())["held_out"] < 140
     assert first.digest() != second.digest()
+
+
+def test_datasets_that_older_versions_began_can_be_finished(tmp_path):
+    """Digests and plans as fewstep 0.2 made them, before rows were read in columns."""
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    names = ["a.png", "b.png", "c.png"] * 20
+    lines = [{"file": name, "text": f"caption {number}"} for number, name in enumerate(names)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {number % 400}\n" for number in range(500)))
+    sizes = (Size(16, 16), Size(24, 8), Size(8, 24))
+    made = {}
+    for source in (
+        sources.image_folder(str(tmp_path), held_out=0.3),
+        sources.prompts([str(tmp_path / "prompts.txt")], held_out=0.1),
+    ):
+        settings = PreparationConfig(sizes=sizes if source.name == "prompts" else sizes[:1], shard_rows=32)
+        shards, rejected = plan(source, settings)
+        whole = [(s.path, s.split, s.rows["key"].to_pylist(), s.rows["split"].to_pylist()) for s in shards]
+        digest = hashlib.sha256(repr((whole, [r.as_dict() for r in rejected])).encode()).hexdigest()
+        made[source.name] = (source.digest()[:16], digest[:16])
+    assert made == BEGUN
 
 
 def test_sources_without_a_usable_row_are_refused(tmp_path):

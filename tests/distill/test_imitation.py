@@ -195,7 +195,7 @@ def test_a_student_of_several_counts_enters_at_the_segments_of_each() -> None:
     several, entered = changed(nfe=2, more_nfes=(4, 8)), set()
     for seed in range(8):
         raw = torch.rand(64, generator=seeded(seed)).clamp(min=1e-3)
-        sources, sizes = several.sampler.draw_segments(raw, seeded(seed))
+        sources, sizes = several.sampler.draw_segments(raw, seeded(100 + seed))
         assert ((sources >= raw - 1e-6) & (raw >= sources - sizes - 1e-6)).all(), (
             "its own time is in the segment"
         )

@@ -62,7 +62,7 @@ def test_labels_in_shards_of_before_version_0_2_are_read(tmp_path: Path) -> None
     name, shape, count = f"labels:{MOST_CLASSES}", (1, 2, 2), MOST_CLASSES + 1
     new = condition_columns(load_encoder(name).encode([*map(str, range(MOST_CLASSES)), ""]))
     old = new | {
-        "tokens": pa.array([[np.float16(i)] for i in range(count)], pa.list_(pa.float16())),
+        "tokens": pa.array([np.float16(i).tobytes() for i in range(count)], pa.large_binary()),
         "token_count": pa.array([1] * count, pa.int32()),
     }
     rows = pa.table({"key": [f"{i:05d}" for i in range(count)], "caption": ["x"] * count, **old})
@@ -80,7 +80,7 @@ def test_rows_of_old_and_new_shards_may_share_a_batch() -> None:
     new = condition_columns(load_encoder("labels:4").encode(["1", "3"]))
     rows = pa.table(new)
     old = {
-        "tokens": pa.array([[np.float16(2)], [np.float16(0)]], rows["tokens"].type),
+        "tokens": pa.array([np.float16(2).tobytes(), np.float16(0).tobytes()], rows["tokens"].type),
         "token_count": pa.array([1, 1], rows["token_count"].type),
         "label": pa.nulls(2, rows["label"].type),
     }
@@ -103,16 +103,24 @@ def test_what_is_no_class_is_refused_with_the_nearest() -> None:
 
 
 def test_a_row_of_no_class_is_skipped_and_listed() -> None:
-    from fewstep.data.prepare import ShardPlan, _unpack
+    from fewstep.data.prepare import ShardPlan, unpack
     from fewstep.data.sources import INDEX
 
     rows = pa.table(
-        [["a", "b", "c"], ["dog", "cow", ""], ["train"] * 3, [None] * 3, [None] * 3, ["t:1", "t:2", "t:3"]],
+        [
+            ["a", "b", "c"],
+            ["dog", "cow", ""],
+            ["train"] * 3,
+            [None] * 3,
+            [None] * 3,
+            ["t:1", "t:2", "t:3"],
+            [None] * 3,
+        ],
         schema=INDEX,
     )
     config = PreparationConfig(sizes=(Size(4, 4),), text_encoder="labels:cat,dog")
     item = EncodeText(config)(ShardPlan("p", "train", Size(4, 4), (3, 4, 4), rows).as_item())
-    assert _unpack(item["rows"])["key"].to_pylist() == ["a", "c"]
+    assert unpack(item["rows"])["key"].to_pylist() == ["a", "c"]
     assert '"where": "t:2", "reason": "unknown class"' in item["rejected"]
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "platform", ROOT / "serve")
 
-FOUNDATION = {"fewstep", "assets", "config", "errors", "files", "home", "hub", "recipes", "text"}
+FOUNDATION = {"fewstep", "assets", "config", "draws", "errors", "files", "home", "hub", "recipes", "text"}
 """What everybody may use."""
 
 KNOWS: dict[str, set[str]] = {
@@ -41,7 +41,7 @@ KNOWS: dict[str, set[str]] = {
     # What orchestrates them, and what users call.
     "workflow": {"models", "encoders", "data", "tracking", "student", "evaluate", "train"},
     "benchmarks": {
-        "policies", "flow", "distill", "models", "encoders", "data", "tracking", "train", "cluster", "student",
+        "policies", "flow", "distill", "models", "encoders", "data", "tracking", "train", "cluster", "student", "storage",
     },
     "cluster": set(),
     "fewstep_serve": {"config", "engine", "flow", "encoders", "models", "student"},

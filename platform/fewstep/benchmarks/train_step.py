@@ -174,8 +174,8 @@ def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str
     file = result.with_suffix(".yaml")
     file.write_text(json.dumps(recipe.model_dump(mode="json")))  # JSON is YAML
     command = [sys.executable]
-    if recipe.train.workers > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={recipe.train.workers}"]
+    if (workers := recipe.train.fewest_workers) > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     command += ["-m", "fewstep.benchmarks.train_step", str(file), str(steps), str(result)]
     # Thread settings and those of the allocator are read when a process starts, so this one can't do it itself.
     subprocess.run(command, env=os.environ | worker_environment(recipe.train), check=True)
@@ -200,7 +200,7 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     from fewstep.encoders import load_encoder
     from fewstep.train.learner import Learner
 
-    rank, workers = 0, recipe.train.workers
+    rank, workers = 0, recipe.train.fewest_workers
     if workers > 1:
         dist.init_process_group("nccl" if recipe.train.gpu else "gloo")
         rank = dist.get_rank()
@@ -218,7 +218,7 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
     null = load_encoder(info.encoding.text_encoder, max_tokens=info.encoding.max_tokens).null()
     learner = Learner(recipe, null, device, rank, workers)
 
-    size = learner.batch_size
+    size = learner.share.largest
     rows = read_split(recipe.data.path, "train", BATCHES * size, shape=next(iter(info.buckets("train"))))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(rank)).split(size)
     batches = cycle([rows_of(rows, index.tolist()) for index in order])
@@ -286,7 +286,9 @@ class StepParts:
             self._losses()
 
     def _losses(self) -> None:
-        generator = self._learner.seed(0)  # the same random numbers each time, so that the calls are the same
+        generator = self._learner.seed(
+            0, self._learner.share.parts[0]
+        )  # the same random numbers each time, so that the calls are the same
         for result in self._learner.objective.losses(self._batch, generator, step=1):
             result.loss.backward()
 

@@ -68,6 +68,9 @@ COMMANDS = {
     "benchmark cached-conditions": Command(
         "fewstep.benchmarks.cached_conditions", "count what texts that are computed once save a step", "train"
     ),
+    "benchmark stream": Command(
+        "fewstep.benchmarks.stream", "read samples of real sizes as a training worker does", "train"
+    ),
     "benchmark full-size": Command(
         "fewstep.benchmarks.full_size", "generate and train with full-size networks on one GPU", "train"
     ),

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji_qwen_
         "--dry-run", action="store_true",
         help="print parameters, memory by part, operations, storage and hours, and stop; needs no weights and no Ray",
     )  # fmt: skip
-    group.add_argument("--gpus", type=int, metavar="N", help="how many; default: train.workers")
+    group.add_argument("--gpus", type=int, metavar="N", help="how many; default: the fewest of train.workers")
     add_machine_options(group)
     group.add_argument(
         "--latent-size", type=int, metavar="CELLS",
@@ -79,7 +79,7 @@ def _print_plan(recipe: DistillRecipe, options: argparse.Namespace) -> None:
     """Print what the recipe costs on the machine that the options of the dry run describe."""
     from fewstep.plan import Machine, make_plan, plan_table
 
-    gpus = options.gpus or recipe.train.workers
+    gpus = options.gpus or recipe.train.fewest_workers
     machine = Machine(gpus, options.gpu_memory, options.gpu_tflops, options.utilisation)
     plan = make_plan(recipe, machine, side=options.latent_size, tokens=options.tokens)
     print(plan_table(plan), flush=True)

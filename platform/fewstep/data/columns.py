@@ -1,18 +1,25 @@
-"""Conversion between conditions and the columns of a shard that hold them."""
+"""Conversion between conditions or latents and the columns of a shard that hold them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fewstep.data.schema import Encoding, float_lists, ragged_lists
+from fewstep.data.schema import Encoding, NumberType, bytes_column, float_lists
 from fewstep.encoders.base import storage_scale
 from fewstep.encoders.labels import is_labels
 from fewstep.models.conditioning import ClassConditioning, Conditioning, TextConditioning
+
+TORCH_TYPES: dict[NumberType, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 
 
 def condition_columns(conditions: Sequence[Conditioning]) -> dict[str, pa.Array]:
@@ -28,9 +35,8 @@ def condition_columns(conditions: Sequence[Conditioning]) -> dict[str, pa.Array]
     scales = [storage_scale(text.states) for text in texts]
     states = [(text.states[0] / scale).half().numpy() for text, scale in zip(texts, scales, strict=True)]
     pooled = [text.pooled.numpy() for text in texts if text.pooled is not None]
-    flat = np.concatenate([s.reshape(-1) for s in states]) if states else np.empty(0, np.float16)
     return {
-        "tokens": ragged_lists(flat, [s.size for s in states] or [0] * count),
+        "tokens": bytes_column(states or [np.empty(0, np.float16)] * count),
         "token_count": pa.array([len(s) for s in states] or [0] * count, pa.int32()),
         "pooled": float_lists(np.concatenate(pooled) if pooled else None, count),
         "label": pa.array(labels, pa.int32()) if labels else pa.nulls(count, pa.int32()),
@@ -40,29 +46,72 @@ def condition_columns(conditions: Sequence[Conditioning]) -> dict[str, pa.Array]
     }
 
 
-def conditioning_of(rows: pa.Table, encoding: Encoding) -> Conditioning:
+def latent_column(latents: Tensor, numbers: NumberType) -> pa.Array:
+    """The `latent` column of (N, C, H, W) latents, stored as such numbers."""
+    stored = latents.to(TORCH_TYPES[numbers])
+    # numpy has no bfloat16: only the bytes matter here.
+    return bytes_column(list((stored.view(torch.int16) if numbers == "bfloat16" else stored).numpy()))
+
+
+def conditioning_of(rows: pa.Table, encoding: Encoding, *, stored: bool = False) -> Conditioning:
     """The conditions of some rows of a dataset, as one batch.
 
     Args:
-        rows: has SCHEMA's columns, each in one chunk.
+        rows: has SCHEMA's columns.
         encoding: of the dataset.
+        stored: whether token states stay float16, as they are stored, where none of them is beyond its range;
+            otherwise they come as float32.
     """
     if is_labels(encoding.text_encoder):
         return ClassConditioning(torch.tensor(_labels(rows), dtype=torch.int64))
-    # A copy, because arrow's memory is read-only, which torch tensors can't be.
-    flat = torch.from_numpy(_flat(rows["tokens"]).copy())
-    stored = flat.view(-1, encoding.token_dim).split(rows["token_count"].to_pylist())
-    scales = rows["token_scale"].to_pylist()
-    states = [s if scale is None else s.float() * scale for s, scale in zip(stored, scales, strict=True)]
-    pooled = floats(rows["pooled"])
-    return TextConditioning.collate(states, None if pooled is None else list(pooled))
+    counts, scales = rows["token_count"].to_pylist(), rows["token_scale"].to_pylist()
+    # Each caption is copied once, from arrow's memory to its place in the batch.
+    states = torch.zeros(len(counts), max(counts, default=0), encoding.token_dim, dtype=torch.float16)
+    for place, count, row in zip(states.numpy(), counts, row_views(rows["tokens"], np.float16), strict=True):
+        place[:count] = row.reshape(count, -1)
+    if not stored or any(scale is not None for scale in scales):
+        states = states.float()
+        for place, scale in zip(states, scales, strict=True):
+            if scale is not None:
+                place *= scale
+    mask = torch.arange(states.shape[1])[None] < torch.tensor(counts)[:, None]
+    return TextConditioning(states, mask, _pooled(rows["pooled"]))
 
 
-def floats(lists: pa.ChunkedArray) -> Tensor | None:
-    """A column of N lists of equal length as a tensor, (N, ·) float32; None if there are nulls in it."""
-    if lists.null_count:
+def latents_of(rows: pa.Table, encoding: Encoding, *, stored: bool = False) -> Tensor | None:
+    """The latents of some rows of a dataset, (B, C·H·W); None in datasets of prompts without images.
+
+    Args:
+        rows, encoding: as for `conditioning_of`.
+        stored: whether they keep the type that they are stored in; otherwise they come as float32.
+    """
+    column = rows["latent"]
+    if column.null_count:
         return None
-    return torch.from_numpy(_flat(lists).copy()).view(len(lists), -1)
+    kind = TORCH_TYPES[encoding.latent_type]
+    views = row_views(column, np.float32 if kind is torch.float32 else np.int16)
+    latents = torch.from_numpy(np.stack(views) if views else np.empty((0, 0), np.float32)).view(kind)
+    return latents if stored else latents.float()
+
+
+def row_views(column: pa.ChunkedArray, kind: type[np.generic]) -> list[np.ndarray]:
+    """The numbers of each row of a column of bytes, as views of arrow's memory, which is read-only."""
+    views: list[np.ndarray] = []
+    for chunk in column.chunks:
+        _, places, content = chunk.buffers()
+        ends = np.frombuffer(places, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        numbers = np.frombuffer(content or b"", np.uint8)
+        views += [numbers[first:last].view(kind) for first, last in pairwise(ends)]
+    return views
+
+
+def _pooled(column: pa.ChunkedArray) -> Tensor | None:
+    """Vectors of whole captions, (B, P) float32; None where there are none."""
+    if column.null_count:
+        return None
+    # A copy, because arrow's memory is read-only, which torch tensors can't be.
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
+    return torch.from_numpy(flat).view(len(column), -1)
 
 
 def _labels(rows: pa.Table) -> np.ndarray:
@@ -72,10 +121,5 @@ def _labels(rows: pa.Table) -> np.ndarray:
         return labels.to_numpy(zero_copy_only=False)
     # Shards from before fewstep 0.2 hold the class's index as the only token state of its caption. Row by row: a folder
     # that the old version began and this one finished has shards of both kinds.
-    states = zip(labels.to_pylist(), rows["tokens"].to_pylist(), strict=True)
+    states = zip(labels.to_pylist(), row_views(rows["tokens"], np.float16), strict=True)
     return np.array([int(tokens[0]) if label is None else label for label, tokens in states])
-
-
-def _flat(lists: pa.ChunkedArray) -> np.ndarray:
-    """The numbers of all lists of a column, one list after the other."""
-    return lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)

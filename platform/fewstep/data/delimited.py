@@ -8,6 +8,7 @@ and to take no line for what it may not be where both readings are possible.
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -64,7 +65,7 @@ class DelimitedText:
         while self.columns and not self.columns[-1]:  # a separator at the end of every line
             self.columns.pop()
 
-    def records(self, caption: int | None) -> list[Record]:
+    def records(self, caption: int | None) -> Iterator[Record]:
         """All records below the header.
 
         A record has as many cells as there are columns; missing ones at its end are empty.
@@ -72,8 +73,14 @@ class DelimitedText:
         Args:
             caption: index of the column whose cells may have line breaks; None if there is no such column.
         """
-        with _long_cells():
-            return list(self._read(caption))
+        records = self._read(caption)
+        while True:
+            # The limit on cells is set back before anything else runs.
+            with _long_cells():
+                some = list(itertools.islice(records, 1024))
+            if not some:
+                return
+            yield from some
 
     def _read(self, caption: int | None) -> Iterator[Record]:
         lines = _Lines(self._lines, self._first + 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
-from PIL import ExifTags, ImageOps
+from PIL import ExifTags, ImageCms, ImageOps
 from PIL.Image import Image, Resampling, Transpose
 
 from fewstep.errors import UserError
@@ -49,8 +49,35 @@ class Size:
         return min(sizes, key=lambda size: abs(np.log(size.width * height / (size.height * width))))
 
 
+def bucket_sizes(side: int, multiple: int) -> tuple[Size, ...]:
+    """Sizes of about side × side pixels, from twice as high as wide to twice as wide as high.
+
+    Sides are multiples of `multiple`, and of about a sixteenth of `side` where that is more: at 1024, of 64.
+
+    Args:
+        side: of the square among them, in pixels.
+        multiple: that the model's sides must be of.
+
+    Raises:
+        UserError: `side` is no multiple of it.
+    """
+    if side % multiple:
+        raise UserError(
+            f"--buckets {side} is no multiple of {multiple}, of which both sides have to be: take "
+            f"{max(side // multiple, 1) * multiple}."
+        )
+    step = max(multiple, side // 16 // multiple * multiple)
+    wide = []
+    for height in range(side - step, 0, -step):
+        width = round(side * side / height / step) * step
+        if width > 2 * height:
+            break
+        wide.append(Size(width, height))
+    return (Size(side, side), *wide, *(Size(size.height, size.width) for size in wide))
+
+
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image:
-    """Decode an image's bytes to RGB, turned upright, with transparent parts on white.
+    """Decode an image's bytes to sRGB, turned upright, with transparent parts on white.
 
     Grey pixels of more than 8 bits are scaled so that white is white. An image of several pages or moments gives its
     first.
@@ -67,10 +94,14 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image:
             turn is not None and image.format != "TIFF"
         ):  # Pillow turns TIFF files by itself while it loads them
             shown = shown.transpose(turn)
-        if shown.has_transparency_data:
-            shown = shown.convert("RGBA")
-            shown = PIL.Image.alpha_composite(PIL.Image.new("RGBA", shown.size, (255, 255, 255, 255)), shown)
-        return shown.convert("RGB")
+        if not shown.has_transparency_data:
+            return _in_srgb(shown, image)
+        shown = shown.convert("RGBA")
+        colours = _in_srgb(shown.convert("RGB"), image)
+        colours.putalpha(shown.getchannel("A"))
+        return PIL.Image.alpha_composite(
+            PIL.Image.new("RGBA", shown.size, (255, 255, 255, 255)), colours
+        ).convert("RGB")
 
 
 def measure(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -121,6 +152,38 @@ def _orientation(image: Image) -> int:
     ):  # of many kinds; cameras and editors write broken EXIF, and the picture is fine without it
         return 1
     return value if isinstance(value, int) else 1
+
+
+def _in_srgb(shown: Image, file: Image) -> Image:
+    """An image of 8 bits in sRGB, by the colour profile in its file; as it is where there is none that can be used."""
+    content = file.info.get("icc_profile")
+    plain = shown if shown.mode in _PROFILED else shown.convert("RGB")
+    if content:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+            space = str(profile.profile.xcolor_space).strip()
+            if space == "GRAY" and plain.mode == "RGB" and file.mode not in ("RGB", "RGBA", "P", "PA"):
+                plain = plain.getchannel(0)
+            # Most profiles are sRGB's; converting from one edition of it to another only costs time.
+            usual = str(profile.profile.profile_description or "").startswith("sRGB")
+            if _PROFILED.get(plain.mode) == space and not usual:
+                converted = ImageCms.profileToProfile(
+                    plain, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                )
+                assert converted is not None, "not in place"
+                return converted
+        except (
+            ImageCms.PyCMSError,
+            OSError,
+            ValueError,
+            TypeError,
+        ):  # as browsers do: a broken profile is none
+            pass
+    return plain.convert("RGB")
+
+
+_PROFILED = {"RGB": "RGB", "CMYK": "CMYK", "L": "GRAY"}
+"""Modes of images that are converted by profiles, and what the profiles call their colours."""
 
 
 def _eight_bits(image: Image) -> Image:

@@ -1,15 +1,16 @@
-"""The order of a stream: which shards and rows make up its batch n; and the task that reads shards.
+"""The order of a stream: which shards and rows make up its global batch n; and the task that reads shards.
 
 Apart from `stream`, so that processes that only read shards need not import torch.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +23,15 @@ from fewstep.storage import Storage
 DRAWS_PER_CHUNK = 4096
 """Batches whose buckets are drawn together, from a seed of their own: so a resumed stream finds its place quickly."""
 
+OPEN_SHARDS = 8
+"""Shards that a global batch takes rows of, at most."""
+
 
 @dataclass(frozen=True)
 class WorkItem:
     """A shard to read in one epoch, and how many of its permuted rows to skip, as they were consumed before."""
 
-    bucket: int
+    lane: int
     epoch: int
     shard: Shard
     skip: int = 0
@@ -39,17 +43,40 @@ class WorkItem:
 
     def as_dict(self) -> dict[str, Any]:
         """The item as plain values, which a row of Ray Data consists of."""
-        return {"bucket": self.bucket, "epoch": self.epoch, "path": self.shard.path, "skip": self.skip}
+        return {"lane": self.lane, "epoch": self.epoch, "path": self.shard.path, "skip": self.skip}
+
+
+@dataclass(frozen=True)
+class ShardLane:
+    """A fixed part of every global batch of a bucket, filled with the rows of one shard after another.
+
+    Attributes:
+        number: different for all lanes of all buckets.
+        indices: of the samples in the global batch that are its part.
+    """
+
+    number: int
+    indices: range
+
+    @property
+    def rows(self) -> int:
+        """Rows that it gives each batch."""
+        return len(self.indices)
 
 
 class ShardOrder:
-    """Decides which shards and rows make up batch n of a rank's stream, as a pure function of its arguments.
+    """Decides which shards and rows make up global batch n, as a pure function of its arguments.
+
+    The number of workers is none of them: each reads those lanes that its own part of the batch lies in. In each epoch
+    of a bucket (the shards of one latent shape), all its shards are permuted; the lane that has run out of rows first
+    takes the next one of them, and of the next epoch's when there is none left. So in each epoch each row is used
+    exactly once, and an epoch's last rows may come in batches with the next one's first.
 
     Args:
         buckets: shards by latent shape.
-        batch_size: rows of a batch of this rank.
+        batch_size: rows of a global batch.
         seed: of all permutations and draws.
-        rank, world_size: the rank whose stream it is, and the number of ranks.
+        open_shards: lanes of a bucket, if it has as many shards and the batch as many rows.
     """
 
     def __init__(
@@ -58,17 +85,20 @@ class ShardOrder:
         *,
         batch_size: int,
         seed: int,
-        rank: int,
-        world_size: int,
+        open_shards: int = OPEN_SHARDS,
     ) -> None:
         self.buckets = list(buckets.values())
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.batch_size, self.seed = batch_size, seed
         # float64: `choice` wants probabilities that sum to 1 up to its rounding.
         rows = np.array([sum(shard.rows for shard in shards) for shards in self.buckets], dtype=np.float64)
         self.weights = rows / rows.sum()
+        self.lanes = [
+            _lanes(bucket * open_shards, min(open_shards, len(shards), batch_size), batch_size)
+            for bucket, shards in enumerate(self.buckets)
+        ]
 
     def bucket_draws(self, start: int) -> Iterator[int]:
-        """Indices of the buckets of batch `start`, `start + 1`, …; the same on all ranks."""
+        """Indices of the buckets of batch `start`, `start + 1`, …"""
         for chunk in itertools.count(start // DRAWS_PER_CHUNK):
             yield from self._draws(chunk)[max(0, start - chunk * DRAWS_PER_CHUNK) :].tolist()
 
@@ -80,20 +110,33 @@ class ShardOrder:
             counts += np.bincount(self._draws(index), minlength=len(counts))
         return counts + np.bincount(self._draws(chunk)[:rest], minlength=len(counts))
 
-    def items(self, start: int) -> Iterator[WorkItem]:
-        """Work items in the order in which batches `start`, `start + 1`, … need them; endless."""
-        # Each bucket is skipped by the rows of its own batches before `start`.
-        shares = [
-            self._share(bucket, int(batches) * self.batch_size)
-            for bucket, batches in enumerate(self.batches_before(start))
+    def lanes_of(self, bucket: int, part: range) -> list[ShardLane]:
+        """The lanes that the samples of a part of the global batch are in."""
+        return [
+            lane
+            for lane in self.lanes[bucket]
+            if lane.indices.start < part.stop and part.start < lane.indices.stop
         ]
-        ready = [0] * len(shares)  # rows of each bucket that are read and not yet in a batch
+
+    def items(self, start: int, part: range) -> Iterator[WorkItem]:
+        """Work items in the order in which a part of batches `start`, `start + 1`, … needs them; endless.
+
+        Args:
+            start: number of a global batch.
+            part: indices of samples in it.
+        """
+        numbers = self.batches_before(start).tolist()  # of the next batch of each bucket, among its own
+        fillings = [_Filling(self, bucket, first, part) for bucket, first in enumerate(numbers)]
         for bucket in self.bucket_draws(start):
-            while ready[bucket] < self.batch_size:
-                item = next(shares[bucket])
-                ready[bucket] += item.shard.rows - item.skip
-                yield item
-            ready[bucket] -= self.batch_size
+            yield from fillings[bucket].items_for(numbers[bucket])
+            numbers[bucket] += 1
+
+    def shards(self, bucket: int) -> Iterator[tuple[int, Shard]]:
+        """(epoch, shard) of a bucket over all epochs, in the order in which lanes take them."""
+        shards = self.buckets[bucket]
+        for epoch in itertools.count():
+            for index in generator(self.seed, "shards", bucket, epoch).permutation(len(shards)):
+                yield epoch, shards[index]
 
     def _draws(self, chunk: int) -> np.ndarray:
         """Buckets of the batches of one chunk, (DRAWS_PER_CHUNK,), at random, weighted by rows."""
@@ -101,16 +144,41 @@ class ShardOrder:
             len(self.weights), DRAWS_PER_CHUNK, p=self.weights
         )
 
-    def _share(self, bucket: int, skip: int) -> Iterator[WorkItem]:
-        """This rank's shards of a bucket over all epochs, without the first `skip` rows."""
-        shards = self.buckets[bucket]
-        for epoch in itertools.count():
-            # The same permutation on all ranks, of which each takes every world_size-th shard.
-            order = generator(self.seed, "shards", bucket, epoch).permutation(len(shards))
-            for index in order[self.rank :: self.world_size]:
-                if skip < shards[index].rows:
-                    yield WorkItem(bucket, epoch, shards[index], skip)
-                skip = max(0, skip - shards[index].rows)
+
+class _Filling:
+    """Which shards the lanes of a bucket take, batch after batch; simulated from the first batch on.
+
+    Args:
+        order: has the lanes and the shards.
+        bucket: index of the bucket.
+        first: the batch, among those of the bucket, from which rows are wanted.
+        part: only the lanes that this part of the batch lies in.
+    """
+
+    def __init__(self, order: ShardOrder, bucket: int, first: int, part: range) -> None:
+        self._shards, self._first = order.shards(bucket), first
+        self._lanes = order.lanes[bucket]
+        self._wanted = set(order.lanes_of(bucket, part))
+        # (batch that needs rows which the lane has not got yet, place of the lane, rows that it has got so far)
+        self._needs = [(0, place, 0) for place in range(len(self._lanes))]
+
+    def items_for(self, batch: int) -> Iterator[WorkItem]:
+        """The shards that lanes take for batches up to this one, and that still have rows of the first or a later."""
+        while self._needs[0][0] <= batch:
+            _, place, got = self._needs[0]
+            lane = self._lanes[place]
+            epoch, shard = next(self._shards)
+            rows = got + shard.rows
+            heapq.heapreplace(self._needs, (rows // lane.rows, place, rows))
+            skip = max(0, self._first * lane.rows - got)
+            if skip < shard.rows and lane in self._wanted:
+                yield WorkItem(lane.number, epoch, shard, skip)
+
+
+def _lanes(first: int, count: int, batch_size: int) -> list[ShardLane]:
+    """A batch in `count` parts of about equal size, numbered from `first`."""
+    cuts = [batch_size * place // count for place in range(count + 1)]
+    return [ShardLane(first + place, range(cuts[place], cuts[place + 1])) for place in range(count)]
 
 
 def grouped(items: Iterator[WorkItem], size: int, most: int) -> Iterator[list[WorkItem]]:
@@ -123,10 +191,27 @@ def grouped(items: Iterator[WorkItem], size: int, most: int) -> Iterator[list[Wo
             group = []
 
 
-def read_permuted(tasks: pa.Table, *, storage: Storage, seed: int) -> Iterator[pa.Table]:
-    """Ray Data task: gives the rows of its work items, permuted for their epochs, with a column `bucket`."""
-    for item in itertools.chain(*tasks["items"].to_pylist()):
-        rows = read_shard(storage, item["path"])
+def read_permuted(tasks: pa.Table, *, storage: Storage, seed: int, reader: ShardReader) -> Iterator[pa.Table]:
+    """Ray Data task: gives the rows of its work items, permuted for their epochs, with a column `lane`."""
+    items = list(itertools.chain(*tasks["items"].to_pylist()))
+    for item, rows in zip(items, reader.tables(storage, [item["path"] for item in items]), strict=True):
         # The permutation depends on epoch and shard alone, so a resumed stream skips the very rows it had consumed.
         order = generator(seed, "rows", item["epoch"], item["path"]).permutation(len(rows))[item["skip"] :]
-        yield rows.take(order).append_column("bucket", pa.array([item["bucket"]] * len(order), pa.int32()))
+        yield rows.take(order).append_column("lane", pa.array([item["lane"]] * len(order), pa.int32()))
+
+
+class ShardReader(Protocol):
+    """Reads shards in SCHEMA's columns. It is sent to the tasks that read."""
+
+    def tables(self, storage: Storage, paths: Sequence[str]) -> Iterator[pa.Table]:
+        """The shards at these paths, in order."""
+        ...
+
+
+class EncodedShards:
+    """Reads shards that were encoded when the dataset was prepared."""
+
+    def tables(self, storage: Storage, paths: Sequence[str]) -> Iterator[pa.Table]:
+        """See `ShardReader`."""
+        for path in paths:
+            yield read_shard(storage, path)

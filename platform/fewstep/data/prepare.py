@@ -8,6 +8,7 @@ not at all, so one that exists is finished and is skipped.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import time
@@ -19,24 +20,31 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
 from fewstep.config import MAX_TOKENS, Shape
-from fewstep.data.columns import condition_columns
+from fewstep.data.columns import condition_columns, latent_column
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.images import MAX_PIXELS, Size, fit, lift_limit, measure, open_image
+from fewstep.data.members import ImageStorage, addresses, image_bytes, reading_unit, rows_with_cells
+from fewstep.data.rows import INDEX, Source, hashes, texts
 from fewstep.data.schema import (
     PLAN,
+    READABLE,
     SCHEMA,
     SCHEMA_VERSION,
     DatasetInfo,
     Encoding,
+    NumberType,
+    RawRows,
     Shard,
     bucket_folder,
     encode_table,
+    parquet_bytes,
     shard_metadata,
 )
-from fewstep.data.seeds import stable_hash
-from fewstep.data.sources import Source
+from fewstep.data.stream_config import STAGE_CPUS
 from fewstep.data.tables import Rejection
 from fewstep.encoders import (
     MINILM,
@@ -52,11 +60,12 @@ from fewstep.storage import Storage
 
 REJECTED = "rejected.jsonl"
 
+BROKEN = "broken image"
+"""Reason of rejections of images that can't be read."""
+
 IMAGES_PER_PASS = 16
 DECODING_THREADS = 4
 ROWS_PER_MEASURE = 512
-STAGE_CPUS = 0.1
-"""CPU slots of an actor or task: a fraction, because training workers may hold nearly all CPUs of a small cluster."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class PreparationConfig:
     text_encoder: str = MINILM
     autoencoder: str = PIXEL
     max_tokens: int = MAX_TOKENS
+    latent_type: NumberType = "float32"
+    """How the numbers of latents are stored; bfloat16 is half as large, and what most autoencoders compute in."""
     shard_rows: int = 256
     """Most rows of a shard; each bucket of a split is divided into shards of equal size."""
 
@@ -77,6 +88,9 @@ class PreparationConfig:
 
     max_pixels: int = MAX_PIXELS
     """Images of more pixels are rejected: one needs 3 bytes per pixel of memory, several times over."""
+
+    min_size: int = 0
+    """Images whose shorter side has fewer pixels are rejected."""
 
     least_shards: int = 8
     """Shards of a bucket of the training split, at least, where it has as many rows: each training worker reads shards
@@ -100,7 +114,7 @@ class ShardPlan:
     def as_item(self) -> dict[str, Any]:
         """The plan as a row of the pipeline's dataset."""
         size = {"width": self.size.width, "height": self.size.height, "shape": list(self.shape)}
-        return {"path": self.path, "split": self.split, **size, "rows": _pack(self.rows)}
+        return {"path": self.path, "split": self.split, **size, "rows": pack(self.rows)}
 
 
 def prepare(
@@ -108,6 +122,7 @@ def prepare(
     out: str | os.PathLike[str],
     config: PreparationConfig,
     *,
+    encode: bool = True,
     encoders: int = 1,
     gpus: float = 0.0,
     report: Callable[[str], None] = print,
@@ -118,6 +133,7 @@ def prepare(
         source: the raw rows.
         out: folder or `s3://…` of the dataset.
         config: the settings that determine its content.
+        encode: whether its shards are encoded. Otherwise they hold raw rows, which are encoded in the stream.
         encoders: number of actors of each kind (text encoder, autoencoder).
         gpus: GPUs of each actor; with a fraction, actors share one.
         report: called with a line of progress from time to time.
@@ -131,18 +147,29 @@ def prepare(
     dim, pooled = encoder_widths(config.text_encoder)
     for note in source.notes:
         report(note)
-    config = claim(storage, source, config)
+    config = claim(storage, source, config, encode)
     plans, rejected = plan(source, config)
     present = storage.list()
     missing = [shard for shard in plans if shard.path not in present]
     if len(missing) < len(plans):
         report(f"{len(plans) - len(missing)} of {len(plans)} shards are finished already and are skipped")
-    encoding = Encoding(config.text_encoder, dim, config.autoencoder, pooled, config.max_tokens)
-    _encode(missing, source, storage, config, encoding, encoders=encoders, gpus=gpus, report=report)
-    return _finish(storage, source, plans, rejected, encoding, report)
+    encoding = Encoding(
+        config.text_encoder, dim, config.autoencoder, pooled, config.max_tokens, config.latent_type
+    )
+    raw = None
+    if encode:
+        _encode(missing, source, storage, config, encoding, encoders=encoders, gpus=gpus, report=report)
+    else:
+        _write_raw(missing, storage, encoding)
+        images = None if source.storage is None else addresses(source.storage)
+        sizes = {"x".join(map(str, p.shape)): str(p.size) for p in plans}
+        raw = RawRows(config.max_pixels, config.min_size, images, sizes)
+    return _finish(storage, source, plans, rejected, encoding, raw, report)
 
 
-def claim(storage: Storage, source: Source, config: PreparationConfig) -> PreparationConfig:
+def claim(
+    storage: Storage, source: Source, config: PreparationConfig, encode: bool = True
+) -> PreparationConfig:
     """Record in the folder which source and settings its dataset is made of, or compare with the record there.
 
     Returns:
@@ -151,13 +178,29 @@ def claim(storage: Storage, source: Source, config: PreparationConfig) -> Prepar
     Raises:
         UserError: the folder's dataset is made of another source or other settings.
     """
-    ours = {"version": SCHEMA_VERSION, "source": source.name, **config.as_dict(), "rows": source.digest()}
+    ours = {
+        "version": SCHEMA_VERSION,
+        "encode": "shards" if encode else "stream",
+        "source": source.name,
+        **config.as_dict(),
+        "rows": source.digest(),
+    }
     content = storage.read(PLAN)
     if content is None:
         storage.write(PLAN, json.dumps(ours, indent=1).encode())
         return config
-    # Versions before 0.2 knew neither of the two.
-    theirs = {"max_pixels": MAX_PIXELS, "least_shards": 1} | json.loads(content)
+    # Older versions didn't know these.
+    before = {
+        "max_pixels": MAX_PIXELS,
+        "min_size": 0,
+        "least_shards": 1,
+        "encode": "shards",
+        "latent_type": "float32",
+    }
+    theirs = before | json.loads(content)
+    # The remaining shards may be of another version than those that are there.
+    if theirs["version"] in READABLE:
+        theirs["version"] = SCHEMA_VERSION
     differing = [name for name in ours if theirs.get(name) != ours[name] and name != "least_shards"]
     if differing:
         name = differing[0]
@@ -179,21 +222,39 @@ def plan(source: Source, config: PreparationConfig) -> tuple[list[ShardPlan], li
     autoencoder = load_autoencoder(config.autoencoder)
     shapes = {size: autoencoder.latent_shape(size.height, size.width) for size in config.sizes}
     sizes, broken = _choose_sizes(source, config)
-    keys, splits = source.rows["key"].to_pylist(), source.rows["split"].to_pylist()
-    # In the order of a hash: any part of a group is a random sample of it.
-    groups: dict[tuple[str, Size], list[int]] = {}
-    for index in sorted(range(len(keys)), key=lambda i: stable_hash(config.seed, keys[i])):
-        if (size := sizes[index]) is not None:
-            groups.setdefault((splits[index], size), []).append(index)
+    # In one piece each, with offsets of 64 bits: rows are taken from anywhere, and captions may exceed 2 GiB.
+    rows = source.rows.cast(_LARGE_INDEX).combine_chunks()
+    order = _shuffled(rows, config.seed)
+    sizes, held_out = sizes[order], pc.equal(rows["split"], "held_out").to_numpy()[order]
+    groups: list[tuple[str, str, Size, np.ndarray]] = []
+    for number, size in enumerate(config.sizes):
+        for split, mask in (("held_out", held_out), ("train", ~held_out)):
+            if len(indices := order[mask & (sizes == number)]):
+                groups.append((split, str(size), size, indices))
     plans = []
     # Sorted, so that shards have the same names in every run.
-    for (split, size), indices in sorted(groups.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+    for split, _, size, indices in sorted(groups, key=lambda group: group[:2]):
         least = min(config.least_shards, len(indices)) if split == "train" else 1
         count = max(least, -(-len(indices) // config.shard_rows))
         for number, part in enumerate(np.array_split(indices, count)):
             path = f"{bucket_folder(split, shapes[size])}/part-{number:05d}.parquet"
-            plans.append(ShardPlan(path, split, size, shapes[size], source.rows.take(part)))
+            plans.append(ShardPlan(path, split, size, shapes[size], rows.take(pa.array(part)).cast(INDEX)))
     return plans, [*source.rejected, *broken]
+
+
+_LARGE_INDEX = pa.schema([f.with_type(pa.large_string()) if f.type == pa.string() else f for f in INDEX])
+
+
+def _shuffled(rows: pa.Table, seed: int) -> np.ndarray:
+    """Numbers of the rows in the order of a hash, (rows,): any part of a group of them is a random sample of it.
+
+    Rows that are read together, out of a Parquet file, stay one after the other.
+    """
+    names = texts(rows["key"])
+    if rows["part"].null_count < len(rows):
+        places = zip(names, texts(rows["file"]), texts(rows["part"]), strict=True)
+        names = ((part and reading_unit(file, part)) or key for key, file, part in places)
+    return np.argsort(hashes(seed, names, len(rows)), kind="stable")
 
 
 class EncodeText:
@@ -209,7 +270,7 @@ class EncodeText:
         return load_encoder(self.config.text_encoder, max_tokens=self.config.max_tokens, device=_device())
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        rows = _unpack(item["rows"])
+        rows = unpack(item["rows"])
         refusals = self.encoder.refusals(rows["caption"].to_pylist())
         rejected = [
             Rejection(where, *refusal).as_dict()
@@ -221,7 +282,7 @@ class EncodeText:
         # Rejected rows are out by now, as `encode` refuses what `refusals` names.
         for name, column in condition_columns(self.encoder.encode(captions)).items():
             rows = rows.append_column(SCHEMA.field(name), column)
-        return {**item, "rows": _pack(rows), "rejected": json.dumps(rejected)}
+        return {**item, "rows": pack(rows), "rejected": json.dumps(rejected)}
 
 
 class EncodeImages:
@@ -231,7 +292,7 @@ class EncodeImages:
         self,
         config: PreparationConfig,
         encoding: Encoding,
-        images: Storage | None,
+        images: ImageStorage | None,
         out: Storage,
         has_images: bool,
     ) -> None:
@@ -246,16 +307,21 @@ class EncodeImages:
         return load_autoencoder(self.config.autoencoder, device=_device())
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        rows, rejected = _unpack(item["rows"]), json.loads(item["rejected"])
-        count, latents = len(rows) + len(rejected), None
+        table, rejected = self.table(item)
+        metadata = self.encoding.metadata(rejected)
+        self.out.write(item["path"], parquet_bytes(table.replace_schema_metadata(metadata)))
+        return {"rows": len(table) + len(rejected)}
+
+    def table(self, item: dict[str, Any]) -> tuple[pa.Table, list[dict[str, str]]]:
+        """A shard whose captions are encoded as a table of SCHEMA, and the rows that could not be encoded."""
+        rows, rejected, latents = unpack(item["rows"]), json.loads(item["rejected"]), None
         if self.has_images:
             rows, latents, broken = self._latents(rows, Size(item["width"], item["height"]))
             rejected += [rejection.as_dict() for rejection in broken]
-        table = encode_table(rows, latents, tuple(item["shape"]), item["split"])
-        self.out.write(
-            item["path"], _parquet(table.replace_schema_metadata(self.encoding.metadata(rejected)))
-        )
-        return {"rows": count}
+        column = None
+        if latents is not None:
+            column = latent_column(torch.from_numpy(latents), self.encoding.latent_type)
+        return encode_table(rows, column, tuple(item["shape"]), item["split"]), rejected
 
     def _latents(self, rows: pa.Table, size: Size) -> tuple[pa.Table, np.ndarray, list[Rejection]]:
         """The rows with a usable image, their latents (N, C, H, W), and the rejected other rows."""
@@ -282,11 +348,12 @@ class EncodeImages:
     def _decoded(self, rows: pa.Table, size: Size) -> Iterator[tuple[range, list[np.ndarray | Rejection]]]:
         """Rows and decoded images, `IMAGES_PER_PASS` at a time; threads decode the next ones in the meantime."""
         ahead: tuple[range, list[Future[np.ndarray | Rejection]]] | None = None
+        complete = rows_with_cells(rows, self.images)
         for start in range(0, len(rows), IMAGES_PER_PASS):
             indices = range(start, min(start + IMAGES_PER_PASS, len(rows)))
             futures = [
-                self.threads.submit(_load, row, self.images, size, self.config.max_pixels)
-                for row in rows.slice(start, len(indices)).to_pylist()
+                self.threads.submit(_load, row, self.images, size, self.config)
+                for row in itertools.islice(complete, len(indices))
             ]
             # Submitted before the pass ahead of it is given out, so that both go on side by side.
             if ahead is not None:
@@ -296,78 +363,84 @@ class EncodeImages:
             yield ahead[0], [future.result() for future in ahead[1]]
 
 
-def _choose_sizes(source: Source, config: PreparationConfig) -> tuple[list[Size | None], list[Rejection]]:
-    """The bucket of each row, None where its image's size can't be read; and the rejections of those rows."""
+def _choose_sizes(source: Source, config: PreparationConfig) -> tuple[np.ndarray, list[Rejection]]:
+    """The bucket of each row as its number in `config.sizes`, (rows,), −1 where its image's size can't be read or is
+    too small; and the rejections of those rows."""
     rows = source.rows
     if len(config.sizes) == 1:
-        return [config.sizes[0]] * len(rows), []
+        return np.zeros(len(rows), np.int64), []
     if source.storage is None:
         # Prompts without images have no aspect ratio: they are spread evenly over the buckets.
-        return [
-            config.sizes[stable_hash(0, f"size/{key}") % len(config.sizes)] for key in rows["key"].to_pylist()
-        ], []
+        places = hashes(0, (f"size/{key}" for key in texts(rows["key"])), len(rows))
+        return (places % len(config.sizes)).astype(np.int64), []
     import ray.data
 
-    index = rows.select(["key", "file", "image", "where"])
+    index = rows.select(["key", "file", "image", "where", "part"])
     blocks = [index.slice(start, ROWS_PER_MEASURE) for start in range(0, len(index), ROWS_PER_MEASURE)]
     measured = ray.data.from_arrow(blocks).map_batches(
         cast(Any, _measure),  # Ray's annotations leave out fn_kwargs
-        fn_kwargs={"images": source.storage, "max_pixels": config.max_pixels},
+        fn_kwargs={"images": source.storage, "config": config},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=STAGE_CPUS,
     )
+    sizes: list[np.ndarray] = []
+    rejected: list[Rejection] = []
     with user_errors():
-        found = {row["key"]: row for row in configured(measured).iter_rows()}
-    sizes: list[Size | None] = []
-    rejected = []
-    for key, where in zip(rows["key"].to_pylist(), rows["where"].to_pylist(), strict=True):
-        row = found[key]
-        if row["trouble"]:
-            rejected.append(Rejection(where, "broken image", row["trouble"]))
-        sizes.append(None if row["trouble"] else Size.nearest(config.sizes, row["width"], row["height"]))
-    return sizes, rejected
+        for batch in configured(measured, in_order=True).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        ):
+            found = cast(pa.Table, batch)
+            sizes.append(found["size"].to_numpy())
+            refused = found.filter(pc.is_valid(found["reason"]))
+            rejected += [Rejection(**row) for row in refused.drop_columns("size").to_pylist()]
+    return np.concatenate(sizes), rejected
 
 
-def _measure(rows: pa.Table, images: Storage, max_pixels: int) -> pa.Table:
-    """Ray Data task: width and height of each row's image, or what is wrong with the image."""
+_MEASURED = pa.schema(
+    [("size", pa.int64()), *((name, pa.string()) for name in ("where", "reason", "detail"))]
+)
+
+
+def _measure(rows: pa.Table, images: ImageStorage, config: PreparationConfig) -> pa.Table:
+    """Ray Data task: number of the bucket of each row's image, or what is wrong with the image."""
     lift_limit()
     measured = []
-    for row in rows.to_pylist():
+    for row in rows_with_cells(rows, images):
         try:
-            width, height = measure(_content(row, images), max_pixels)
-            measured.append({"key": row["key"], "width": width, "height": height, "trouble": ""})
+            width, height = measure(image_bytes(row, images), config.max_pixels)
         except ValueError as error:
-            measured.append({"key": row["key"], "width": 0, "height": 0, "trouble": _trouble(row, error)})
-    return pa.Table.from_pylist(measured)
+            measured.append({"size": -1, **Rejection(row["where"], BROKEN, _trouble(row, error)).as_dict()})
+            continue
+        if refusal := _too_small(row, width, height, config):
+            measured.append({"size": -1, **refusal.as_dict()})
+        else:
+            measured.append({"size": config.sizes.index(Size.nearest(config.sizes, width, height))})
+    return pa.Table.from_pylist(measured, schema=_MEASURED)
 
 
-def _load(row: dict[str, Any], images: Storage | None, size: Size, max_pixels: int) -> np.ndarray | Rejection:
+def _load(
+    row: dict[str, Any], images: ImageStorage | None, size: Size, config: PreparationConfig
+) -> np.ndarray | Rejection:
     """A row's image at the bucket's size, (height, width, 3) uint8; or the rejection of the row."""
     try:
-        return fit(open_image(_content(row, images), max_pixels), size)
+        image = open_image(image_bytes(row, images), config.max_pixels)
     except ValueError as error:
-        return Rejection(row["where"], "broken image", _trouble(row, error))
+        return Rejection(row["where"], BROKEN, _trouble(row, error))
+    return _too_small(row, *image.size, config) or fit(image, size)
+
+
+def _too_small(row: dict[str, Any], width: int, height: int, config: PreparationConfig) -> Rejection | None:
+    """The rejection of an image whose shorter side is below the least; None of others."""
+    if min(width, height) >= config.min_size:
+        return None
+    detail = f"{row['file'] or row['key']}: {width}x{height} pixels, and --min-size is {config.min_size}"
+    return Rejection(row["where"], "small image", detail)
 
 
 def _trouble(row: dict[str, Any], error: ValueError) -> str:
     """What is wrong with a row's image, with the name of the image."""
     return f"{row['file'] or row['key']}: {error}"
-
-
-def _content(row: dict[str, Any], images: Storage | None) -> bytes:
-    """The bytes of a row's image file.
-
-    Raises:
-        ValueError: the file does not exist any more.
-    """
-    if row["image"] is not None:
-        return row["image"]
-    assert images is not None, "rows that name files come with the storage they lie in"
-    content = images.read(row["file"])
-    if content is None:
-        raise ValueError("the file has gone")
-    return content
 
 
 def _encode(
@@ -419,12 +492,27 @@ def _encode(
                 reported = now
 
 
+def _write_raw(plans: Sequence[ShardPlan], out: Storage, encoding: Encoding) -> None:
+    """Write shards of raw rows."""
+    metadata = encoding.metadata()
+    with ThreadPoolExecutor(16) as threads:
+        written = [
+            threads.submit(
+                lambda p: out.write(p.path, parquet_bytes(p.rows.replace_schema_metadata(metadata))), p
+            )
+            for p in plans
+        ]
+        for one in written:
+            one.result()
+
+
 def _finish(
     storage: Storage,
     source: Source,
     plans: Sequence[ShardPlan],
     rejected: list[Rejection],
     encoding: Encoding,
+    raw: RawRows | None,
     report: Callable[[str], None],
 ) -> DatasetInfo:
     """Write the list of rejected rows, and the manifest, from the metadata of all shards."""
@@ -447,7 +535,7 @@ def _finish(
         )
     storage.sweep()
     info = DatasetInfo(
-        storage, encoding, source.name, source.name != "prompts", shards, reasons, source.attribution
+        storage, encoding, source.name, source.name != "prompts", shards, reasons, source.attribution, raw
     )
     info.save()
     if refused:
@@ -469,7 +557,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _pack(table: pa.Table) -> bytes:
+def pack(table: pa.Table) -> bytes:
     """A table as Arrow IPC bytes, so that a whole shard is a single row of Ray Data."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -477,16 +565,6 @@ def _pack(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _unpack(content: bytes) -> pa.Table:
-    """The inverse of `_pack`."""
+def unpack(content: bytes) -> pa.Table:
+    """The inverse of `pack`."""
     return pa.ipc.open_stream(content).read_all()
-
-
-def _parquet(table: pa.Table) -> memoryview:
-    """A shard's table as the bytes of a Parquet file."""
-    import pyarrow.parquet as pq
-
-    assert table.schema.equals(SCHEMA)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return memoryview(sink.getvalue())

@@ -1,4 +1,4 @@
-"""Version 1 of the format of fewstep's datasets, and the checks on opening one.
+"""Version 2 of the format of fewstep's datasets, and the checks on opening one.
 
 Files below one root, a local folder or `s3://bucket/prefix`:
 
@@ -11,16 +11,18 @@ Columns of a shard; a row is an example:
 
     key          string          unique in the dataset
     caption      string
-    tokens       list<float16>   token states of the text encoder, (L, D) flattened; L differs by row; empty for classes
+    tokens       bytes           token states of the text encoder, float16 (L, D); L differs by row; empty for classes
     token_count  int32           L
-    latent       list<float32>   (C, H, W) flattened; null in datasets of prompts without images
+    latent       bytes           (C, H, W) numbers of the manifest's latent_type; null in datasets of prompts without
+                                 images
     channels, height, width      int32: C, H, W; for prompts without images, the latent shape to generate
     split        string          "train" or "held_out"
     pooled       list<float32>   the text encoder's vector of the whole caption, (P,); null where it has none
     label        int32           class index; null for texts
     token_scale  float32         factor of `tokens`, a power of two, where states exceed float16's range; null for none
     (`pooled`, `label` and `token_scale` were added later: older shards lack them, and hold a class as its only token
-    state.)
+    state. In version 1, `tokens` and `latent` are lists of float16 and float32, which take much longer to read; such
+    shards are still read.)
 
 The Parquet metadata carries a JSON object under `fewstep`: version, token_dim, text_encoder, autoencoder, and
 `rejected`, the rows of this shard that could not be encoded.
@@ -32,7 +34,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +43,9 @@ from fewstep.config import MAX_TOKENS, Shape
 from fewstep.errors import UserError
 from fewstep.storage import Storage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
+"""Versions that are read."""
 MANIFEST = "dataset.json"
 PLAN = "plan.json"
 METADATA_KEY = b"fewstep"
@@ -50,9 +54,9 @@ SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
-        pa.field("tokens", pa.list_(pa.float16()), nullable=False),
+        pa.field("tokens", pa.large_binary(), nullable=False),
         pa.field("token_count", pa.int32(), nullable=False),
-        pa.field("latent", pa.list_(pa.float32())),
+        pa.field("latent", pa.large_binary()),
         pa.field("channels", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
@@ -63,9 +67,15 @@ SCHEMA = pa.schema(
     ]
 )
 
+NumberType = Literal["float32", "bfloat16", "float16"]
+"""How a number is stored."""
+
 CONDITION_COLUMNS = ("tokens", "token_count", "pooled", "label", "token_scale")
 """Columns that `columns.condition_columns` makes of conditions."""
 
+
+NUMBERS = ("tokens", "latent")
+"""Columns of bytes of numbers."""
 
 LATER_COLUMNS = ("pooled", "label", "token_scale")
 """Columns that older shards lack; null where they do."""
@@ -82,6 +92,8 @@ class Encoding:
     pooled_dim: int | None = None
     max_tokens: int = MAX_TOKENS
     """Longest caption in tokens; students take prompts up to the same length."""
+    latent_type: NumberType = "float32"
+    """Type of the numbers of latents."""
 
     def metadata(self, rejected: Sequence[Mapping[str, str]] = ()) -> dict[bytes, bytes]:
         """A shard's Parquet metadata; `rejected` are the rows that were meant for it and could not be encoded."""
@@ -101,6 +113,21 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class RawRows:
+    """What the manifest of a dataset that is encoded in the stream tells of its rows."""
+
+    max_pixels: int
+    """Images of more pixels are refused."""
+    min_size: int
+    """Images whose shorter side has fewer pixels are refused."""
+    images: str | dict[str, Any] | None
+    """Address of the storage that the rows' files lie in, or `members.addresses` of several; None where rows name no
+    files."""
+    sizes: dict[str, str]
+    """Size in pixels (WIDTHxHEIGHT) of each bucket, by the bucket's name, such as 3x16x16."""
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """A finished dataset: its storage, and the checked content of its manifest."""
 
@@ -113,6 +140,8 @@ class DatasetInfo:
     """Reason → number of rows rejected for it."""
 
     attribution: str = ""
+    raw: RawRows | None = None
+    """Of a dataset whose shards hold raw rows, to be encoded when they are read; None where they are encoded."""
 
     @property
     def root(self) -> str:
@@ -148,25 +177,6 @@ class DatasetInfo:
             for shape in shapes
         }
 
-    def check_world(self, split: str, world_size: int) -> None:
-        """Refuse more workers than a bucket of the split has shards, as workers read different shards.
-
-        Raises:
-            UserError: some worker would have nothing to read.
-        """
-        for shape, shards in self.buckets(split).items():
-            if len(shards) < world_size:
-                rows = sum(shard.rows for shard in shards)
-                remedy = f"set train.workers={len(shards)}"
-                if rows >= world_size:
-                    remedy += (
-                        f", or prepare the data again with --shard-rows {max(1, rows // (2 * world_size))}"
-                    )
-                raise UserError(
-                    f"{self.root} has {len(shards)} shards of shape {'x'.join(map(str, shape))} in its split "
-                    f"{split!r} for {world_size} workers: {remedy}."
-                )
-
     @classmethod
     def open(cls, root: str | os.PathLike[str]) -> DatasetInfo:
         """Read and check a dataset's manifest.
@@ -192,6 +202,7 @@ class DatasetInfo:
             tuple(Shard(s["path"], s["split"], tuple(s["shape"]), s["rows"]) for s in manifest["shards"]),
             manifest["rejected"],
             manifest["attribution"],
+            RawRows(**manifest["raw"]) if manifest.get("raw") else None,
         )
         if not any(shard.rows for shard in info.shards):
             raise UserError(f"the dataset {info.root} is empty: give fewstep prepare-data images or prompts.")
@@ -222,6 +233,8 @@ class DatasetInfo:
             "attribution": self.attribution,
             "shards": [asdict(shard) for shard in self.shards],
         }
+        if self.raw is not None:
+            manifest["raw"] = asdict(self.raw)
         self.storage.write(MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
@@ -235,9 +248,9 @@ def check_version(version: object, where: str) -> None:
     Raises:
         UserError: `version` is not the one that this code reads.
     """
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise UserError(
-            f"{where} has schema version {version}, this fewstep reads version {SCHEMA_VERSION}: "
+            f"{where} has schema version {version}, this fewstep reads versions {' and '.join(map(str, READABLE))}: "
             "prepare the data again with this version's fewstep prepare-data."
         )
 
@@ -247,12 +260,12 @@ def bucket_folder(split: str, shape: Shape) -> str:
     return f"{split}/{'x'.join(map(str, shape))}"
 
 
-def encode_table(rows: pa.Table, latents: np.ndarray | None, shape: Shape, split: str) -> pa.Table:
+def encode_table(rows: pa.Table, latents: pa.Array | np.ndarray | None, shape: Shape, split: str) -> pa.Table:
     """Assemble a shard's table.
 
     Args:
         rows: columns `key`, `caption` and `CONDITION_COLUMNS`, N rows.
-        latents: (N, C, H, W) float32; None for prompts without images.
+        latents: their column (`columns.latent_column`), or (N, C, H, W) float32; None for prompts without images.
         shape: (C, H, W) of the latents or, for prompts without images, of those to generate.
         split: "train" or "held_out".
     """
@@ -262,9 +275,11 @@ def encode_table(rows: pa.Table, latents: np.ndarray | None, shape: Shape, split
         name: pa.array([value] * count, pa.int32()) for name, value in zip(_SIZES, shape, strict=True)
     }
     # Put into SCHEMA's order and types at the end, whatever the order of `rows`.
+    if latents is None:
+        latents = pa.nulls(count, pa.large_binary())
     columns = {
         **{name: rows[name] for name in ("key", "caption", *CONDITION_COLUMNS)},
-        "latent": float_lists(latents, count),
+        "latent": bytes_column(list(latents)) if isinstance(latents, np.ndarray) else latents,
         **constant,
         "split": pa.array([split] * count, pa.string()),
     }
@@ -297,6 +312,24 @@ def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
     Raises:
         UserError: as `shard_metadata`; another schema version.
     """
+    table = read_raw(storage, path, columns)
+    for name in NUMBERS:
+        if name in table.column_names and pa.types.is_list(table.schema.field(name).type):  # of version 1
+            place = table.column_names.index(name)
+            table = table.set_column(place, SCHEMA.field(name), _bytes_of_lists(table[name]))
+    for name in LATER_COLUMNS:
+        # Added where an older shard lacks it, unless the caller asked for other columns.
+        if name not in table.column_names and (columns is None or name in columns):
+            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
+    return table
+
+
+def read_raw(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a shard, or some of its columns, as they are; for shards of raw rows.
+
+    Raises:
+        UserError: as `read_shard`.
+    """
     import pyarrow.parquet as pq
 
     with storage.reachable():
@@ -311,38 +344,56 @@ def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
             ) from error
     metadata = (table.schema.metadata or {}).get(METADATA_KEY, b'{"version": "none"}')
     check_version(json.loads(metadata)["version"], f"{storage.root}/{path}")
-    for name in LATER_COLUMNS:
-        # Added where an older shard lacks it, unless the caller asked for other columns.
-        if name not in table.column_names and (columns is None or name in columns):
-            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
     return table.replace_schema_metadata(None)
+
+
+def parquet_bytes(table: pa.Table) -> memoryview:
+    """A shard's table as the bytes of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    # Numbers of real latents and token states can't be compressed; lz4 passes them nearly at the speed of a copy, and
+    # packs the white of pictures whose pixels are the latents.
+    compression = {name: "lz4" if name in NUMBERS else "zstd" for name in table.column_names}
+    plain = [name for name in table.column_names if name not in NUMBERS]
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression=compression, use_dictionary=plain)
+    return memoryview(sink.getvalue())
 
 
 _SIZES = ("channels", "height", "width")
 
 
-def float_lists(arrays: np.ndarray | None, count: int) -> pa.Array:
-    """An array (N, …) float32 as N flat lists; None as `count` nulls."""
-    if arrays is None:
+def float_lists(vectors: np.ndarray | None, count: int) -> pa.Array:
+    """Vectors (N, P) float32 as N lists; None as `count` nulls."""
+    if vectors is None:
         return pa.nulls(count, pa.list_(pa.float32()))
-    return ragged_lists(arrays.reshape(-1), [arrays[0].size] * count if count else [])
+    flat = vectors.reshape(count, -1)
+    ends = flat.shape[1] * np.arange(count + 1, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat.reshape(-1)))
 
 
-def ragged_lists(flat: np.ndarray, sizes: Sequence[int]) -> pa.Array:
-    """A flat array cut into lists of the given sizes.
+def bytes_column(arrays: Sequence[np.ndarray]) -> pa.Array:
+    """N arrays as N rows of bytes."""
+    sizes = np.array([array.nbytes for array in arrays], dtype=np.int64)
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    content = np.concatenate([array.reshape(-1) for array in arrays]) if arrays else np.empty(0, np.uint8)
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(arrays), [None, pa.py_buffer(ends), pa.py_buffer(content)]
+    )
 
-    Raises:
-        UserError: the lists of a shard are longer in all than Parquet's 32-bit offsets can count.
-    """
-    # Summed in int64, so that a sum beyond int32 is noticed instead of wrapping around.
-    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    if offsets[-1] > (most := np.iinfo(np.int32).max):
-        fitting = int(len(sizes) * most // offsets[-1])
-        raise UserError(
-            f"a shard of {len(sizes)} rows of this encoder holds more numbers than Parquet's lists can count: prepare "
-            f"the data with --shard-rows {fitting} or less."
-        )
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat))
+
+def _bytes_of_lists(column: pa.ChunkedArray) -> pa.Array:
+    """A column of lists of numbers, of version 1, as one of their bytes."""
+    if column.null_count:  # of prompts without images all are null
+        return pa.nulls(len(column), pa.large_binary())
+    lists = column.combine_chunks()
+    numbers = lists.flatten().to_numpy(zero_copy_only=False)
+    ends = lists.offsets.to_numpy().astype(np.int64)
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(),
+        len(lists),
+        [None, pa.py_buffer((ends - ends[0]) * numbers.itemsize), pa.py_buffer(numbers)],
+    )
 
 
 def _no_manifest(storage: Storage) -> str:

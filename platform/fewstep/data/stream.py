@@ -1,13 +1,13 @@
 """The stream of batches that a training worker iterates: endless, seeded, exactly seekable, read through Ray Data.
 
-A batch is a pure function of (dataset, seed, batch size, rank, world size, number of the batch), so that a resumed
-worker continues with the batch that it would have got without the interruption. The order is made as follows:
+Global batch n is a pure function of (dataset, seed, batch size, open shards, n), whatever the number of workers, so
+that a resumed run continues with the batch that it would have got without the interruption. The order is made so:
 
-* In each epoch of a bucket (the shards of one latent shape) the shards are permuted, and rank r of w takes every w-th
-  of them: in each epoch all ranks together see each row exactly once. Rows are permuted within their shard, differently
-  in each epoch.
-* The bucket of batch n is drawn at random, weighted by rows, and is the same on all ranks. Rows that a batch leaves
-  over go into the bucket's next batch, also from one epoch to the next: no row is dropped, and every batch is full.
+* The bucket (the shards of one latent shape) of batch n is drawn at random, weighted by rows.
+* A batch takes its rows from several shards at a time, a fixed number of each: `order.ShardOrder` says which. In each
+  epoch of a bucket each row is used once. Rows are permuted within their shard, differently in each epoch.
+* A worker computes a part of each batch, and reads the shards that this part comes from. No row is dropped, and every
+  batch is full.
 * The shards of all coming epochs are work items, in the order in which they are needed. Ray Data reads some of them
   ahead, whatever the epoch: no epoch begins with a pause, and a resumed stream begins at the right item.
 """
@@ -19,20 +19,31 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import torch
 from torch import Tensor
 
 from fewstep.config import Shape
-from fewstep.data.columns import conditioning_of, floats
+from fewstep.data.columns import conditioning_of, latents_of
+from fewstep.data.encode import RowEncoder
 from fewstep.data.execution import configured, user_errors
-from fewstep.data.order import ShardOrder, WorkItem, grouped, read_permuted
-from fewstep.data.schema import DatasetInfo, Encoding, read_shard
+from fewstep.data.order import (
+    OPEN_SHARDS,
+    EncodedShards,
+    ShardOrder,
+    ShardReader,
+    WorkItem,
+    grouped,
+    read_permuted,
+)
+from fewstep.data.schema import DatasetInfo, Encoding, read_raw, read_shard
 from fewstep.data.seeds import stable_hash
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Conditioning
@@ -65,7 +76,7 @@ class Batch:
     """B examples of one latent shape.
 
     Attributes:
-        latent: (B, C, H, W) float32; None in datasets of prompts without images.
+        latent: (B, C, H, W), float32 unless it was asked for as it is stored; None in datasets of prompts alone.
         conditioning: texts, padded to the longest of the batch, or classes.
         captions: B captions.
         keys: B keys of rows.
@@ -82,38 +93,52 @@ class Batch:
         return len(self.keys)
 
     @classmethod
-    def of(cls, rows: pa.Table, encoding: Encoding) -> Batch:
-        """A batch of rows of one bucket, which have SCHEMA's columns."""
-        rows = rows.combine_chunks()
+    def of(cls, rows: pa.Table, encoding: Encoding, *, stored: bool = False) -> Batch:
+        """A batch of rows of one bucket, which have SCHEMA's columns.
+
+        Args:
+            rows, encoding: of a dataset.
+            stored: whether latents and token states keep the types that they are stored in; `to` changes that.
+        """
         shape: Shape = tuple(rows[name][0].as_py() for name in ("channels", "height", "width"))
-        latent = floats(rows["latent"])
+        latent = latents_of(rows, encoding, stored=stored)
         return cls(
             None if latent is None else latent.view(len(rows), *shape),
-            conditioning_of(rows, encoding),
+            conditioning_of(rows, encoding, stored=stored),
             rows["caption"].to_pylist(),
             rows["key"].to_pylist(),
             shape,
         )
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device, without waiting for the copies, and its numbers in float32 there."""
+        latent = None if self.latent is None else self.latent.to(device, non_blocking=True).float()
+        conditioning = self.conditioning.to(device).to(device, torch.float32)
+        return replace(self, latent=latent, conditioning=conditioning)
+
 
 class ShardStream:
-    """An endless stream of a split's batches for one rank; iterate it in a process that is connected to Ray.
+    """An endless stream of a worker's parts of a split's batches; iterate it in a process that is connected to Ray.
 
     Each `iter()` begins at `start_batch`. A thread reads ahead until the iterator is closed.
 
     Args:
         root: the dataset, a local folder or `s3://…`.
         split: name of the split.
-        batch_size: examples of a batch of this rank.
+        batch_size: examples of a global batch, of all workers.
         seed: of the order.
-        rank, world_size: this rank, and the number of ranks.
-        start_batch: number of batches that this rank has consumed before.
+        parts: indices, in the global batch, of the examples of each batch that is yielded for it; by default one batch
+            of all of them. Together they are one range.
+        open_shards: see `ShardOrder`.
+        start_batch: number of the global batch to begin with.
+        reader: reads shards; an `encode.EncoderPool` for a dataset of raw rows.
+        stored: see `Batch.of`.
 
     Attributes:
         seconds_waited: seconds that the consumer has waited for batches; set it to 0.0 to count from there.
 
     Raises:
-        UserError: see `DatasetInfo.open`; or a bucket has fewer shards than there are ranks.
+        UserError: see `DatasetInfo.open`.
     """
 
     def __init__(
@@ -123,19 +148,25 @@ class ShardStream:
         *,
         batch_size: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        parts: Sequence[range] | None = None,
+        open_shards: int = OPEN_SHARDS,
         start_batch: int = 0,
+        reader: ShardReader | None = None,
+        stored: bool = False,
     ) -> None:
         self.info = DatasetInfo.open(root)
-        self.info.check_world(split, world_size)
-        buckets = self.info.buckets(split)
+        assert reader or self.info.raw is None, "raw shards are read by those who can encode them"
+        self._reader, self._stored = reader or EncodedShards(), stored
         self.start_batch = start_batch
         self.seconds_waited = 0.0
+        self._parts = parts or [range(batch_size)]
+        self._share = range(self._parts[0].start, self._parts[-1].stop)
         # All of the order is decided there, from numbers alone; what follows only reads.
-        self._order = ShardOrder(buckets, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self._order = ShardOrder(
+            self.info.buckets(split), batch_size=batch_size, seed=seed, open_shards=open_shards
+        )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         # Bounded: the thread stops reading ahead when the queue is full.
         batches: queue.Queue[Batch | BaseException] = queue.Queue(QUEUED_BATCHES)
         stop = threading.Event()
@@ -168,27 +199,48 @@ class ShardStream:
         pending: dict[int, pa.Table] = {}
         blocks = self._blocks()
         for bucket in self._order.bucket_draws(self.start_batch):
-            while len(pending.get(bucket, ())) < self._order.batch_size:
-                # A block may hold rows of several shards, and so of several buckets.
-                block = next(blocks)
-                for index in block["bucket"].unique().to_pylist():
-                    part = block.filter(pc.equal(block["bucket"], index))
-                    pending[index] = pa.concat_tables([pending[index], part]) if index in pending else part
-            rows = pending[bucket]
-            yield Batch.of(rows.slice(0, self._order.batch_size), self.info.encoding)
-            # Kept for the bucket's next batch.
-            pending[bucket] = rows.slice(self._order.batch_size)
+            rows = []
+            for lane in self._order.lanes_of(bucket, self._share):
+                while len(pending.get(lane.number, ())) < lane.rows:
+                    # A block may hold rows of several shards, and so of several lanes.
+                    block = next(blocks)
+                    for number, more in _by_lane(block):
+                        pending[number] = (
+                            pa.concat_tables([pending[number], more]) if number in pending else more
+                        )
+                ready = pending[lane.number]
+                # A lane may be in the parts of two workers, of which each takes its own rows.
+                own = range(
+                    max(lane.indices.start, self._share.start), min(lane.indices.stop, self._share.stop)
+                )
+                rows.append(ready.slice(own.start - lane.indices.start, len(own)))
+                pending[lane.number] = ready.slice(lane.rows)  # kept for the bucket's next batch
+            share = pa.concat_tables(rows)
+            for part in self._parts:
+                rows_of_part = share.slice(part.start - self._share.start, len(part))
+                yield Batch.of(rows_of_part, self.info.encoding, stored=self._stored)
 
     def _blocks(self) -> Iterator[pa.Table]:
         """Blocks of permuted rows, in the order of their work items, from many short Ray Data executions."""
-        tasks = grouped(self._order.items(self.start_batch), TASK_BYTES, TASK_ITEMS)
-        while True:
+        tasks = grouped(self._order.items(self.start_batch, self._share), TASK_BYTES, TASK_ITEMS)
+
+        def begin() -> tuple[pa.Table, Iterator[pa.Table]]:
             segment = list(itertools.islice(tasks, SEGMENT_TASKS))
-            pipeline = _pipeline(self.info.storage, segment, self._order.seed)
-            with user_errors():
-                yield from pipeline.iter_batches(
-                    batch_size=None, batch_format="pyarrow", prefetch_batches=READ_TASKS
-                )
+            pipeline = _pipeline(self.info.storage, segment, self._order.seed, self._reader)
+            blocks = iter(
+                pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=READ_TASKS)
+            )
+            return next(blocks), blocks
+
+        # The next execution begins while this one's blocks are taken: otherwise its start, a tenth of a second, would
+        # take as long as reading large shards.
+        with ThreadPoolExecutor(1, "next-segment") as thread, user_errors():
+            coming = thread.submit(begin)
+            while True:
+                first, others = coming.result()
+                coming = thread.submit(begin)
+                yield first
+                yield from others
 
 
 def read_split(
@@ -222,24 +274,38 @@ def read_split(
     rows_of: dict[str, list[int]] = {}
     for _, path, row in chosen:
         rows_of.setdefault(path, []).append(row)
-    rows = pa.concat_tables(read_shard(info.storage, path).take(rows) for path, rows in rows_of.items())
-    return Batch.of(rows.sort_by("key"), info.encoding)
+    if info.raw is None:
+        parts = [read_shard(info.storage, path).take(rows) for path, rows in rows_of.items()]
+    else:
+        encoder = RowEncoder(info)
+        parts = [
+            encoder.encode(path, read_raw(info.storage, path).take(rows)) for path, rows in rows_of.items()
+        ]
+    return Batch.of(pa.concat_tables(parts).sort_by("key"), info.encoding)
 
 
-def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int) -> Dataset:
+def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int, reader: ShardReader) -> Dataset:
     """The Ray Data pipeline that reads `tasks`, lists of work items, in order."""
     import ray.data
 
     rows = [{"items": [item.as_dict() for item in task]} for task in tasks]
     # Reading takes no CPU slot, so that it also works where training workers hold all CPUs of a cluster.
     pipeline = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(read_permuted, storage=storage, seed=seed),
+        partial(read_permuted, storage=storage, seed=seed, reader=reader),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(READ_TASKS),
     )
     return configured(pipeline, in_order=True)
+
+
+def _by_lane(block: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """(lane, its rows) for each run of rows of one lane, without copying any."""
+    lanes = block["lane"].to_numpy()
+    starts = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist()]
+    for start, end in zip(starts, [*starts[1:], len(lanes)], strict=True):
+        yield int(lanes[start]), block.slice(start, end - start)
 
 
 def _put(

@@ -12,9 +12,10 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fewstep.data.delimited import SEPARATORS, DelimitedText, column_key
+from fewstep.data.seeds import stable_hash
 from fewstep.errors import UserError
 from fewstep.storage import Storage
-from fewstep.text import decode, decode_utf8, lines_of, trouble
+from fewstep.text import decode, decode_utf8, each_line, trouble
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,6 +24,40 @@ if TYPE_CHECKING:
 # counts.
 FILE_COLUMNS = ("file", "file_name", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+
+PARQUET_ROWS = 4096
+"""Rows of a Parquet file that are read at a time."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold images' files and captions.
+
+    Attributes:
+        files: names, of which the first one that is filled counts.
+        captions: likewise; with `choose`, all that are filled count, and one is chosen at random for each row.
+        choose: whether the columns of captions were named by the user: then each has to be there, and one with a dot
+            may be a field of a structure, such as `captions.short`.
+        seed: of the choice.
+    """
+
+    files: tuple[str, ...] = FILE_COLUMNS
+    captions: tuple[str, ...] = CAPTION_COLUMNS
+    choose: bool = False
+    seed: int = 0
+
+    @classmethod
+    def named(cls, captions: Sequence[str] = (), image: str | None = None, seed: int = 0) -> Columns:
+        """The columns that the user named; the usual ones where none is."""
+        files = (column_key(image),) if image else FILE_COLUMNS
+        if not captions:
+            return cls(files, seed=seed)
+        return cls(files, tuple(map(column_key, captions)), choose=True, seed=seed)
+
+    @property
+    def caption_groups(self) -> list[tuple[str, ...]]:
+        """Groups of columns of captions, as `table_rows` needs them: of each group, one has to be there."""
+        return [(name,) for name in self.captions] if self.choose else [self.captions]
 
 
 @dataclass(frozen=True)
@@ -71,6 +106,46 @@ class Row:
         """Names of the columns that hold something."""
         return [name for name, value in self.values.items() if value not in (None, "")]
 
+    def caption(self, columns: Columns, name: str | None = None) -> str:
+        """The row's caption. Where it has several, in a list or in several columns, one of them, chosen at random.
+
+        Args:
+            columns: where captions are.
+            name: of the row, on which the choice depends with the seed; None makes it depend on the captions.
+
+        Raises:
+            RowError: as `text`.
+        """
+        if self.fault:
+            raise RowError("unreadable row", self.fault)
+        found: list[str] = []
+        for column in columns.captions:
+            value = self._value(column)
+            several = value if isinstance(value, list | tuple) else [value]
+            found += [text for entry in several if (text := _text(entry, column, "caption")) is not None]
+            if found and not columns.choose:
+                break
+        if not found:
+            raise self._none_filled(columns.captions, "caption")
+        if len(found) == 1:
+            return found[0]
+        return found[
+            stable_hash(columns.seed, f"caption/{chr(10).join(found) if name is None else name}") % len(found)
+        ]
+
+    def _value(self, column: str) -> Any:
+        """A column's value; where there is no such column, the field of a structure that its name with dots means."""
+        value: Any = self.values.get(column)
+        if value is None and "." in column:
+            value = self.values
+            for name in column.split("."):
+                value = (
+                    next((v for k, v in value.items() if column_key(k) == name), None)
+                    if isinstance(value, dict)
+                    else None
+                )
+        return value
+
     def text(self, columns: Sequence[str], what: str) -> str:
         """The first of some columns that is filled, without blanks around it; an integer counts as its digits.
 
@@ -84,29 +159,44 @@ class Row:
         if self.fault:
             raise RowError("unreadable row", self.fault)
         for name in columns:
-            value = self.values.get(name)
-            if type(value) is int:  # a class of `labels:1000`; a bool is none
-                return str(value)
-            if isinstance(value, str):
-                # Files that were joined have a byte-order mark in their middle.
-                if not (value := value.strip().removeprefix("\ufeff").strip()):
-                    continue
-                if fault := trouble(value):
-                    raise RowError("unreadable row", f"the column {name} {fault}")
+            if (value := _text(self.values.get(name), name, what)) is not None:
                 return value
-            if value is not None and value == value:  # not NaN, with which pandas writes an empty cell
-                raise RowError(f"no {what}", f"the column {name} holds a {_kind(value)}, not text")
-        raise RowError(
+        raise self._none_filled(columns, what)
+
+    def _none_filled(self, columns: Sequence[str], what: str) -> RowError:
+        """The error of a row that has none of some columns."""
+        return RowError(
             f"no {what}",
-            f"none of the columns {', '.join(columns)} is filled; the row has {_listed(self._filled())}",
+            f"none of the columns {', '.join(columns)} is filled; the row has {listed(self._filled())}",
         )
+
+
+def _text(value: Any, name: str, what: str) -> str | None:
+    """A cell's text without blanks around it; None if it is empty. An integer counts as its digits.
+
+    Raises:
+        RowError: what is there is no text.
+    """
+    if type(value) is int:  # a class of `labels:1000`; a bool is none
+        return str(value)
+    if isinstance(value, str):
+        # Files that were joined have a byte-order mark in their middle.
+        if not (value := value.strip().removeprefix("\ufeff").strip()):
+            return None
+        if fault := trouble(value):
+            raise RowError("unreadable row", f"the column {name} {fault}")
+        return value
+    if value is not None and value == value:  # not NaN, with which pandas writes an empty cell
+        raise RowError(f"no {what}", f"the column {name} holds a {_kind(value)}, not text")
+    return None
 
 
 def table_rows(
     path: str,
     *,
     name: str | None = None,
-    needed: Sequence[Sequence[str]] = (CAPTION_COLUMNS,),
+    needed: Sequence[Sequence[str]] | None = None,
+    columns: Columns | None = None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> Iterator[Row]:
     """The rows of a table, in order, also those that can't be read.
@@ -114,7 +204,8 @@ def table_rows(
     Args:
         path: of the table, local or s3://.
         name: what the table is called in places and messages; None takes the last part of the path.
-        needed: of each of these groups of columns, the table must have one.
+        needed: of each of these groups of columns, the table must have one; None takes those for captions.
+        columns: which ones hold images' files and captions; None takes the usual ones.
         tell: is called with what the user should know about how the table was read.
 
     Raises:
@@ -128,7 +219,9 @@ def table_rows(
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{name} is not a whole gzip file ({error}): compress it again.") from error
-    for place, record in read(content, _TableReading(name, needed, tell)):
+    columns = columns or Columns()
+    reading = _TableReading(name, columns.caption_groups if needed is None else needed, columns, tell)
+    for place, record in read(content, reading):
         if isinstance(record, str):
             yield Row(f"{name}{place}", {}, fault=record)
         else:
@@ -142,16 +235,25 @@ def table_rows(
 
 @dataclass(frozen=True)
 class _TableReading:
-    """What a reader has to know besides the content; `table_rows` explains the attributes."""
+    """What a reader has to know besides the content.
+
+    Attributes:
+        name: of the table, for messages.
+        needed: of each of these groups of columns, the table must have one.
+        columns: those for images' files and for captions.
+        tell: is called with what the user should know.
+    """
 
     name: str
     needed: Sequence[Sequence[str]]
+    columns: Columns
     tell: Callable[[str], None]
 
     @property
     def known(self) -> set[str]:
-        """All names of columns that matter."""
-        return {column for group in self.needed for column in group}
+        """All names of columns that matter; of a field of a structure, also the structure's."""
+        names = {column for group in self.needed for column in group}
+        return names | {name.partition(".")[0] for name in names}
 
     def check(self, columns: Collection[str], remedy: str = "rename the one that is meant") -> None:
         """Refuse a table whose columns can't do; `remedy` ends the message.
@@ -161,9 +263,9 @@ class _TableReading:
         """
         found = {column_key(column) for column in columns}
         for group in self.needed:
-            if not found.intersection(group):
+            if not found.intersection([*group, *(name.partition(".")[0] for name in group)]):
                 raise UserError(
-                    f"{self.name} has the columns {_listed(columns)}, and none of {', '.join(group)}: "
+                    f"{self.name} has the columns {listed(columns)}, and none of {', '.join(group)}: "
                     f"{remedy}."
                 )
 
@@ -179,7 +281,7 @@ def _json_lines(content: bytes, reading: _TableReading) -> Records:
         with suppress(ValueError, RecursionError):
             yield from _entries(json.loads(text), reading)
             return
-    for number, line in enumerate(lines_of(text), 1):
+    for number, line in enumerate(each_line(text), 1):
         if not (line := line.strip().removeprefix("\ufeff")):
             continue
         try:
@@ -209,7 +311,7 @@ def _entries(document: Any, reading: _TableReading) -> Records:
     """
     if isinstance(document, dict) and not reading.known.intersection(map(column_key, document)):
         raise UserError(
-            f"{reading.name} holds one JSON object with the keys {_listed(document)}: write a list of objects, each "
+            f"{reading.name} holds one JSON object with the keys {listed(document)}: write a list of objects, each "
             "with its file and caption, or one of them in each line."
         )
     for number, entry in enumerate(document if isinstance(document, list) else [document], 1):
@@ -237,7 +339,7 @@ def _delimited(usual: str) -> Callable[[bytes, _TableReading], Records]:
                 f"{reading.name}: read as cells between {SEPARATORS.get(table.separator, table.separator)}"
             )
         keys = [column_key(column) for column in table.columns]
-        caption = next((keys.index(column) for column in CAPTION_COLUMNS if column in keys), None)
+        caption = next((keys.index(column) for column in reading.columns.captions if column in keys), None)
         for number, cells in table.records(caption):
             if isinstance(cells, str):
                 yield f":{number}", cells
@@ -264,12 +366,13 @@ def _parquet_rows(content: bytes, reading: _TableReading) -> Records:
         names = [name for name in schema.names if column_key(name) in reading.known]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"{reading.name} has two columns {twice}: leave one of them out.")
-        table = file.read(names)
+        number = 0
+        for batch in file.iter_batches(PARQUET_ROWS, columns=names):
+            for values in zip(*(cell_values(batch.column(name)) for name in names), strict=True):
+                number += 1
+                yield f" row {number}", dict(zip(names, values, strict=True))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{reading.name} is not a readable Parquet file: write it again.") from error
-    columns = [_values(table.column(name)) for name in names]
-    for number, values in enumerate(zip(*columns, strict=True), 1):
-        yield f" row {number}", dict(zip(names, values, strict=True))
 
 
 def _check_pictures(schema: pa.Schema, reading: _TableReading) -> None:
@@ -280,9 +383,9 @@ def _check_pictures(schema: pa.Schema, reading: _TableReading) -> None:
     """
     import pyarrow.types as types
 
-    if FILE_COLUMNS not in reading.needed:
+    if reading.columns.files not in reading.needed:
         return
-    files = [column for column in schema if column_key(column.name) in FILE_COLUMNS]
+    files = [column for column in schema if column_key(column.name) in reading.columns.files]
     pictures = [
         column
         for column in files
@@ -296,7 +399,7 @@ def _check_pictures(schema: pa.Schema, reading: _TableReading) -> None:
         )
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     """Whether an Arrow column holds texts."""
     import pyarrow.types as types
 
@@ -305,14 +408,14 @@ def _is_text(kind: pa.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
+def cell_values(column: pa.Array) -> list[Any]:
     """A column's values as Python has them; texts are decoded one by one, since Parquet doesn't vouch for them."""
     import pyarrow as pa
     import pyarrow.types as types
 
     if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if _is_text(column.type):
+    if is_text(column.type):
         column = column.cast(pa.large_binary())
     if types.is_binary(column.type) or types.is_large_binary(column.type):
         return [None if value is None else decode_utf8(value) for value in column.to_pylist()]
@@ -321,7 +424,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
 
 def _text_lines(content: bytes, reading: _TableReading) -> Records:
     """Lines of a text file that are not empty, each a caption."""
-    for number, line in enumerate(lines_of(decode(content)), 1):
+    for number, line in enumerate(each_line(decode(content)), 1):
         if line.strip():
             yield f":{number}", {"caption": line}
 
@@ -375,7 +478,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "null" if value is None else type(value).__name__)
 
 
-def _listed(columns: Collection[str]) -> str:
+def listed(columns: Collection[str]) -> str:
     """Names of columns for a message, the first ten."""
     names = [repr(str(name)[:40])[1:-1] for name in columns]
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"

@@ -9,9 +9,10 @@ from fewstep.distill.imitation import (
     segment_errors,
     teacher_ratio,
 )
-from fewstep.distill.result import LossResult
+from fewstep.distill.result import BatchGenerators, LossResult
 
 __all__ = [
+    "BatchGenerators",
     "ImitationConfig",
     "LossResult",
     "PowerEMA",

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.distill.result import LossResult, draw_noise, draw_times
+from fewstep.distill.result import BatchGenerators, LossResult, draw_noise, draw_times
 from fewstep.flow import NO_SHIFT, TimeShift
 
 
 def flow_matching_loss(
     velocity: Callable[[Tensor, Tensor], Tensor],
     x_0: Tensor,
-    generator: torch.Generator,
+    generator: BatchGenerators,
     shift: TimeShift = NO_SHIFT,
     teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> LossResult:

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.config import Config
-from fewstep.distill.result import LossResult, draw_noise, draw_times
+from fewstep.distill.result import BatchGenerators, LossResult, draw_noise, draw_times
+from fewstep.draws import uniform
 from fewstep.flow import SamplerConfig
 from fewstep.policies import Policy, mean_velocity, rollout
 from fewstep.policies.base import per_latent
@@ -60,7 +61,7 @@ def imitation_loss(
     student: Callable[[Tensor, Tensor], Policy],
     teacher: Callable[[Tensor, Tensor], Tensor],
     x_0: Tensor,
-    generator: torch.Generator,
+    generator: BatchGenerators,
     sampler: SamplerConfig,
     config: ImitationConfig,
     ratio: float = 0.0,
@@ -102,7 +103,7 @@ def imitation_walk(
     student: Callable[[Tensor, Tensor], Policy],
     teacher: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
-    generator: torch.Generator,
+    generator: BatchGenerators,
     sampler: SamplerConfig,
     config: ImitationConfig,
     ratio: float = 0.0,
@@ -147,7 +148,7 @@ def segment_errors(
     x_src: Tensor,
     raw_src: Tensor,
     segment_size: Tensor,
-    generator: torch.Generator,
+    generator: BatchGenerators,
     sampler: SamplerConfig,
     config: ImitationConfig,
     ratio: float = 0.0,
@@ -217,7 +218,7 @@ def _follow_policy(
     x: Tensor,
     raw_src: Tensor,
     segment_size: Tensor,
-    generator: torch.Generator,
+    generator: BatchGenerators,
     sampler: SamplerConfig,
     config: ImitationConfig,
 ) -> tuple[list[_Visit], _Explored]:
@@ -249,7 +250,7 @@ def _follow_both(
     x: Tensor,
     raw_src: Tensor,
     segment_size: Tensor,
-    generator: torch.Generator,
+    generator: BatchGenerators,
     sampler: SamplerConfig,
     config: ImitationConfig,
     ratio: float,
@@ -289,7 +290,6 @@ def _follow_both(
     return visits, _Explored(behaviour, x, raw)
 
 
-def _sorted_uniform(count: int, raw_src: Tensor, generator: torch.Generator) -> Tensor:
+def _sorted_uniform(count: int, raw_src: Tensor, generator: BatchGenerators) -> Tensor:
     """`count` numbers from U(0, 1) per sample, in rising order, in which a rollout visits them; (count, B)."""
-    draw = torch.rand(count, len(raw_src), generator=generator, device=generator.device)
-    return draw.sort(0).values.to(raw_src.device)
+    return uniform((len(raw_src), count), generator, raw_src.device).sort(1).values.T

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.draws import SampleGenerators, gaussian_noise, uniform
+
 
 @dataclass(frozen=True)
 class LossResult:
@@ -23,18 +25,25 @@ class LossResult:
     raw_t: Tensor
 
 
-def draw_times(batch: int, generator: torch.Generator) -> Tensor:
+BatchGenerators = torch.Generator | SampleGenerators
+"""Source of the random numbers of a training batch."""
+
+
+def draw_times(batch: int, generator: BatchGenerators) -> Tensor:
     """Raw times τ ~ U(0, 1], (batch,) float32, on the generator's device.
 
-    Stratified: one time falls in each of `batch` equal slices of (0, 1], and samples get slices at random. The time
-    of each sample is still uniform, so the expected loss is that of independent draws, with a lower variance.
+    Stratified: one time falls in each of `total` equal slices of (0, 1], and samples get slices at random; `total` is
+    the number of samples, of all workers where each sample has its own generator. The time of each sample is still
+    uniform, so the expected loss is that of independent draws, with a lower variance.
     """
-    device = generator.device
-    slices = torch.randperm(batch, generator=generator, device=device)
-    within = torch.rand(batch, generator=generator, device=device)
-    return 1 - (slices + within) / batch  # `rand` is in [0, 1): 1 − … excludes 0, where nothing is left to do
+    if isinstance(generator, SampleGenerators):
+        slices, total = generator.permuted(), generator.total
+    else:
+        slices, total = torch.randperm(batch, generator=generator, device=generator.device), batch
+    within = uniform((batch,), generator, slices.device)
+    return 1 - (slices + within) / total  # in [0, 1) before: 1 − … excludes 0, where nothing is left to do
 
 
-def draw_noise(x_0: Tensor, generator: torch.Generator) -> Tensor:
+def draw_noise(x_0: Tensor, generator: BatchGenerators) -> Tensor:
     """ε ~ N(0, 1), with shape, type and device of `x_0`, drawn on the generator's device."""
-    return torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
+    return gaussian_noise(x_0.shape, generator, x_0.device).to(x_0)

@@ -1,5 +1,6 @@
 """Time, guidance and sampling of flow models, in plain torch."""
 
+from fewstep.draws import Generators, SampleGenerators, gaussian_noise
 from fewstep.flow.guidance import (
     GuidanceInterval,
     Renorm,
@@ -8,11 +9,9 @@ from fewstep.flow.guidance import (
     renormalised,
 )
 from fewstep.flow.sampler import (
-    Generators,
     StepSchedule,
     euler,
     euler_step,
-    gaussian_noise,
     generate,
     generate_step,
 )
@@ -28,6 +27,7 @@ __all__ = [
     "GuidanceInterval",
     "NextStep",
     "Renorm",
+    "SampleGenerators",
     "SamplerConfig",
     "SamplerSchedule",
     "Segments",

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fewstep.draws import Generators, gaussian_noise
 from fewstep.flow.sampler_config import SamplerConfig
 from fewstep.flow.schedule import NextStep, SamplerSchedule
 from fewstep.flow.time import NO_SHIFT, TimeShift
 from fewstep.policies import SUBSTEPS, Policy, rollout
 from fewstep.policies.base import per_latent
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for a batch, one per sample, or None for torch's own."""
 
 
 def generate(
@@ -96,22 +94,6 @@ def generate_step(
         return x_dst - per_latent(sigma_dst, x_dst) * policy.velocity(x_dst, sigma_dst)
 
     return _renoise(x_dst, step.sigma_to, step.renoise, generator), clean
-
-
-def gaussian_noise(
-    shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Standard normal noise of shape (B, …), drawn on the generators' device and moved to `device`.
-
-    With a sequence of B generators, each sample's noise comes from its own, whatever batch it is in.
-    """
-    if isinstance(generator, Sequence):
-        # Sample by sample: one call for all would mix their streams.
-        draws = [torch.randn(shape[1:], generator=g, device=g.device).to(device) for g in generator]
-        return torch.stack(draws)
-    # A generator draws on its own device alone. One on the CPU gives the same noise whatever `device` is.
-    source = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=source).to(device)
 
 
 class StepSchedule(Protocol):

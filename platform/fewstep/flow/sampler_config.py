@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from fewstep.config import Config
+from fewstep.draws import Generators, uniform
 from fewstep.errors import UserError
 from fewstep.flow.schedule import NextStep, SamplerSchedule
 from fewstep.flow.time import Segments, TimeShift
@@ -128,7 +129,7 @@ class SamplerConfig(Config):
         # By step rather than at random: all ranks walk the same number of segments, and none waits for another.
         return self.model_copy(update={"nfe": self.nfes[step % len(self.nfes)], "more_nfes": ()})
 
-    def draw_segments(self, raw_t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw_segments(self, raw_t: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
         """The segments that raw times fall in, for a number of evaluations drawn per sample.
 
         Args:
@@ -143,8 +144,7 @@ class SamplerConfig(Config):
         # All numbers of evaluations for all samples, then one per sample: cheaper than grouping samples by number.
         found = [Segments(nfe, self.final_step_scale).containing(raw_t) for nfe in self.nfes]
         # (1, B): the row that `gather` picks of the (numbers, B) stacks below
-        drawn = torch.randint(len(found), (1, len(raw_t)), generator=generator, device=generator.device)
-        drawn = drawn.to(raw_t.device)
+        drawn = (len(found) * uniform((len(raw_t),), generator, raw_t.device)).long()[None]
         sources, sizes = (torch.stack(values).gather(0, drawn)[0] for values in zip(*found, strict=True))
         return sources, sizes
 

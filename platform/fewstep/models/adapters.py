@@ -46,7 +46,7 @@ def add_adapters(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    from fewstep.models.lora import FoldedLoRALinear
+    from fewstep.models.lora import FoldedLoRALinear, SampleDropout
 
     targets = lora_target_modules(transformer, family, settings.targets)
     # peft reads its names as regular expressions that fit the end of a layer's name: these fit the whole.
@@ -60,6 +60,11 @@ def add_adapters(
     # peft draws initial values, which are replaced later, from torch's global generator: fork_rng keeps that as it was.
     with torch.random.fork_rng():
         inject_adapter_in_model(config, transformer)
+    if settings.dropout:
+        adapted = [layer for layer in transformer.modules() if isinstance(layer, FoldedLoRALinear)]
+        for number, layer in enumerate(adapted):
+            for name in layer.lora_dropout:
+                layer.lora_dropout[name] = SampleDropout(settings.dropout, number)
 
 
 def lora_target_modules(transformer: Transformer, family: Family, targets: tuple[str, ...]) -> list[str]:

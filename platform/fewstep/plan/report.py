@@ -22,7 +22,6 @@ WORDS = {"ema": "EMA"}
 def plan_table(plan: Plan) -> str:
     """What a run costs, as plain text of several lines, and a remedy if it does not fit the machine's memory."""
     recipe, train, machine = plan.recipe, plan.recipe.train, plan.machine
-    micro = recipe.data.batch_size // (machine.gpus * train.accumulate)
     chosen, other = ("with", "without") if train.activation_checkpointing else ("without", "with")
     rows = [
         f"  {WORDS.get(name, name):<20}{getattr(plan.memory, name) / GB:>8.2f} GB"
@@ -30,14 +29,14 @@ def plan_table(plan: Plan) -> str:
         for name in (*vars(plan.memory), "total")
     ]
     fits = plan.memory.total <= machine.memory_gb * GB
-    verdict = "fits" if fits else f"does not fit {machine.memory_gb:g} GB: {_remedy(plan, micro)}"
+    verdict = "fits" if fits else f"does not fit {machine.memory_gb:g} GB: {_remedy(plan)}"
     size = "x".join(map(str, plan.shape))
     seconds = 3600 * plan.hours / train.steps
     text_bytes = plan.captions * plan.tokens * CHARACTERS_PER_TOKEN
     operations = plan.student_operations + plan.teacher_operations
     return "\n".join(
         [
-            f"{recipe.name} on {machine.gpus} x {machine.memory_gb:g} GB: {micro} samples per micro-batch, "
+            f"{recipe.name} on {machine.gpus} x {machine.memory_gb:g} GB: {plan.micro_batch} samples per micro-batch, "
             f"{train.accumulate} of them on each GPU per step, latents {size}, {plan.tokens} tokens",
             f"frozen weights in {train.precision}, computed as {'GPUs do' if train.gpu else 'CPUs do'}",
             "",
@@ -120,12 +119,12 @@ def _serving_remedy(plan: ServingPlan) -> str:
     return "make smaller images, or use a larger device"
 
 
-def _remedy(plan: Plan, micro: int) -> str:
+def _remedy(plan: Plan) -> str:
     """The first change that helps a run that does not fit, from the one that costs least to the dearest."""
     train = plan.recipe.train
     if not train.activation_checkpointing and plan.otherwise.total <= plan.machine.memory_gb * GB:
         return "set train.activation_checkpointing=true"
-    if micro > 1:
+    if plan.micro_batch > 1:
         return "raise train.accumulate"
     if train.precision == "float32":
         return "set train.precision=bfloat16"

@@ -77,6 +77,8 @@ class Plan:
     """(C, H, W) of the latents."""
     tokens: int
     """Token states per caption."""
+    micro_batch: int
+    """Samples of a GPU's largest micro-batch."""
     parameters: int
     """Of the frozen teacher."""
     trained: int
@@ -117,12 +119,8 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     """
     train = recipe.train
     check_sharding(train, machine.gpus)
-    if recipe.data.batch_size % (machine.gpus * train.accumulate):
-        raise UserError(
-            f"data.batch_size={recipe.data.batch_size} must be a multiple of GPUs × train.accumulate = "
-            f"{machine.gpus * train.accumulate}."
-        )
-    micro = recipe.data.batch_size // (machine.gpus * train.accumulate)
+    alone = train.model_copy(update={"workers": machine.gpus})
+    micro = recipe.model_copy(update={"train": alone}).share(0, machine.gpus).largest
     network = new_student(recipe)
     shape = _latent_shape(recipe, network, side)
     parameters = count_parameters(network)
@@ -142,11 +140,11 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     # Without data a step walks all segments of the student, and one micro-batch is measured for each of them.
     data_free = recipe.imitation.data_free
     segments = statistics.fmean(recipe.sampler.nfes) if data_free else 1
-    times = train.accumulate * machine.gpus * segments
+    times = recipe.data.batch_size / micro * segments
     captions = _captions(recipe)
     per_caption = _condition_bytes(network, tokens) + (0 if data_free else 4 * math.prod(shape))
     return Plan(
-        recipe, machine, shape, tokens,
+        recipe, machine, shape, tokens, micro,
         parameters=parameters,
         trained=trained,
         memory=replace(standing, activations=chosen.activations),

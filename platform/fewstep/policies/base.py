@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from fewstep.draws import Generators
 
 MIN_SIGMA = 1e-6
 """Smallest σ that velocities are computed with: they divide by σ, which is 0 at the data."""
@@ -54,12 +55,12 @@ class Policy(Protocol):
         """
         ...
 
-    def with_dropout(self, p: float, generator: torch.Generator | None = None) -> Self:
+    def with_dropout(self, p: float, generator: Generators = None) -> Self:
         """The policy with mixture components dropped at random, for the behaviour policy in training (GM dropout).
 
         Args:
             p: probability of dropping each component.
-            generator: source of the random numbers; None is torch's own.
+            generator: source of the random numbers.
         """
         ...
 

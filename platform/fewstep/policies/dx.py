@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.draws import Generators
 from fewstep.policies.base import MIN_SIGMA, Shift, per_latent
 
 DXMode = Literal["grid", "polynomial"]
@@ -139,7 +140,7 @@ class DXPolicy:
         """The policy itself: DX has no mixture to sharpen."""
         return self
 
-    def with_dropout(self, p: float, generator: torch.Generator | None = None) -> DXPolicy:
+    def with_dropout(self, p: float, generator: Generators = None) -> DXPolicy:
         """The policy itself: DX has no components to drop."""
         return self
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.draws import Generators, uniform
 from fewstep.policies.base import MIN_SIGMA, per_latent
 
 MIN_SPREAD = 1e-6
@@ -100,15 +101,14 @@ class GMFlowPolicy:
             self.sigma_src,
         )
 
-    def with_dropout(self, p: float, generator: torch.Generator | None = None) -> GMFlowPolicy:
+    def with_dropout(self, p: float, generator: Generators = None) -> GMFlowPolicy:
         """GM dropout (METHOD.md section 3): drop whole components with probability `p`, the same at all locations.
 
         At least one component of each sample is kept, chosen uniformly where all would be dropped. Random numbers
         are drawn on the generator's device.
         """
         batch, components = self.means.shape[:2]
-        device = generator.device if generator else self.means.device
-        draw = torch.rand(batch, components, generator=generator, device=device).to(self.means.device)
+        draw = uniform((batch, components), generator, self.means.device)
         # The second condition matters only where all draws are below p: it keeps the component with the largest.
         dropped = (draw < p) & (draw < draw.amax(1, keepdim=True))
         dropped = dropped.view(batch, components, *[1] * (self.means.ndim - 2))

@@ -1,21 +1,22 @@
 """A model under training on one rank, and the optimizer step that updates it.
 
-Random numbers come from generators seeded by (seed, rank, micro-batch), so that a resumed run gives what the
-uninterrupted run would have given: bit for bit in float32 on a CPU.
+Random numbers come from generators seeded by (seed, step, sample), so that a resumed run gives what the uninterrupted
+run would have given: bit for bit in float32 on a CPU, and up to the order of sums with another number of workers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fewstep.data.stream import Batch
 from fewstep.distill import PowerEMA
+from fewstep.draws import SampleGenerators, mixed_seed
 from fewstep.models.conditioning import Conditioning
+from fewstep.models.lora import seed_dropout
 from fewstep.models.sharded import whole
 from fewstep.train.checkpoint import optimizer_tensors
 from fewstep.train.objectives import build_objective
@@ -37,8 +38,7 @@ class Learner:
         parameters: the trained ones, by name.
         optimizers: of those parameters.
         ema: of those parameters.
-        batch_size: samples of this rank's micro-batches.
-        batches: micro-batches that this rank has taken so far, those before the run was resumed included.
+        share: this rank's part of every global batch.
     """
 
     def __init__(
@@ -60,9 +60,7 @@ class Learner:
         self.optimizers = build_optimizers(self.parameters.values(), blocks, recipe.optimizer)
         config = recipe.optimizer
         self.ema = PowerEMA(self.parameters, config.ema_gamma, config.ema_offload, config.ema_from)
-        self.batch_size = recipe.data.batch_size // (world_size * recipe.train.accumulate)
-        self.batches = 0
-        self._generator = torch.Generator()  # on the CPU, so that random numbers are the same on every device
+        self.share = recipe.share(rank, world_size)
 
     def tensors(self) -> dict[str, Any]:
         """What a checkpoint holds: parameters, EMA and the optimizers' state."""
@@ -83,19 +81,18 @@ class Learner:
         return share
 
     def step(self, step: int, source: Iterator[Batch], meter: LossMeter) -> None:
-        """Take an optimizer step (from 1) with this rank's next micro-batches."""
-        for _ in range(self.recipe.train.accumulate):
-            self.backward(next(source), step, meter)
+        """Take an optimizer step (from 1) with this rank's micro-batches, which are the source's next ones."""
+        for part in self.share.parts:
+            self.backward(next(source), part, step, meter)
         self.update(step, meter)
 
-    def backward(self, batch: Batch, step: int, meter: LossMeter) -> None:
-        """Add the gradients of one micro-batch."""
-        generator = self.seed(self.batches)
-        for result in self.objective.losses(self.to_device(batch), generator, step):
+    def backward(self, batch: Batch, part: range, step: int, meter: LossMeter) -> None:
+        """Add the gradients of one micro-batch, the part of step's global batch that has these indices."""
+        weight = self.share.weight(part)
+        for result in self.objective.losses(self.to_device(batch), self.seed(step, part), step):
             # Before the next loss is computed: data-free losses keep the graph of one segment at a time.
-            (result.loss / self.recipe.train.accumulate).backward()
+            (weight * result.loss).backward()
             meter.add(result)  # on the device: reading values here would make the host wait for them
-        self.batches += 1
 
     def update(self, step: int, meter: LossMeter) -> None:
         """Update the weights by the gradients of all ranks, clear the gradients, and update the EMA."""
@@ -110,23 +107,20 @@ class Learner:
         self.ema.update(step)
         meter.norm(whole(norm))
 
-    def seed(self, batch: int) -> torch.Generator:
-        """The generator of a micro-batch's random numbers, seeded for it, as is torch's own."""
+    def seed(self, step: int, part: range) -> SampleGenerators:
+        """The generators of a micro-batch's samples, on the CPU, so that numbers are the same on every device.
+
+        The dropout of adapters is seeded likewise; and torch's own generator, which only layers that are not by sample
+        use.
+        """
         # Anew for each micro-batch, so that a resumed run draws what the uninterrupted one would have drawn.
-        seed_step(self._generator, self.recipe.train.seed, self.rank, batch)
-        return self._generator
+        seed = self.recipe.train.seed
+        torch.manual_seed(mixed_seed(seed, step, part.start, self.share.total))
+        seed_dropout(
+            self.objective.model, [mixed_seed(seed, step, index, self.share.total) for index in part]
+        )
+        return SampleGenerators(seed, step, part, self.share.total)
 
     def to_device(self, batch: Batch) -> Batch:
-        """A batch with its tensors on the model's device, without waiting for the copies."""
-        if self.device.type == "cpu":
-            return batch
-        latent = None if batch.latent is None else batch.latent.to(self.device, non_blocking=True)
-        return replace(batch, latent=latent, conditioning=batch.conditioning.to(self.device))
-
-
-def seed_step(generator: torch.Generator, seed: int, rank: int, batch: int) -> None:
-    """Seed the random numbers of one micro-batch: the loss's generator, and torch's own (for dropout of adapters)."""
-    # For integers, Python's hash is the same in every process.
-    mixed = hash((seed, rank, batch)) & (2**63 - 1)
-    generator.manual_seed(mixed)
-    torch.manual_seed(mixed + 1)
+        """A batch with its tensors on the model's device."""
+        return batch if self.device.type == "cpu" else batch.to(self.device)

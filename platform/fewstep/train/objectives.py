@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import Batch
 from fewstep.distill import (
+    BatchGenerators,
     LossResult,
     flow_matching_loss,
     imitation_loss,
     imitation_walk,
     teacher_ratio,
 )
+from fewstep.draws import uniform
 from fewstep.flow import SamplerConfig, TimeShift, euler, gaussian_noise, generate, guided_velocity
 from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.dual_stream import start_from_dual_stream
@@ -59,7 +61,7 @@ class Objective(Protocol):
         """The parameters that the optimizer trains, by name."""
         ...
 
-    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
+    def losses(self, batch: Batch, generator: BatchGenerators, step: int) -> Iterator[LossResult]:
         """The losses of one micro-batch; call backward on each before taking the next.
 
         Args:
@@ -132,7 +134,7 @@ class Distillation:
         if (start := self.recipe.student.start) is not None:
             fill_adapter(self.model, resolve_student(start, tracking_uri=self.recipe.tracking.uri).folder)
 
-    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
+    def losses(self, batch: Batch, generator: BatchGenerators, step: int) -> Iterator[LossResult]:
         """π-ID of one micro-batch: one loss or, with `data_free`, one per segment."""
         imitation, sampler = self.recipe.imitation, self._sampler_at(batch.shape)
         ratio = teacher_ratio(step, imitation.mixing_steps)
@@ -231,11 +233,11 @@ class FlowMatching:
     def read_weights(self, device: torch.device) -> None:
         """Nothing: teachers are small enough here to be built whole on every rank."""
 
-    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
+    def losses(self, batch: Batch, generator: BatchGenerators, step: int) -> Iterator[LossResult]:
         """One flow-matching loss of the micro-batch, with some of its conditions replaced by the null condition."""
-        draw = torch.rand(len(batch), generator=generator, device=generator.device)
         latent = _images(batch)
-        keep = (draw >= self.recipe.flow_matching.condition_dropout).to(latent.device)
+        draw = uniform((len(batch),), generator, latent.device)
+        keep = draw >= self.recipe.flow_matching.condition_dropout
         conditioning = batch.conditioning.where(keep, self.null)
         yield flow_matching_loss(
             lambda x, t: self.model.velocity(x, t, conditioning), latent, generator, self.shift
@@ -290,12 +292,12 @@ class GuidanceDistillation(FlowMatching):
             assert isinstance(null, TextConditioning), "both of the classes that can start so take text"
             start_from_dual_stream(self.transformer, transformer, null.states.square().mean().sqrt().item())
 
-    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> Iterator[LossResult]:
+    def losses(self, batch: Batch, generator: BatchGenerators, step: int) -> Iterator[LossResult]:
         """One loss: the network's velocity for a random guidance scale against the teacher's, guided by that scale."""
         # Conditions are not dropped: without a second pass, there is no guidance that would need the null condition.
         least, most = self.recipe.guidance_distillation.scales
         latent = _images(batch)
-        draw = torch.rand(len(batch), generator=generator, device=generator.device).to(latent.device)
+        draw = uniform((len(batch),), generator, latent.device)
         # Uniform in [least, most], one per sample
         scale = torch.lerp(torch.full_like(draw, least), torch.full_like(draw, most), draw)
         both = batch.conditioning.cat(self.null.expand(len(batch)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.distill import LossResult
@@ -38,6 +39,15 @@ class LossMeter:
         self._norm = self._norm + gradient_norm
         self._finite &= gradient_norm.isfinite()
         self._steps += 1
+
+    def sum_over_workers(self, world_size: int) -> None:
+        """Add up the losses since the last call of `read` of all workers, which all have to call this."""
+        if world_size > 1:
+            broken = (~self._finite).float().view(1)
+            sums = torch.cat([self._sums, self._counts, broken])
+            dist.all_reduce(sums)
+            self._sums, self._counts, broken = sums.split([QUARTILES, QUARTILES, 1])
+            self._finite = broken[0] == 0
 
     def read(self, batch_size: int, seconds_waited: float) -> dict[str, float]:
         """Means since the last call, as MLflow metrics.

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from fewstep.config import Config, Precision, checked_settings
-from fewstep.data.datasets import EMOJI_DATA
+from fewstep.data.datasets import EMOJI_DATA, SHIPPED_DATA, streamed
+from fewstep.data.order import OPEN_SHARDS
+from fewstep.data.stream_config import CacheConfig, EncodersConfig
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
@@ -30,6 +32,7 @@ from fewstep.models.heads import GMFlowConfig, PolicyConfig
 from fewstep.models.teacher_folder import LoRAFile
 from fewstep.text import read_settings
 from fewstep.train.overrides import override
+from fewstep.train.share import BatchShare
 
 RECIPES = Path(str(files("fewstep.recipes")))
 """Folder of the named recipes."""
@@ -155,8 +158,27 @@ class DataConfig(Config):
     path: str = EMOJI_DATA
     """Folder or s3:// address of a prepared dataset (fewstep prepare-data); data/emoji16 and data/fashion28 are
     prepared if they don't exist."""
+    encode: Literal["shards", "stream"] = "shards"
+    """shards: captions and images were encoded when the dataset was prepared. stream: they are encoded while the
+    training runs, of a dataset prepared with --encode stream, which is captions and images alone."""
+    encoders: EncodersConfig = EncodersConfig()
+    """With encode: stream, the actors that do it and their resources; on any node of the cluster."""
+    cache: CacheConfig | None = None
+    """With encode: stream, a bounded cache of what was encoded, as `{path: /scratch/cache, max_gb: 200}`; null for
+    none."""
     batch_size: int = Field(48, ge=1)
     """Samples per optimizer step, over all workers and accumulation steps."""
+    open_shards: int = Field(OPEN_SHARDS, ge=1)
+    """Shards that a batch takes samples of, where there are as many. More mix better and take more memory; with a
+    multiple of the number of workers, no shard is read by two of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shipped_data_have_a_folder_of_each_kind(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("encode") == "stream":
+            path = data.get("path", EMOJI_DATA)
+            return {**data, "path": streamed(path) if path in SHIPPED_DATA else path}
+        return data
 
 
 class OptimizerConfig(Config):
@@ -201,8 +223,9 @@ class TrainConfig(Config):
     """Optimizer steps."""
     seed: int = 0
     """Seed of all random numbers: the same seed gives the same result."""
-    workers: int = Field(1, ge=1)
-    """Number of Ray Train workers; each takes its share of every batch."""
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Number of Ray Train workers; each takes its share of every batch. [fewest, most] for a cluster that grows and
+    shrinks: a run begins and goes on with as many as there is room for, and the number changes no batch."""
     parallel: Literal["fsdp", "ddp"] = "fsdp"
     """How workers share the model. fsdp: each holds a part of the weights, which are gathered block by block. ddp: each
     holds all of them, and gradients are averaged once per step, which is faster for small models."""
@@ -213,7 +236,8 @@ class TrainConfig(Config):
     cpus_per_worker: float = Field(1.0, gt=0)
     """Logical CPUs that each worker reserves in Ray; leave some for the data pipeline."""
     accumulate: int = Field(1, ge=1)
-    """Micro-batches per optimizer step."""
+    """Micro-batches of each worker per optimizer step; fewer, of the same size, where more than the fewest workers
+    train."""
     precision: Precision = "float32"
     """How frozen weights are held: float32; bfloat16; int8 or int4, which FSDP does not shard. Blocks compute in
     bfloat16 with all but the first, for which a CPU needs AVX512-BF16 or AMX; trained weights stay float32."""
@@ -233,6 +257,27 @@ class TrainConfig(Config):
     """How often the run is restarted after workers have died, before it fails."""
     storage: str = "runs"
     """Folder or s3:// address of checkpoints and results."""
+
+    @model_validator(mode="after")
+    def _workers_ascend(self) -> TrainConfig:
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"workers must be a number or [fewest, most], not {list(self.worker_range)}")
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+
+    @property
+    def fewest_workers(self) -> int:
+        """Fewest workers, for which memory is planned."""
+        return self.worker_range[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Most workers."""
+        return self.worker_range[1]
 
 
 class TrackingConfig(Config):
@@ -292,15 +337,22 @@ class _Recipe(Config):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> _Recipe:
-        # Each worker takes the same number of samples in each micro-batch.
-        parts = self.train.workers * self.train.accumulate
-        if self.data.batch_size % parts:
-            raise ValueError(
-                f"data.batch_size={self.data.batch_size} must be a multiple of "
-                f"train.workers × train.accumulate = {parts}"
-            )
+    def _every_worker_has_samples(self) -> _Recipe:
+        for world_size in range(self.train.fewest_workers, self.train.most_workers + 1):
+            try:
+                self.share(0, world_size)
+            except UserError as error:
+                raise ValueError(str(error).rstrip(".")) from None
         return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Most samples of a micro-batch, whatever the number of workers."""
+        return -(-self.data.batch_size // (self.train.fewest_workers * self.train.accumulate))
+
+    def share(self, rank: int, world_size: int) -> BatchShare:
+        """A worker's part of every global batch."""
+        return BatchShare.of(self.data.batch_size, self.micro_batch, rank, world_size)
 
 
 class DistillRecipe(_Recipe):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fewstep.cluster import told_own_cluster
+from fewstep.data.encode import EncoderPool
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.encoders import load_encoder
@@ -20,7 +23,7 @@ from fewstep.tracking import spool_folder
 from fewstep.tracking.run import TrackedRun, Tracker, has_run
 from fewstep.tracking.version import run_tags
 from fewstep.train.checkpoint import TrainState
-from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainConfig, network_section
+from fewstep.train.recipe import DataConfig, DistillRecipe, TeacherRecipe, TrainConfig, network_section
 from fewstep.train.recovery import recover
 from fewstep.train.runs import RunRecord, last_checkpoint, record_file, run_folder
 from fewstep.train.validation import check
@@ -28,6 +31,9 @@ from fewstep.train.worker import EXPORT, SamplePlan, WorkerJob, train_worker
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
+
+RESIZE_SECONDS = 60.0
+"""Time between two looks whether the cluster has grown or shrunk, for runs of [fewest, most] workers."""
 
 PREVIEW_CAPTIONS = 32
 """Number of held-out captions in the sample grids."""
@@ -88,8 +94,8 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         tracker.flush()
         print(f"run {run_name}; if it is ended, --resume {run_name} goes on with it", flush=True)
         try:
-            with told_own_cluster():
-                result = _ray_trainer(recipe, run_name, info, tracker.run).fit()
+            with told_own_cluster(), _reader(recipe.data, info) as reader:
+                result = _ray_trainer(recipe, run_name, info, tracker.run, reader).fit()
         except TrainingFailedError as error:
             way_on = _way_on(recipe, run_name, begun)
             raise UserError(f"run {run_name} failed: {_root_cause(error)}; {way_on}.") from error
@@ -140,8 +146,25 @@ def _way_on(recipe: DistillRecipe | TeacherRecipe, run_name: str, begun: TrainSt
     return f"continue it from its last checkpoint with --resume {run_name}"
 
 
+@contextmanager
+def _reader(config: DataConfig, info: DatasetInfo) -> Iterator[EncoderPool | None]:
+    """The encoders of a dataset of raw rows, which end with the training; None for one that is encoded."""
+    if info.raw is None:
+        yield None
+        return
+    pool = EncoderPool.start(info, config.encoders, config.cache)
+    try:
+        yield pool
+    finally:
+        pool.stop()
+
+
 def _ray_trainer(
-    recipe: DistillRecipe | TeacherRecipe, run_name: str, info: DatasetInfo, tracking: TrackedRun
+    recipe: DistillRecipe | TeacherRecipe,
+    run_name: str,
+    info: DatasetInfo,
+    tracking: TrackedRun,
+    reader: EncoderPool | None,
 ) -> TorchTrainer:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -152,6 +175,7 @@ def _ray_trainer(
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
         null=load_encoder(info.encoding.text_encoder, max_tokens=info.encoding.max_tokens).null(),
         samples=_sample_plan(info) if settings.sample_every else None,
+        reader=reader,
         code=code_of(network_section(recipe).family),
         home=str(Path.cwd()),
         tracking=tracking,
@@ -159,8 +183,9 @@ def _ray_trainer(
     return TorchTrainer(
         cast(Any, train_worker),
         train_loop_config=cast(Any, job),  # travels as it is; Ray's annotations ask for a dictionary
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=cast(Any, ray.train.ScalingConfig)(
             num_workers=settings.workers,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=settings.gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {}),
         ),

@@ -120,7 +120,7 @@ def _check_start(recipe: DistillRecipe, transformer: Transformer, family: Family
 
 
 def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> None:
-    """Refuse a dataset without images where they are needed, or with fewer shards than workers.
+    """Refuse a dataset without rows to train on, or without images where they are needed.
 
     Raises:
         UserError: it is one.
@@ -132,7 +132,13 @@ def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> Non
             f"data.path: {info.root} holds prompts alone, and this training needs images: prepare a dataset with "
             f"images (fewstep prepare-data --source folder){remedy}."
         )
-    info.check_world("train", recipe.train.workers)
+    info.buckets("train")  # refuses a dataset without training rows
+    if (info.raw is None) == (recipe.data.encode == "stream"):
+        kind, other = ("encoded", "shards") if info.raw is None else ("not encoded", "stream")
+        raise UserError(
+            f"data.encode={recipe.data.encode}: the rows of {info.root} are {kind}: set data.encode={other}, or "
+            f"prepare another folder with --encode {recipe.data.encode}."
+        )
 
 
 def _check_fit(info: DatasetInfo, transformer: Transformer, family: Family, teacher: str) -> None:
@@ -268,7 +274,7 @@ def _check_precision(recipe: DistillRecipe | TeacherRecipe) -> None:
         raise UserError(
             f"{field} {precision}: a teacher's weights are all trained: set it to bfloat16 or float32."
         )
-    check_sharding(settings, settings.workers)
+    check_sharding(settings, settings.most_workers)
 
 
 def _check_cluster(settings: TrainConfig) -> None:
@@ -281,14 +287,16 @@ def _check_cluster(settings: TrainConfig) -> None:
 
     # All of the cluster's resources, not those that are free now: other jobs may end, and Ray waits.
     resources = ray.cluster_resources()
-    wanted = {"CPU": settings.workers * settings.cpus_per_worker}
+    # An elastic run begins with the fewest, if there is no room for more.
+    workers = settings.fewest_workers
+    wanted = {"CPU": workers * settings.cpus_per_worker}
     if settings.gpu:
-        wanted["GPU"] = float(settings.workers)
+        wanted["GPU"] = float(workers)
     for kind, amount in wanted.items():
         available = resources.get(kind, 0.0)
         if amount > available:
             remedy = "lower train.cpus_per_worker" if kind == "CPU" else "set train.gpu=false"
             raise UserError(
-                f"train.workers={settings.workers} need {amount:g} {kind}s, the Ray cluster has {available:g}: "
+                f"train.workers={workers} need {amount:g} {kind}s, the Ray cluster has {available:g}: "
                 f"use fewer workers, or {remedy}, or add nodes."
             )

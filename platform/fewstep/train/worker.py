@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import Shape
+from fewstep.data.order import ShardReader
 from fewstep.data.stream import ShardStream
 from fewstep.encoders import load_autoencoder
 from fewstep.evaluate.grid import sample_grid
@@ -22,6 +23,7 @@ from fewstep.models.family_code import FamilyCode
 from fewstep.models.sharded import whole
 from fewstep.tracking.run import TrackedRun, Tracker
 from fewstep.train import checkpoint as ckpt
+from fewstep.train.drain import DrainNotice
 from fewstep.train.learner import Learner
 from fewstep.train.parallel import drop_gathered
 from fewstep.train.progress import LossMeter, progress_line
@@ -57,6 +59,8 @@ class WorkerJob:
     """The run's place in MLflow."""
     home: str
     """The driver's folder, to which the recipe's paths are relative."""
+    reader: ShardReader | None = None
+    """Reads the shards of a dataset that is encoded in the stream."""
     code: FamilyCode | None = None
     """The user's file that registers the network's family, if there is one."""
 
@@ -104,13 +108,15 @@ def _train(job: WorkerJob) -> None:
     stream = ShardStream(
         recipe.data.path,
         "train",
-        batch_size=learner.batch_size,
+        batch_size=recipe.data.batch_size,
         seed=settings.seed,
-        rank=rank,
-        world_size=world_size,
-        start_batch=learner.batches,
+        parts=learner.share.parts,
+        open_shards=recipe.data.open_shards,
+        start_batch=done,
+        reader=job.reader,
+        stored=device.type != "cpu",  # half as much to copy; on CPUs the reading thread converts
     )
-    _loop(job, learner, stream, checkpoints, tracker, done)
+    _loop(job, learner, stream, checkpoints, DrainNotice(dist.new_group(backend="gloo")), tracker, done)
 
     # The end: the trained model, with the EMA's weights, goes into the last checkpoint. `whole` gathers shards, so all
     # ranks take part, although only rank 0 writes. They send shards from their GPUs, also where the host keeps the EMA.
@@ -149,7 +155,6 @@ def _resume(learner: Learner, group: Any) -> int:
     """
     import ray.train
 
-    settings = learner.recipe.train
     if (latest := ray.train.get_checkpoint()) is None:
         return 0
     with latest.as_directory() as folder:
@@ -162,9 +167,6 @@ def _resume(learner: Learner, group: Any) -> int:
         ckpt.load_tensors(learner.tensors(), Path(folder))
     if learner.rank == 0:
         print(f"resumed from the checkpoint of step {done}", flush=True)
-    # With the same number of workers, the stream goes on exactly where it was; with another number, at about the same
-    # place.
-    learner.batches = done * settings.accumulate
     return done
 
 
@@ -173,6 +175,7 @@ def _loop(
     learner: Learner,
     stream: ShardStream,
     checkpoints: ckpt.Checkpoints,
+    notice: DrainNotice,
     tracker: Tracker | None,
     done: int,
 ) -> None:
@@ -197,8 +200,10 @@ def _loop(
         learner.step(step, source, meter)
 
         # Progress and metrics: the only place where the host waits for the device
-        save = step % settings.checkpoint_every == 0 or step == settings.steps
+        drained = notice.arrived()
+        save = step % settings.checkpoint_every == 0 or step == settings.steps or drained
         if step % settings.log_every == 0 or save or step == 1:
+            meter.sum_over_workers(learner.world_size)
             metrics = meter.read(recipe.data.batch_size, stream.seconds_waited) | {"train/learning_rate": lr}
             stream.seconds_waited = 0.0
             if metrics["train/non_finite"]:
@@ -211,6 +216,10 @@ def _loop(
         # Checkpoints: writing begins here, and has long ended when it is reported some steps later
         if save:
             checkpoints.begin(step, metrics)
+            if drained:  # there is no later for this one
+                checkpoints.settle()
+                if learner.rank == 0:
+                    print(f"a node is about to go: the checkpoint of step {step} is complete", flush=True)
         elif step % settings.log_every == 0:
             checkpoints.settle()
 
@@ -231,9 +240,9 @@ def sample(learner: Learner, plan: SamplePlan) -> Tensor:
     with learner.ema.swapped():
         drop_gathered(objective.model)  # FSDP may still hold the weights from before the swap
         for first in range(
-            0, len(noise), learner.batch_size
+            0, len(noise), learner.share.largest
         ):  # so that it takes no more memory than training
-            part = slice(first, first + learner.batch_size)
+            part = slice(first, first + learner.share.largest)
             latents.append(objective.sample(noise[part].to(device), conditioning[part].to(device)).cpu())
     drop_gathered(objective.model)
     objective.model.train()

@@ -6,3 +6,10 @@ EMOJI_DATA = "data/emoji16"
 
 FASHION_DATA = "data/fashion28"
 """Folder in which Fashion-MNIST is prepared."""
+
+SHIPPED_DATA = (EMOJI_DATA, FASHION_DATA)
+
+
+def streamed(path: str) -> str:
+    """Folder of one of these datasets' raw rows, which are encoded in the stream."""
+    return f"{path}-stream"

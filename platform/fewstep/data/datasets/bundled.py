@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fewstep.data.datasets import EMOJI_DATA, FASHION_DATA
+from fewstep.data.datasets import EMOJI_DATA, FASHION_DATA, streamed
 from fewstep.data.schema import MANIFEST, DatasetInfo
 from fewstep.storage import Storage
 
@@ -26,8 +26,12 @@ def open_data(path: str) -> DatasetInfo:
         EMOJI_DATA: ("the bundled emoji set", emoji.emoji_set, emoji.PREPARATION),
         FASHION_DATA: ("Fashion-MNIST", fashion_mnist.fashion_mnist, fashion_mnist.PREPARATION),
     }
-    if path in shipped and Storage.at(path).read(MANIFEST) is None:
-        what, source, config = shipped[path]
+    raw = {streamed(folder): folder for folder in shipped}
+    if (folder := raw.get(path, path)) in shipped and Storage.at(path).read(MANIFEST) is None:
+        what, source, config = shipped[folder]
         print(f"preparing {what} in {path} (once)", flush=True)
-        prepare(source(), path, config, encoders=2, report=lambda line: print(line, flush=True))
+        prepare(
+            source(), path, config, encode=path not in raw, encoders=2,
+            report=lambda line: print(line, flush=True),
+        )  # fmt: skip
     return DatasetInfo.open(path)

@@ -25,7 +25,7 @@ import pyarrow as pa
 from fewstep.assets import asset
 from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig
-from fewstep.data.sources import INDEX, Source
+from fewstep.data.rows import Source, index_table
 from fewstep.errors import UserError
 from fewstep.home import cache_folder
 
@@ -183,15 +183,8 @@ def emoji_set(sizes: Sequence[Size] = (Size(BUNDLE_SIZE, BUNDLE_SIZE),), cache: 
         )
     size = sizes[0].width
     table = read_bundle() if size == BUNDLE_SIZE else _table(build(size, cache or default_cache()))
-    columns = [
-        table["key"],
-        table["caption"],
-        table["split"],
-        pa.nulls(len(table), pa.string()),
-        table["image"],
-        table["key"],
-    ]
-    return Source("emoji", pa.table(columns, schema=INDEX), attribution=attributions())
+    columns = {name: table[name] for name in ("key", "caption", "split", "image")} | {"where": table["key"]}
+    return Source("emoji", index_table(columns, len(table)), attribution=attributions())
 
 
 def read_bundle() -> pa.Table:

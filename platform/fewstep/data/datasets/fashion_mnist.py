@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
-import pyarrow as pa
 
 from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig
-from fewstep.data.sources import INDEX, Source
+from fewstep.data.rows import Source, index_table
 from fewstep.encoders.autoencoders import GREY
 from fewstep.encoders.labels import FASHION_MNIST
 from fewstep.errors import UserError
@@ -43,14 +42,13 @@ def fashion_mnist(folder: str = DEBIAN_FOLDER) -> Source:
     """
     storage = Storage.at(folder)
     rows = [row for part, split in PARTS.items() for row in _rows(storage, part, split)]
-    columns = [
-        pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), INDEX, strict=True)
-    ]
-    return Source("fashion-mnist", pa.table(columns, schema=INDEX), attribution=ATTRIBUTION)
+    names = ("key", "caption", "split", "image", "where")
+    columns = {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    return Source("fashion-mnist", index_table(columns, len(rows)), attribution=ATTRIBUTION)
 
 
-def _rows(storage: Storage, part: str, split: str) -> Iterator[tuple[str, str, str, None, bytes, str]]:
-    """Rows, as values of INDEX's columns, of the files with prefix `part`."""
+def _rows(storage: Storage, part: str, split: str) -> Iterator[tuple[str, str, str, bytes, str]]:
+    """Key, caption, split, image and place of the rows in the files with prefix `part`."""
     images = _read_idx(storage, f"{part}-images-idx3-ubyte")
     labels = _read_idx(storage, f"{part}-labels-idx1-ubyte")
     if len(images) != len(labels) or images.ndim != 3 or labels.max(initial=0) >= len(FASHION_MNIST):
@@ -62,7 +60,7 @@ def _rows(storage: Storage, part: str, split: str) -> Iterator[tuple[str, str, s
     header = f"P5 {images.shape[2]} {images.shape[1]} 255\n".encode()
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         key = f"{part}-{index:05d}"
-        yield key, FASHION_MNIST[label], split, None, header + image.tobytes(), key
+        yield key, FASHION_MNIST[label], split, header + image.tobytes(), key
 
 
 def _read_idx(storage: Storage, name: str) -> np.ndarray:
