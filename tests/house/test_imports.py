@@ -41,7 +41,8 @@ KNOWS: dict[str, set[str]] = {
     # What orchestrates them, and what users call.
     "workflow": {"models", "encoders", "data", "tracking", "student", "evaluate", "train"},
     "benchmarks": {
-        "policies", "flow", "distill", "models", "encoders", "data", "tracking", "train", "cluster", "student", "storage",
+        "policies", "flow", "distill", "models", "encoders", "data", "tracking", "train", "cluster", "student",
+        "storage",
     },
     "cluster": set(),
     "fewstep_serve": {"config", "engine", "flow", "encoders", "models", "student"},

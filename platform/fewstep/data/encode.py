@@ -181,8 +181,8 @@ def place_of(path: str) -> tuple[str, Shape]:
 def _actors(info: DatasetInfo, config: PoolConfig, *, images: bool) -> tuple[Any, ...]:
     import ray
 
-    # Started again as often as they die, and what they had begun is done again. A large argument would lie in the object
-    # store, and be gone when an actor is to start again: encoders need no list of shards.
+    # Started again as often as they die, and what they had begun is done again. A large argument would lie in the
+    # object store, and be gone when an actor is to start again: encoders need no list of shards.
     info = replace(info, shards=())
     kind = ray.remote(
         num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_restarts=-1, max_task_retries=-1
