@@ -97,9 +97,12 @@ def from_shards(both: tuple[DatasetInfo, DatasetInfo]) -> list[Batch]:
     return batches(both[0])
 
 
-def test_batches_are_those_of_the_shards_bit_for_bit(both, pool, from_shards) -> None:
-    assert_equal(batches(both[1], reader=pool(size=2)), from_shards)
-    assert_equal(batches(both[1], BATCHES - 7, start=7, reader=pool()), from_shards[7:])
+def test_batches_are_those_of_the_shards_bit_for_bit(both, pool, from_shards, monkeypatch) -> None:
+    encoders = pool(size=2)
+    assert_equal(batches(both[1], reader=encoders), from_shards)
+    monkeypatch.setattr("fewstep.data.encode.PIECE", 2)  # of shards of five rows
+    assert_equal(batches(both[1], reader=encoders), from_shards)
+    assert_equal(batches(both[1], BATCHES - 7, start=7, reader=encoders), from_shards[7:])
 
 
 def test_only_captions_and_addresses_lie_on_disk(both) -> None:
@@ -175,7 +178,7 @@ def test_a_shard_of_which_nothing_can_be_encoded_is_named(ray_cluster, tmp_path,
     info = prepare(
         _photos(tmp_path / "photos", broken=tuple(range(40))), tmp_path / "raw", SMALL, encode=False
     )
-    with pytest.raises(UserError, match=r"not one row of train/\S+ can be encoded \(.*broken image"):
+    with pytest.raises(UserError, match=r"not one of \d+ rows of train/\S+ can be encoded \(.*broken image"):
         batches(info, 1, reader=pool(info))
 
 

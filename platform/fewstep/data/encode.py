@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 
 from fewstep.config import Shape
@@ -27,6 +28,9 @@ from fewstep.data.seeds import stable_hash
 from fewstep.data.stream_config import CacheConfig, EncodersConfig, PoolConfig
 from fewstep.errors import UserError
 from fewstep.storage import Storage
+
+PIECE = 32
+"""Rows that are encoded at a time, so that the first batch need not wait for all rows of the shards that it is of."""
 
 
 class RowEncoder:
@@ -85,8 +89,8 @@ class ShardEncoder(RowEncoder):
     def encode_shard(self, item: dict[str, Any]) -> Any:
         """A shard, as `texts` takes and returns it; or, where this actor's part is the last, its table, packed.
 
-        Rows that can't be encoded are replaced by others of the shard, so that the order, which counts on its number of
-        rows, stays what it is.
+        Rows that can't be encoded are replaced by others that are encoded with them, so that the order, which counts on
+        the shard's number of rows, stays what it is.
         """
         count = item.get("count", len(unpack(item["rows"])))
         if not self._does_images:
@@ -95,9 +99,10 @@ class ShardEncoder(RowEncoder):
             return item
         table, refused = self.finish(item)
         if not len(table):
+            first = refused[0]
             raise UserError(
-                f"not one row of {item['path']} can be encoded ({refused[0]['where']}: {refused[0]['reason']}, "
-                f"{refused[0]['detail']}): mend the source, and prepare the data again."
+                f"not one of {count} rows of {item['path']} can be encoded ({first['where']}: {first['reason']}, "
+                f"{first['detail']}): mend the source, and prepare the data again."
             )
         if refused and item["path"] not in self._told:
             self._told.add(item["path"])
@@ -122,6 +127,11 @@ class EncoderPool:
     images: tuple[Any, ...]
     cache: ShardCache | None = None
 
+    @property
+    def piece(self) -> int | None:
+        """Rows that are encoded at a time; None for whole shards, which the cache keeps."""
+        return PIECE if self.cache is None else None
+
     @classmethod
     def start(
         cls, info: DatasetInfo, config: EncodersConfig, cache: CacheConfig | None = None
@@ -138,33 +148,34 @@ class EncoderPool:
         for actor in (*self.text, *self.images):
             actor.__ray_terminate__.remote()  # after what it is doing
 
-    def tables(self, storage: Storage, paths: Sequence[str]) -> Iterator[pa.Table]:
+    def tables(self, storage: Storage, wanted: Sequence[tuple[str, np.ndarray]]) -> Iterator[pa.Table]:
         """See `order.ShardReader`; all that is asked for is on its way to the actors at once.
 
         Raises:
-            UserError: a shard can't be read, or none of its rows be encoded.
+            UserError: a shard can't be read, or none of the rows be encoded.
         """
         import ray
 
-        kept = [None if self.cache is None else self.cache.read(path) for path in paths]
+        kept = [None if self.cache is None else self.cache.read(path) for path, _ in wanted]
         coming = [
-            self._submit(storage, path) if table is None else None
-            for path, table in zip(paths, kept, strict=True)
+            self._submit(storage, path, rows) if table is None else None
+            for (path, rows), table in zip(wanted, kept, strict=True)
         ]
-        for path, table, reference in zip(paths, kept, coming, strict=True):
-            if table is not None:
-                yield table
-                continue
-            content: Any = ray.get(cast(Any, reference))
-            encoded = unpack(content)
-            if self.cache is not None:
-                self.cache.write(path, encoded)
-            yield encoded
+        for (path, rows), table, reference in zip(wanted, kept, coming, strict=True):
+            if table is None:
+                content: Any = ray.get(cast(Any, reference))
+                table = unpack(content)
+                if self.cache is None:  # these rows alone were encoded
+                    yield table
+                    continue
+                self.cache.write(path, table)
+            yield table.take(rows)
 
-    def _submit(self, storage: Storage, path: str) -> Any:
-        """The reference to a shard's table, packed, which actors are going to make."""
+    def _submit(self, storage: Storage, path: str, rows: np.ndarray) -> Any:
+        """The reference to a table, packed, that actors are going to make: of these rows, or for the cache of all."""
         place = stable_hash(0, path)  # spreads shards also between workers that know nothing of each other
-        item = {"path": path, "rows": pack(read_raw(storage, path))}
+        raw = read_raw(storage, path)
+        item = {"path": path, "rows": pack(raw if self.cache is not None else raw.take(rows))}
         encoded = self.text[place % len(self.text)].encode_shard.remote(item)
         if not self.images:
             return encoded

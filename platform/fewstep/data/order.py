@@ -29,21 +29,29 @@ OPEN_SHARDS = 8
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A shard to read in one epoch, and how many of its permuted rows to skip, as they were consumed before."""
+    """Rows of a shard to read in one epoch: places `first` to `last` of the epoch's permutation of it."""
 
     lane: int
     epoch: int
     shard: Shard
-    skip: int = 0
+    first: int
+    last: int
 
     @property
     def nbytes(self) -> int:
-        """Estimate of the shard's size in memory: float32 latents, and 16 KiB of token states per row."""
-        return self.shard.rows * (4 * math.prod(self.shard.shape) + 2**14)
+        """Estimate of its size in memory: float32 latents, and 16 KiB of token states per row."""
+        return (self.last - self.first) * (4 * math.prod(self.shard.shape) + 2**14)
 
     def as_dict(self) -> dict[str, Any]:
         """The item as plain values, which a row of Ray Data consists of."""
-        return {"lane": self.lane, "epoch": self.epoch, "path": self.shard.path, "skip": self.skip}
+        return {
+            "lane": self.lane,
+            "epoch": self.epoch,
+            "path": self.shard.path,
+            "rows": self.shard.rows,
+            "first": self.first,
+            "last": self.last,
+        }
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class ShardOrder:
         batch_size: rows of a global batch.
         seed: of all permutations and draws.
         open_shards: lanes of a bucket, if it has as many shards and the batch as many rows.
+        piece: most rows of a work item; None for whole shards. It changes no batch.
     """
 
     def __init__(
@@ -86,9 +95,10 @@ class ShardOrder:
         batch_size: int,
         seed: int,
         open_shards: int = OPEN_SHARDS,
+        piece: int | None = None,
     ) -> None:
         self.buckets = list(buckets.values())
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.piece = batch_size, seed, piece
         # float64: `choice` wants probabilities that sum to 1 up to its rounding.
         rows = np.array([sum(shard.rows for shard in shards) for shards in self.buckets], dtype=np.float64)
         self.weights = rows / rows.sum()
@@ -156,23 +166,32 @@ class _Filling:
     """
 
     def __init__(self, order: ShardOrder, bucket: int, first: int, part: range) -> None:
-        self._shards, self._first = order.shards(bucket), first
+        self._shards, self._first, self._piece = order.shards(bucket), first, order.piece
         self._lanes = order.lanes[bucket]
+        # Of the shard that a lane has begun: its epoch, the shard, and how many of its rows the lane has got
+        self._open: list[tuple[int, Shard, int]] = [(0, _NONE, 0)] * len(self._lanes)
         self._wanted = set(order.lanes_of(bucket, part))
         # (batch that needs rows which the lane has not got yet, place of the lane, rows that it has got so far)
         self._needs = [(0, place, 0) for place in range(len(self._lanes))]
 
     def items_for(self, batch: int) -> Iterator[WorkItem]:
-        """The shards that lanes take for batches up to this one, and that still have rows of the first or a later."""
+        """What lanes take for batches up to this one, and still has rows of the first or a later one."""
         while self._needs[0][0] <= batch:
             _, place, got = self._needs[0]
-            lane = self._lanes[place]
-            epoch, shard = next(self._shards)
-            rows = got + shard.rows
+            lane, (epoch, shard, begun) = self._lanes[place], self._open[place]
+            if begun == shard.rows:
+                (epoch, shard), begun = next(self._shards), 0
+            end = shard.rows if self._piece is None else min(begun + self._piece, shard.rows)
+            self._open[place] = epoch, shard, end
+            rows = got + end - begun
             heapq.heapreplace(self._needs, (rows // lane.rows, place, rows))
-            skip = max(0, self._first * lane.rows - got)
-            if skip < shard.rows and lane in self._wanted:
-                yield WorkItem(lane.number, epoch, shard, skip)
+            first = begun + max(0, self._first * lane.rows - got)
+            if first < end and lane in self._wanted:
+                yield WorkItem(lane.number, epoch, shard, first, end)
+
+
+_NONE = Shard("", "", (0, 0, 0), 0)
+"""Stands for the shard of a lane that has none yet."""
 
 
 def _lanes(first: int, count: int, batch_size: int) -> list[ShardLane]:
@@ -194,24 +213,31 @@ def grouped(items: Iterator[WorkItem], size: int, most: int) -> Iterator[list[Wo
 def read_permuted(tasks: pa.Table, *, storage: Storage, seed: int, reader: ShardReader) -> Iterator[pa.Table]:
     """Ray Data task: gives the rows of its work items, permuted for their epochs, with a column `lane`."""
     items = list(itertools.chain(*tasks["items"].to_pylist()))
-    for item, rows in zip(items, reader.tables(storage, [item["path"] for item in items]), strict=True):
+    wanted = [
         # The permutation depends on epoch and shard alone, so a resumed stream skips the very rows it had consumed.
-        order = generator(seed, "rows", item["epoch"], item["path"]).permutation(len(rows))[item["skip"] :]
-        yield rows.take(order).append_column("lane", pa.array([item["lane"]] * len(order), pa.int32()))
+        (item["path"], _permutation(seed, item)[item["first"] : item["last"]])
+        for item in items
+    ]
+    for item, rows in zip(items, reader.tables(storage, wanted), strict=True):
+        yield rows.append_column("lane", pa.array([item["lane"]] * len(rows), pa.int32()))
+
+
+def _permutation(seed: int, item: dict[str, Any]) -> np.ndarray:
+    return generator(seed, "rows", item["epoch"], item["path"]).permutation(item["rows"])
 
 
 class ShardReader(Protocol):
-    """Reads shards in SCHEMA's columns. It is sent to the tasks that read."""
+    """Reads rows of shards in SCHEMA's columns. It is sent to the tasks that read."""
 
-    def tables(self, storage: Storage, paths: Sequence[str]) -> Iterator[pa.Table]:
-        """The shards at these paths, in order."""
+    def tables(self, storage: Storage, wanted: Sequence[tuple[str, np.ndarray]]) -> Iterator[pa.Table]:
+        """For each path of a shard and indices of rows, a table of these rows, in their order."""
         ...
 
 
 class EncodedShards:
     """Reads shards that were encoded when the dataset was prepared."""
 
-    def tables(self, storage: Storage, paths: Sequence[str]) -> Iterator[pa.Table]:
+    def tables(self, storage: Storage, wanted: Sequence[tuple[str, np.ndarray]]) -> Iterator[pa.Table]:
         """See `ShardReader`."""
-        for path in paths:
-            yield read_shard(storage, path)
+        for path, rows in wanted:
+            yield read_shard(storage, path).take(rows)

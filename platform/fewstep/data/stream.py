@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fewstep.config import Shape
 from fewstep.data.columns import conditioning_of, latents_of
-from fewstep.data.encode import RowEncoder
+from fewstep.data.encode import EncoderPool, RowEncoder
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.order import (
     OPEN_SHARDS,
@@ -60,6 +60,9 @@ cost 80 % of a core.) The queue of batches bridges the start of the next executi
 
 TASK_BYTES, TASK_ITEMS = 16 * 2**20, 16
 """Limits of what one task reads: one large shard, or several small ones."""
+
+TASK_PIECES = 4
+"""Limit of what one task has encoded: its rows come when all of them are."""
 
 QUEUED_BATCHES = 8
 """Most batches that are made ahead of the training."""
@@ -131,7 +134,7 @@ class ShardStream:
             of all of them. Together they are one range.
         open_shards: see `ShardOrder`.
         start_batch: number of the global batch to begin with.
-        reader: reads shards; an `encode.EncoderPool` for a dataset of raw rows.
+        reader: for a dataset of raw rows, what encodes them.
         stored: see `Batch.of`.
 
     Attributes:
@@ -151,19 +154,25 @@ class ShardStream:
         parts: Sequence[range] | None = None,
         open_shards: int = OPEN_SHARDS,
         start_batch: int = 0,
-        reader: ShardReader | None = None,
+        reader: EncoderPool | None = None,
         stored: bool = False,
     ) -> None:
         self.info = DatasetInfo.open(root)
         assert reader or self.info.raw is None, "raw shards are read by those who can encode them"
-        self._reader, self._stored = reader or EncodedShards(), stored
+        self._reader: ShardReader = reader or EncodedShards()
+        self._stored = stored
         self.start_batch = start_batch
         self.seconds_waited = 0.0
         self._parts = parts or [range(batch_size)]
         self._share = range(self._parts[0].start, self._parts[-1].stop)
+        self._task_items = TASK_ITEMS if reader is None else TASK_PIECES
         # All of the order is decided there, from numbers alone; what follows only reads.
         self._order = ShardOrder(
-            self.info.buckets(split), batch_size=batch_size, seed=seed, open_shards=open_shards
+            self.info.buckets(split),
+            batch_size=batch_size,
+            seed=seed,
+            open_shards=open_shards,
+            piece=None if reader is None else reader.piece,
         )
 
     def __iter__(self) -> Generator[Batch]:
@@ -222,7 +231,7 @@ class ShardStream:
 
     def _blocks(self) -> Iterator[pa.Table]:
         """Blocks of permuted rows, in the order of their work items, from many short Ray Data executions."""
-        tasks = grouped(self._order.items(self.start_batch, self._share), TASK_BYTES, TASK_ITEMS)
+        tasks = grouped(self._order.items(self.start_batch, self._share), TASK_BYTES, self._task_items)
 
         def begin() -> tuple[pa.Table, Iterator[pa.Table]]:
             segment = list(itertools.islice(tasks, SEGMENT_TASKS))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import Shape
-from fewstep.data.order import ShardReader
+from fewstep.data.encode import EncoderPool
 from fewstep.data.stream import ShardStream
 from fewstep.encoders import load_autoencoder
 from fewstep.evaluate.grid import sample_grid
@@ -59,8 +59,8 @@ class WorkerJob:
     """The run's place in MLflow."""
     home: str
     """The driver's folder, to which the recipe's paths are relative."""
-    reader: ShardReader | None = None
-    """Reads the shards of a dataset that is encoded in the stream."""
+    reader: EncoderPool | None = None
+    """Encodes the rows of a dataset that is not encoded yet."""
     code: FamilyCode | None = None
     """The user's file that registers the network's family, if there is one."""
 
