@@ -57,7 +57,7 @@ def test_a_plan_needs_no_weights_of_teacher_and_adapter(tmp_path: Path) -> None:
     weights.write_bytes(content)
     assert student_on_meta(student, "bfloat16").nbytes == student_on_meta(STUDENT, "bfloat16").nbytes
     with pytest.raises(UserError, match="there is no folder"):
-        student_on_meta(STUDENT, "bfloat16", teacher="no/such/folder")
+        student_on_meta(STUDENT, "bfloat16", teacher="/no/such/folder")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -11,23 +11,15 @@ from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from fewstep.benchmarks.measure import aligned, log_to_mlflow, machine
 from fewstep.config import Shape
-from fewstep.data.columns import condition_columns, latent_column
-from fewstep.data.schema import (
-    DatasetInfo,
-    Encoding,
-    Shard,
-    bucket_folder,
-    encode_table,
-    parquet_bytes,
-)
-from fewstep.data.stream import Batch, ShardStream
 from fewstep.models.conditioning import TextConditioning
-from fewstep.storage import Storage
+
+if TYPE_CHECKING:
+    from fewstep.data.schema import DatasetInfo
+    from fewstep.data.stream import Batch
 
 DESCRIPTION = """\
 Read a dataset of random samples of real sizes as a training worker does, in batches, in turns with pyarrow's own
@@ -99,6 +91,19 @@ def run(options: argparse.Namespace) -> None:
 
 def write_samples(root: str, count: int, shard_rows: int, text: tuple[int, int], shape: Shape) -> DatasetInfo:
     """Write a dataset of random token states (L, D) and latents, which no compression makes smaller."""
+    import pyarrow as pa
+
+    from fewstep.data.columns import condition_columns, latent_column
+    from fewstep.data.schema import (
+        DatasetInfo,
+        Encoding,
+        Shard,
+        bucket_folder,
+        encode_table,
+        parquet_bytes,
+    )
+    from fewstep.storage import Storage
+
     storage, encoding = Storage.at(root), Encoding("none", text[1], "none", latent_type="bfloat16")
     generator, shards = torch.Generator().manual_seed(0), list[Shard]()
     for number, first in enumerate(range(0, count, shard_rows)):
@@ -132,6 +137,8 @@ def read_files(info: DatasetInfo) -> float:
 
 def read_stream(info: DatasetInfo, batch_size: int, *, stored: bool) -> float:
     """Samples per second of a worker's stream, without its start."""
+    from fewstep.data.stream import ShardStream
+
     stream = ShardStream(info.root, "train", batch_size=batch_size, seed=0, stored=stored)
     count = info.rows("train") // batch_size
     with closing(iter(stream)) as batches:

@@ -18,13 +18,11 @@ import pyarrow as pa
 from fewstep.config import Shape
 from fewstep.data.schema import Shard, read_shard
 from fewstep.data.seeds import generator
+from fewstep.data.stream_config import OPEN_SHARDS
 from fewstep.storage import Storage
 
 DRAWS_PER_CHUNK = 4096
 """Batches whose buckets are drawn together, from a seed of their own: so a resumed stream finds its place quickly."""
-
-OPEN_SHARDS = 8
-"""Shards that a global batch takes rows of, at most."""
 
 
 @dataclass(frozen=True)

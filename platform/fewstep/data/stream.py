@@ -35,7 +35,6 @@ from fewstep.data.columns import conditioning_of, latents_of
 from fewstep.data.encode import EncoderPool, RowEncoder
 from fewstep.data.execution import configured, user_errors
 from fewstep.data.order import (
-    OPEN_SHARDS,
     EncodedShards,
     ShardOrder,
     ShardReader,
@@ -45,6 +44,7 @@ from fewstep.data.order import (
 )
 from fewstep.data.schema import DatasetInfo, Encoding, read_raw, read_shard
 from fewstep.data.seeds import stable_hash
+from fewstep.data.stream_config import OPEN_SHARDS
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Conditioning
 from fewstep.storage import Storage

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from fewstep.config import Config
 
+OPEN_SHARDS = 8
+"""Shards that a global batch takes rows of, at most."""
+
 STAGE_CPUS = 0.1
 """CPU slots of an actor or task: a fraction, because training workers may hold nearly all CPUs of a small cluster."""
 

@@ -22,8 +22,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from fewstep.config import Config, Precision, checked_settings
 from fewstep.data.datasets import EMOJI_DATA, SHIPPED_DATA, streamed
-from fewstep.data.order import OPEN_SHARDS
-from fewstep.data.stream_config import CacheConfig, EncodersConfig
+from fewstep.data.stream_config import OPEN_SHARDS, CacheConfig, EncodersConfig
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
