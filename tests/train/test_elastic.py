@@ -1,4 +1,4 @@
-"""Runs whose number of workers changes on the way: a node is killed, one is added, one is drained."""
+"""Runs whose number of workers changes on the way: a node is killed, one is added."""
 
 from __future__ import annotations
 
@@ -111,13 +111,3 @@ def test_two_workers_one_and_two_again_are_one_run(tiny_data, tiny_teacher, tmp_
     )
     assert_same(losses, undisturbed)
     assert said.count("resumed from the checkpoint") >= 2, said
-
-
-def test_a_node_that_is_drained_leaves_a_checkpoint_first(
-    tiny_data, tiny_teacher, tmp_path, undisturbed
-) -> None:
-    losses, said = run(
-        tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=[(20, "drain")]
-    )
-    assert_same(losses, undisturbed)
-    assert "a node is about to go: the checkpoint of step" in said
