@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
@@ -61,19 +61,20 @@ def gaussian_noise(
 
     With a sequence of B generators, each sample's noise comes from its own, whatever batch it is in.
     """
-    if isinstance(generator, Sequence):
-        # Sample by sample: one call for all would mix their streams.
-        draws = [torch.randn(shape[1:], generator=g, device=g.device).to(device) for g in generator]
-        return torch.stack(draws)
-    # A generator draws on its own device alone. One on the CPU gives the same noise whatever `device` is.
-    source = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=source).to(device)
+    return _drawn(torch.randn, shape, generator, device)
 
 
 def uniform(shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
     """Numbers of U[0, 1) of shape (B, …), drawn as those of `gaussian_noise`."""
+    return _drawn(torch.rand, shape, generator, device)
+
+
+def _drawn(
+    draw: Callable[..., Tensor], shape: Sequence[int], generator: Generators, device: torch.device | str
+) -> Tensor:
     if isinstance(generator, Sequence):
-        draws = [torch.rand(shape[1:], generator=g, device=g.device).to(device) for g in generator]
-        return torch.stack(draws)
+        # Sample by sample: one call for all would mix their streams.
+        return torch.stack([draw(shape[1:], generator=g, device=g.device).to(device) for g in generator])
+    # A generator draws on its own device alone. One on the CPU gives the same numbers whatever `device` is.
     source = device if generator is None else generator.device
-    return torch.rand(tuple(shape), generator=generator, device=source).to(device)
+    return draw(tuple(shape), generator=generator, device=source).to(device)

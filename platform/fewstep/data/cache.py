@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from fewstep.data.schema import DatasetInfo, parquet_bytes, read_shard
+from fewstep.data.schema import PLAN, DatasetInfo, parquet_bytes, read_shard
 from fewstep.data.stream_config import CacheConfig
 from fewstep.errors import UserError
 from fewstep.storage import Storage
@@ -38,7 +38,7 @@ class ShardCache:
     def of(cls, config: CacheConfig, info: DatasetInfo) -> ShardCache:
         """The cache of a raw dataset."""
         # The plan has a digest of the rows. Without one, the manifest tells datasets apart.
-        plan = info.storage.read("plan.json") or json.dumps([asdict(shard) for shard in info.shards]).encode()
+        plan = info.storage.read(PLAN) or json.dumps([asdict(shard) for shard in info.shards]).encode()
         digest = hashlib.sha256(plan + json.dumps(asdict(info.encoding)).encode()).hexdigest()
         root = Path(config.path).expanduser().absolute()
         return cls(root, digest[:24], int(config.max_gb * 1e9), info.encoding.metadata())

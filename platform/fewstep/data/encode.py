@@ -92,12 +92,12 @@ class ShardEncoder(RowEncoder):
         Rows that can't be encoded are replaced by others that are encoded with them, so that the order, which counts on
         the shard's number of rows, stays what it is.
         """
-        count = item.get("count", len(unpack(item["rows"])))
         if not self._does_images:
-            item = {**self.texts(item), "count": count}
+            item = {**self.texts(item), "count": len(unpack(item["rows"]))}
         if not self._finishes:
             return item
         table, refused = self.finish(item)
+        count = item["count"]
         if not len(table):
             first = refused[0]
             raise UserError(
