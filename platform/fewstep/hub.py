@@ -54,23 +54,32 @@ def hub_folder(hub_id: str, wanted: Sequence[str] = ("*",), unwanted: Sequence[s
         unwanted: patterns of files that are not fetched although wanted.
 
     Raises:
-        OSError, ValueError: the place is not there, the hub can't be reached, or it is no hub id.
+        OSError: the place is not there, or the hub can't be reached; the message says that there is no folder here
+            either.
+        ValueError: it is no hub id.
     """
     from huggingface_hub import snapshot_download
 
     place = parse_hub_id(hub_id)
     below = f"{place.subfolder}/" if place.subfolder else ""
-    folder = Path(
-        snapshot_download(
-            place.repository,
-            revision=place.revision,
-            allow_patterns=[below + pattern for pattern in wanted],
-            ignore_patterns=[below + pattern for pattern in unwanted],
+    try:
+        folder = Path(
+            snapshot_download(
+                place.repository,
+                revision=place.revision,
+                allow_patterns=[below + pattern for pattern in wanted],
+                ignore_patterns=[below + pattern for pattern in unwanted],
+            )
         )
-    )
+    except Exception as error:  # of the hub's client and of its HTTP library: there is no common class
+        raise _unfetched(hub_id, _readable(str(error))) from error
     if not (folder / place.subfolder).is_dir():
-        raise FileNotFoundError(f"the repository {place.repository} has no folder {place.subfolder!r}")
+        raise _unfetched(hub_id, f"the repository {place.repository} has no folder {place.subfolder!r}")
     return folder / place.subfolder
+
+
+def _unfetched(hub_id: str, reason: str) -> OSError:
+    return OSError(f"there is no folder {hub_id!r}, and the hub's can't be fetched ({reason})")
 
 
 def check_repository(name: str, *, writing: bool) -> None:

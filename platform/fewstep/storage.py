@@ -181,20 +181,31 @@ class Storage:
         """A context in which errors of the storage (no connection, no bucket, no permission) become UserErrors.
 
         Raises:
-            UserError: in place of an OSError of the file system; FileNotFoundError is raised as it is.
+            UserError: in place of an error of the file system; FileNotFoundError is raised as it is.
         """
         try:
             yield
-        except FileNotFoundError:
+        except (FileNotFoundError, UserError):
             raise
         except OSError as error:
+            raise self._unreachable(error) from error
+        except Exception as error:
+            # File systems of fsspec let errors of their HTTP libraries through, which are no OSErrors.
+            if isinstance(self.filesystem, fs.PyFileSystem):
+                raise self._unreachable(error) from error
+            raise
+
+    def _unreachable(self, error: Exception) -> UserError:
+        if self.root.startswith(S3):
             remedy = (
                 f"check that the bucket exists, AWS_ENDPOINT_URL (now {_endpoint() or 'unset: AWS itself'}), "
                 "the region and the credentials"
-                if self.root.startswith(S3)
-                else "check that the folder exists, is writable and the disk isn't full"
             )
-            raise UserError(f"{self.root} can't be reached or used ({_brief(error)}): {remedy}.") from error
+        elif isinstance(self.filesystem, fs.LocalFileSystem):
+            remedy = "check that the folder exists, is writable and the disk isn't full"
+        else:
+            remedy = "check the address, the network and your right to read it"
+        return UserError(f"{self.root} can't be reached or used ({_brief(error)}): {remedy}.")
 
 
 def _endpoint() -> str | None:

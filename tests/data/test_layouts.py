@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -420,17 +421,18 @@ def test_files_folders_and_patterns_are_found(tmp_path: Path, monkeypatch: pytes
         found("s3://one/a", "s3://two/a")
 
 
-def test_without_a_network_a_hub_address_is_one_sentence(ray_cluster: str) -> None:
-    for read in (image_parquet, webdataset):
-        with pytest.raises(
-            UserError, match=r"at hf://datasets/org/name \(or there is no network, no such"
-        ) as caught:
-            read(["hf://datasets/org/name"], held_out=0.0)
+@pytest.mark.parametrize("offline", [True, False], ids=["asked for", "found out"])
+def test_without_a_network_a_hub_address_is_one_sentence(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    # The hub's client lists nothing where it was told not to connect, and raises where it can't.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    address = "hf://datasets/org/name"
+    for read in (image_parquet, webdataset, image_folder):
+        with pytest.raises(UserError, match=f"{address}.*network") as caught:
+            read(address if read is image_folder else [address], held_out=0.0)
         assert "\n" not in str(caught.value)
-    with pytest.raises(
-        UserError, match=r"there is no folder hf://datasets/org/name, .*\(or there is no network"
-    ):
-        image_folder("hf://datasets/org/name", held_out=0.0)
 
 
 # Mixtures

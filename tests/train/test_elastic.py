@@ -14,7 +14,9 @@ import pytest
 PROGRAM = """
 import json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 from fewstep.data.schema import DatasetInfo
@@ -40,6 +42,20 @@ def reached(step):
     done = [int(path.name.split("-")[1]) for path in Path("runs").glob("*/step-*")]
     return bool(done) and max(done) >= step
 
+def training():
+    processes = psutil.process_iter(["cmdline"])
+    workers = [one for one in processes if "".join(one.info["cmdline"] or []).startswith("ray::RayTrainWorker")]
+    return [one for one in workers if one.environ().get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]]
+
+def slowed_until(workers):
+    # Ray reads the cluster's resources every 20 seconds: there have to be steps left to train when it does.
+    while len(training()) < workers and not fitting.done():
+        for seconds, change in ((0.9, "suspend"), (0.1, "resume")):
+            for worker in training():
+                with suppress(psutil.NoSuchProcess):
+                    getattr(worker, change)()
+            time.sleep(seconds)
+
 def act():
     for after, what in plan["acts"]:
         while not reached(after) and not fitting.done():
@@ -49,6 +65,7 @@ def act():
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         elif what == "add":
             nodes.append(cluster.add_node(**node, resources={"worker": 1}))
+            slowed_until(2)
         elif what == "drain":
             import subprocess
             subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address,
@@ -73,7 +90,7 @@ cluster.shutdown()
 """
 
 
-STEPS = 200
+STEPS = 120
 
 
 def run(home: Path, data: Path, teacher: Path, **plan: object) -> tuple[dict[int, list[float]], str]:

@@ -66,7 +66,7 @@ def network_config(path: str) -> dict[str, Any]:
     Raises:
         UserError: no configuration is found there, or the hub can't be reached.
     """
-    # First, so that the best-known teachers can be planned without a connection (and without access to their weights).
+    # First, so that the best-known teachers can be known without a connection (and without access to their weights).
     if (known := known_config(path, NETWORK)) is not None:
         return known
     location = locate(path)
@@ -96,9 +96,8 @@ def _in_folder(folder: Path, path: str) -> dict[str, Any]:
 def _on_hub(hub_id: str, path: str) -> dict[str, Any]:
     try:
         folder = hub_folder(hub_id, PLACES)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(
-            f"teacher.path: the configuration of {path!r} can't be fetched ({str(error).splitlines()[0]}): known "
-            f"without a connection are {', '.join(NETWORKS)}."
+            f"teacher.path: {error}: known without a connection are {', '.join(NETWORKS)}."
         ) from error
     return _in_folder(folder, path)

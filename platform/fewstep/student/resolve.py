@@ -155,8 +155,5 @@ def _from_hub(name: str, field: str) -> Path:
     """
     try:
         return hub_folder(name)
-    except (OSError, ValueError) as error:  # base classes of the hub's errors
-        raise UserError(
-            f"{field}: there is no folder {name!r}, and the hub's can't be fetched "
-            f"({str(error).splitlines()[0][:200]}): check the name and the connection, or give a folder."
-        ) from error
+    except OSError as error:
+        raise UserError(f"{field}: {error}: check the name and the connection, or give a folder.") from error
