@@ -126,6 +126,18 @@ class Storage:
             except FileNotFoundError:
                 return None
 
+    def size(self, relative: str) -> int:
+        """Size in bytes of an object, given relative to the root.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+        """
+        with self.reachable():
+            size = self.filesystem.get_file_info(self.path(relative)).size
+        if size is None:
+            raise FileNotFoundError(f"{self.root} has no {relative}")
+        return size
+
     def list(self) -> dict[str, int]:
         """Relative path → size in bytes of every object below the root, without unfinished local files."""
         with self.reachable():

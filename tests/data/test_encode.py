@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +22,7 @@ from fewstep.data.sources import Source, image_folder, prompts
 from fewstep.data.stream import Batch, ShardStream, read_split
 from fewstep.data.stream_config import CacheConfig, EncodersConfig
 from fewstep.errors import UserError
+from processes import ENCODER, kill_one
 
 SMALL = PreparationConfig(sizes=(Size(8, 8), Size(8, 16)), shard_rows=5, least_shards=1)
 BATCHES = 20
@@ -130,16 +127,6 @@ def test_prompts_without_images(ray_cluster, tmp_path: Path, pool) -> None:
         assert torch.equal(mine.conditioning.states, other.conditioning.states)
 
 
-def kill_an_encoder() -> int:
-    """SIGKILL one of the actors that run; returns how many were killed."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended by now
-            if " ".join(process.cmdline()).startswith("ray::ShardEncoder"):
-                os.kill(process.pid, signal.SIGKILL)
-                return 1
-    return 0
-
-
 def test_an_encoder_that_is_killed_again_and_again_changes_nothing(
     both, pool, from_shards, monkeypatch
 ) -> None:
@@ -152,7 +139,7 @@ def test_an_encoder_that_is_killed_again_and_again_changes_nothing(
     for number, batch in enumerate(itertools.islice(stream, BATCHES)):
         ours.append(batch)
         if number % 6 == 1:
-            killed += kill_an_encoder()
+            killed += kill_one(ENCODER)
     stream.close()
     assert killed >= 2
     assert_equal(ours, from_shards)

@@ -9,6 +9,7 @@ import torch
 from fewstep.data.order import ShardOrder
 from fewstep.data.schema import Shard
 from fewstep.data.stream import ShardStream
+from fewstep.data.stream_config import Reading
 from fewstep.errors import UserError
 
 WIDE, TALL = (3, 2, 4), (3, 4, 2)
@@ -60,6 +61,23 @@ def test_the_order_does_not_depend_on_where_a_pipeline_ends(make_dataset, ray_cl
     monkeypatch.setattr("fewstep.data.stream.SEGMENT_TASKS", 3)
     monkeypatch.setattr("fewstep.data.stream.TASK_ITEMS", 2)
     assert take(ShardStream(root, "train", batch_size=4, seed=3), 24) == whole
+
+
+@pytest.mark.parametrize("start", [0, 17])
+def test_who_reads_changes_nothing(make_dataset, ray_cluster, start: int) -> None:
+    root = make_dataset(ROWS).root
+    readings: list[Reading] = ["tasks", "threads"]
+    streams = [
+        iter(ShardStream(root, "train", batch_size=4, seed=3, start_batch=start, reading=reading))
+        for reading in readings
+    ]
+    for theirs, ours in itertools.islice(zip(*streams, strict=True), 30):
+        assert ours.keys == theirs.keys
+        assert torch.equal(ours.latent, theirs.latent)
+        assert torch.equal(ours.conditioning.states, theirs.conditioning.states)
+        assert torch.equal(ours.conditioning.mask, theirs.conditioning.mask)
+    for stream in streams:
+        stream.close()
 
 
 def test_each_row_is_used_once_an_epoch(make_dataset, ray_cluster):

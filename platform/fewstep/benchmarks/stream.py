@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from fewstep.benchmarks.measure import aligned, log_to_mlflow, machine
 from fewstep.config import Shape
+from fewstep.data.stream_config import Reading
 from fewstep.models.conditioning import TextConditioning
 
 if TYPE_CHECKING:
@@ -38,8 +40,13 @@ examples
   {program} --root s3://bucket/try --samples 256"""
 
 
-WAYS = ("pyarrow", "stored", "float32")
-"""Of the table's rows, for metrics."""
+WAYS = {
+    "pyarrow, one file after the other": "pyarrow",
+    "stream, read by Ray Data's tasks": "tasks",
+    "stream, read by the worker's threads": "threads",
+    "the same, as float32 (CPUs)": "float32",
+}
+"""Of the table's rows, with their names in metrics."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,23 +77,23 @@ def run(options: argparse.Namespace) -> None:
             tuple(options.shape),
         )  # fmt: skip
         size = sum(info.storage.list().values())
-        ways = {
-            "pyarrow, one file after the other": lambda: read_files(info),
-            "stream, as stored (GPUs)": lambda: read_stream(info, options.batch, stored=True),
-            "stream, float32 (CPUs)": lambda: read_stream(info, options.batch, stored=False),
+        alone, *streams = WAYS
+        fed: list[tuple[Reading, bool]] = [("tasks", True), ("threads", True), ("threads", False)]
+        ways: dict[str, Callable[[], float]] = {alone: lambda: read_files(info)} | {
+            name: partial(read_stream, info, options.batch, reading, stored=stored)
+            for name, (reading, stored) in zip(streams, fed, strict=True)
         }
         rates = in_turns(ways, options.repeats)
     per_sample = size / options.samples
-    alone = rates["pyarrow, one file after the other"]
     rows = [
-        [name, f"{rate:.1f}", f"{rate * per_sample / 1e6:.0f}", f"{rate / alone:.2f}"]
+        [name, f"{rate:.1f}", f"{rate * per_sample / 1e6:.0f}", f"{rate / rates[alone]:.2f}"]
         for name, rate in rates.items()
     ]
     description = f"{machine(torch.device('cpu'))}; {per_sample / 1e6:.2f} MB per sample"
     table = f"{description}\n\n{aligned(['', 'samples/s', 'MB/s', 'of pyarrow'], rows)}"
     print(table, flush=True)
     if options.tracking:
-        metrics = {f"samples_per_second/{way}": rate for way, rate in zip(WAYS, rates.values(), strict=True)}
+        metrics = {f"samples_per_second/{WAYS[name]}": rate for name, rate in rates.items()}
         log_to_mlflow(options.tracking, "stream", description, table, metrics)
 
 
@@ -136,11 +143,11 @@ def read_files(info: DatasetInfo) -> float:
     return rows / (time.perf_counter() - began)
 
 
-def read_stream(info: DatasetInfo, batch_size: int, *, stored: bool) -> float:
+def read_stream(info: DatasetInfo, batch_size: int, reading: Reading, *, stored: bool) -> float:
     """Samples per second of a worker's stream, without its start."""
     from fewstep.data.stream import ShardStream
 
-    stream = ShardStream(info.root, "train", batch_size=batch_size, seed=0, stored=stored)
+    stream = ShardStream(info.root, "train", batch_size=batch_size, seed=0, reading=reading, stored=stored)
     count = info.rows("train") // batch_size
     with closing(iter(stream)) as batches:
         next(batches)

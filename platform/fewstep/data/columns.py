@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -66,9 +65,10 @@ def conditioning_of(rows: pa.Table, encoding: Encoding, *, stored: bool = False)
         return ClassConditioning(torch.tensor(_labels(rows), dtype=torch.int64))
     counts, scales = rows["token_count"].to_pylist(), rows["token_scale"].to_pylist()
     # Each caption is copied once, from arrow's memory to its place in the batch.
-    states = torch.zeros(len(counts), max(counts, default=0), encoding.token_dim, dtype=torch.float16)
+    states = torch.empty(len(counts), max(counts, default=0), encoding.token_dim, dtype=torch.float16)
     for place, count, row in zip(states.numpy(), counts, row_views(rows["tokens"], np.float16), strict=True):
         place[:count] = row.reshape(count, -1)
+        place[count:] = 0
     if not stored or any(scale is not None for scale in scales):
         states = states.float()
         for place, scale in zip(states, scales, strict=True):
@@ -98,10 +98,17 @@ def row_views(column: pa.ChunkedArray, kind: type[np.generic]) -> list[np.ndarra
     """The numbers of each row of a column of bytes, as views of arrow's memory, which is read-only."""
     views: list[np.ndarray] = []
     for chunk in column.chunks:
-        _, places, content = chunk.buffers()
-        ends = np.frombuffer(places, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
-        numbers = np.frombuffer(content or b"", np.uint8)
-        views += [numbers[first:last].view(kind) for first, last in pairwise(ends)]
+        if isinstance(chunk, pa.DictionaryArray):  # of `order.permuted`
+            content, rows = chunk.dictionary, chunk.indices.to_numpy()
+        else:
+            content, rows = chunk, np.arange(len(chunk))
+        _, places, numbers = content.buffers()
+        ends = np.frombuffer(places, np.int64)[content.offset : content.offset + len(content) + 1]
+        memory = np.frombuffer(numbers or b"", np.uint8)
+        views += [
+            memory[first:last].view(kind)
+            for first, last in zip(ends[rows].tolist(), ends[rows + 1].tolist(), strict=True)
+        ]
     return views
 
 

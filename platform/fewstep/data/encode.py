@@ -18,12 +18,11 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from fewstep.config import Shape
 from fewstep.data.cache import ShardCache
 from fewstep.data.images import Size
 from fewstep.data.members import at_addresses
 from fewstep.data.prepare import EncodeImages, EncodeText, PreparationConfig, pack, unpack
-from fewstep.data.schema import DatasetInfo, read_raw
+from fewstep.data.schema import DatasetInfo, bucket_of, read_raw
 from fewstep.data.seeds import stable_hash
 from fewstep.data.stream_config import CacheConfig, EncodersConfig, PoolConfig
 from fewstep.errors import UserError
@@ -62,7 +61,7 @@ class RowEncoder:
 
     def finish(self, item: dict[str, Any]) -> tuple[pa.Table, list[dict[str, str]]]:
         """What `texts` returned as a table of SCHEMA, its images encoded; and the rows that could not be encoded."""
-        split, shape = place_of(item["path"])
+        split, shape = bucket_of(item["path"])
         size = Size.parse(self._sizes["x".join(map(str, shape))])
         bucket = {"width": size.width, "height": size.height, "shape": shape, "split": split}
         return self._images.table({**item, **bucket})
@@ -180,13 +179,6 @@ class EncoderPool:
         if not self.images:
             return encoded
         return self.images[place % len(self.images)].encode_shard.remote(encoded)
-
-
-def place_of(path: str) -> tuple[str, Shape]:
-    """Split and latent shape of a shard, by its path in the dataset."""
-    split, bucket, _ = path.split("/")
-    channels, height, width = map(int, bucket.split("x"))
-    return split, (channels, height, width)
 
 
 def _actors(info: DatasetInfo, config: PoolConfig, *, images: bool) -> tuple[Any, ...]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from fewstep.config import Shape
-from fewstep.data.schema import Shard, read_shard
+from fewstep.data.schema import NUMBERS, Shard, read_shard
 from fewstep.data.seeds import generator
 from fewstep.data.stream_config import OPEN_SHARDS
 from fewstep.storage import Storage
@@ -34,11 +33,6 @@ class WorkItem:
     shard: Shard
     first: int
     last: int
-
-    @property
-    def nbytes(self) -> int:
-        """Estimate of its size in memory: float32 latents, and 16 KiB of token states per row."""
-        return (self.last - self.first) * (4 * math.prod(self.shard.shape) + 2**14)
 
     def as_dict(self) -> dict[str, Any]:
         """The item as plain values, which a row of Ray Data consists of."""
@@ -198,19 +192,30 @@ def _lanes(first: int, count: int, batch_size: int) -> list[ShardLane]:
     return [ShardLane(first + place, range(cuts[place], cuts[place + 1])) for place in range(count)]
 
 
-def grouped(items: Iterator[WorkItem], size: int, most: int) -> Iterator[list[WorkItem]]:
-    """Consecutive work items in groups that end at `most` items or `size` bytes, whichever comes first."""
+def grouped(
+    items: Iterator[WorkItem], row_bytes: Mapping[Shape, float], size: int, most: int
+) -> Iterator[list[WorkItem]]:
+    """Consecutive work items in groups that end at `most` items or `size` bytes, whichever comes first.
+
+    Args:
+        items: work items.
+        row_bytes: size of a row, by latent shape.
+        size, most: limits of a group.
+    """
     group: list[WorkItem] = []
+    read = 0.0
     for item in items:
         group.append(item)
-        if len(group) == most or sum(member.nbytes for member in group) >= size:
+        read += (item.last - item.first) * row_bytes[item.shard.shape]
+        if len(group) == most or read >= size:
             yield group
-            group = []
+            group, read = [], 0.0
 
 
-def read_permuted(tasks: pa.Table, *, storage: Storage, seed: int, reader: ShardReader) -> Iterator[pa.Table]:
-    """Ray Data task: gives the rows of its work items, permuted for their epochs, with a column `lane`."""
-    items = list(itertools.chain(*tasks["items"].to_pylist()))
+def read_permuted(
+    items: Sequence[dict[str, Any]], *, storage: Storage, seed: int, reader: ShardReader
+) -> Iterator[pa.Table]:
+    """The rows of work items, permuted for their epochs, with a column `lane`; one table for each."""
     wanted = [
         # The permutation depends on epoch and shard alone, so a resumed stream skips the very rows it had consumed.
         (item["path"], _permutation(seed, item)[item["first"] : item["last"]])
@@ -238,4 +243,23 @@ class EncodedShards:
     def tables(self, storage: Storage, wanted: Sequence[tuple[str, np.ndarray]]) -> Iterator[pa.Table]:
         """See `ShardReader`."""
         for path, rows in wanted:
-            yield read_shard(storage, path).take(rows)
+            yield permuted(read_shard(storage, path), rows)
+
+
+def permuted(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Rows of an encoded shard in another order.
+
+    The order of tensors is that of small numbers: each column of tensors comes as a dictionary of the table's own
+    memory, so that they are copied only where batches are made of them.
+    """
+    if 2 * len(rows) < len(table):  # the memory of all of them would be sent on
+        table, rows = table.take(rows), np.arange(len(rows))
+    tensors = {
+        name: pa.DictionaryArray.from_arrays(pa.array(rows, pa.int32()), table[name].combine_chunks())
+        for name in NUMBERS
+        if not table[name].null_count
+    }
+    table = table.drop_columns(list(tensors)).take(rows)
+    for name, column in tensors.items():
+        table = table.append_column(name, column)
+    return table

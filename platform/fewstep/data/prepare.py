@@ -103,13 +103,24 @@ class PreparationConfig:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard that is to be written: its path, and the raw rows (INDEX) that it is made of."""
+    """A shard that is to be written: its path, and the raw rows that it is made of.
+
+    Attributes:
+        source: rows of all shards.
+        places: of this shard's rows among them.
+    """
 
     path: str
     split: str
     size: Size
     shape: Shape
-    rows: pa.Table
+    source: pa.Table
+    places: np.ndarray
+
+    @property
+    def rows(self) -> pa.Table:
+        """A copy of its rows, with INDEX's columns; made at each call, so that the plans of all shards are small."""
+        return self.source.take(pa.array(self.places)).cast(INDEX)
 
     def as_item(self) -> dict[str, Any]:
         """The plan as a row of the pipeline's dataset."""
@@ -238,7 +249,7 @@ def plan(source: Source, config: PreparationConfig) -> tuple[list[ShardPlan], li
         count = max(least, -(-len(indices) // config.shard_rows))
         for number, part in enumerate(np.array_split(indices, count)):
             path = f"{bucket_folder(split, shapes[size])}/part-{number:05d}.parquet"
-            plans.append(ShardPlan(path, split, size, shapes[size], rows.take(pa.array(part)).cast(INDEX)))
+            plans.append(ShardPlan(path, split, size, shapes[size], rows, part))
     return plans, [*source.rejected, *broken]
 
 
@@ -475,7 +486,7 @@ def _encode(
         .map(encode_text, fn_constructor_kwargs={"config": config}, **pool)
         .map(encode_images, fn_constructor_args=(config, encoding, source.storage, out, has_images), **pool)
     )
-    total, done, warm = sum(len(p.rows) for p in plans), 0, 0
+    total, done, warm = sum(len(p.places) for p in plans), 0, 0
     started = reported = time.monotonic()
     report(f"encoding {total} rows into {len(plans)} shards; the encoders are starting")
     with user_errors():

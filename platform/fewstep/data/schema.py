@@ -260,6 +260,13 @@ def bucket_folder(split: str, shape: Shape) -> str:
     return f"{split}/{'x'.join(map(str, shape))}"
 
 
+def bucket_of(path: str) -> tuple[str, Shape]:
+    """Split and latent shape of a shard, by its path in the dataset."""
+    split, bucket, _ = path.split("/")
+    channels, height, width = map(int, bucket.split("x"))
+    return split, (channels, height, width)
+
+
 def encode_table(rows: pa.Table, latents: pa.Array | np.ndarray | None, shape: Shape, split: str) -> pa.Table:
     """Assemble a shard's table.
 

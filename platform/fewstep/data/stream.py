@@ -1,4 +1,4 @@
-"""The stream of batches that a training worker iterates: endless, seeded, exactly seekable, read through Ray Data.
+"""The stream of batches that a training worker iterates: endless, seeded, exactly seekable.
 
 Global batch n is a pure function of (dataset, seed, batch size, open shards, n), whatever the number of workers, so
 that a resumed run continues with the batch that it would have got without the interruption. The order is made so:
@@ -8,8 +8,9 @@ that a resumed run continues with the batch that it would have got without the i
   epoch of a bucket each row is used once. Rows are permuted within their shard, differently in each epoch.
 * A worker computes a part of each batch, and reads the shards that this part comes from. No row is dropped, and every
   batch is full.
-* The shards of all coming epochs are work items, in the order in which they are needed. Ray Data reads some of them
-  ahead, whatever the epoch: no epoch begins with a pause, and a resumed stream begins at the right item.
+* The shards of all coming epochs are work items, in the order in which they are needed. Ray Data, or threads of the
+  process itself, read some of them ahead, whatever the epoch: no epoch begins with a pause, and a resumed stream begins
+  at the right item.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -44,7 +46,7 @@ from fewstep.data.order import (
 )
 from fewstep.data.schema import DatasetInfo, Encoding, read_raw, read_shard
 from fewstep.data.seeds import stable_hash
-from fewstep.data.stream_config import OPEN_SHARDS
+from fewstep.data.stream_config import OPEN_SHARDS, Reading
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Conditioning
 from fewstep.storage import Storage
@@ -64,14 +66,14 @@ TASK_BYTES, TASK_ITEMS = 16 * 2**20, 16
 TASK_PIECES = 4
 """Limit of what one task has encoded: its rows come when all of them are."""
 
-QUEUED_BATCHES = 8
-"""Most batches that are made ahead of the training."""
+QUEUED_BATCHES, QUEUED_BYTES = 8, 2**24
+"""Limits of what is made ahead of the training: so many batches, fewer if they are large, but always two."""
 
 CLOSE_SECONDS = 10
 """Longest wait, when an iterator is closed, for its reading thread; the thread ends after the block it is reading."""
 
 READ_TASKS = 2
-"""Reading tasks of one worker's stream that run at the same time."""
+"""Tasks or threads of one worker's stream that read at the same time."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class ShardStream:
         parts: indices, in the global batch, of the examples of each batch that is yielded for it; by default one batch
             of all of them. Together they are one range.
         open_shards: see `ShardOrder`.
+        reading: who reads encoded shards: Ray Data's tasks, or threads of this process, which then needs no Ray. Raw
+            rows are read by tasks.
         start_batch: number of the global batch to begin with.
         reader: for a dataset of raw rows, what encodes them.
         stored: see `Batch.of`.
@@ -153,6 +157,7 @@ class ShardStream:
         seed: int,
         parts: Sequence[range] | None = None,
         open_shards: int = OPEN_SHARDS,
+        reading: Reading = "tasks",
         start_batch: int = 0,
         reader: EncoderPool | None = None,
         stored: bool = False,
@@ -161,11 +166,16 @@ class ShardStream:
         assert reader or self.info.raw is None, "raw shards are read by those who can encode them"
         self._reader: ShardReader = reader or EncodedShards()
         self._stored = stored
+        self._reading: Reading = "tasks" if reader else reading
         self.start_batch = start_batch
         self.seconds_waited = 0.0
         self._parts = parts or [range(batch_size)]
         self._share = range(self._parts[0].start, self._parts[-1].stop)
         self._task_items = TASK_ITEMS if reader is None else TASK_PIECES
+        self._row_bytes = {
+            shape: self.info.storage.size(shards[0].path) / shards[0].rows
+            for shape, shards in self.info.buckets(split).items()
+        }
         # All of the order is decided there, from numbers alone; what follows only reads.
         self._order = ShardOrder(
             self.info.buckets(split),
@@ -177,7 +187,9 @@ class ShardStream:
 
     def __iter__(self) -> Generator[Batch]:
         # Bounded: the thread stops reading ahead when the queue is full.
-        batches: queue.Queue[Batch | BaseException] = queue.Queue(QUEUED_BATCHES)
+        large = max(self._row_bytes.values()) * len(self._parts[0])
+        most = min(QUEUED_BATCHES, max(2, int(QUEUED_BYTES // large)))
+        batches: queue.Queue[Batch | BaseException] = queue.Queue(most)
         stop = threading.Event()
         reader = threading.Thread(target=self._fill, args=(batches, stop), name="shard-stream", daemon=True)
         reader.start()
@@ -206,7 +218,9 @@ class ShardStream:
     def _batches(self) -> Iterator[Batch]:
         """All batches from `start_batch` on."""
         pending: dict[int, pa.Table] = {}
-        blocks = self._blocks()
+        items = self._order.items(self.start_batch, self._share)
+        tasks = grouped(items, self._row_bytes, TASK_BYTES, self._task_items)
+        blocks = self._read_by_tasks(tasks) if self._reading == "tasks" else self._read_by_threads(tasks)
         for bucket in self._order.bucket_draws(self.start_batch):
             rows = []
             for lane in self._order.lanes_of(bucket, self._share):
@@ -229,9 +243,8 @@ class ShardStream:
                 rows_of_part = share.slice(part.start - self._share.start, len(part))
                 yield Batch.of(rows_of_part, self.info.encoding, stored=self._stored)
 
-    def _blocks(self) -> Iterator[pa.Table]:
+    def _read_by_tasks(self, tasks: Iterator[list[WorkItem]]) -> Iterator[pa.Table]:
         """Blocks of permuted rows, in the order of their work items, from many short Ray Data executions."""
-        tasks = grouped(self._order.items(self.start_batch, self._share), TASK_BYTES, self._task_items)
 
         def begin() -> tuple[pa.Table, Iterator[pa.Table]]:
             segment = list(itertools.islice(tasks, SEGMENT_TASKS))
@@ -250,6 +263,22 @@ class ShardStream:
                 coming = thread.submit(begin)
                 yield first
                 yield from others
+
+    def _read_by_threads(self, tasks: Iterator[list[WorkItem]]) -> Iterator[pa.Table]:
+        """Blocks of permuted rows, in the order of their work items, read by threads of this process."""
+
+        def read(task: list[WorkItem]) -> list[pa.Table]:
+            items = [item.as_dict() for item in task]
+            return list(
+                read_permuted(items, storage=self.info.storage, seed=self._order.seed, reader=self._reader)
+            )
+
+        with ThreadPoolExecutor(READ_TASKS, "read-shards") as threads:
+            coming = deque(threads.submit(read, task) for task in itertools.islice(tasks, READ_TASKS))
+            while True:
+                blocks = coming.popleft().result()
+                coming.append(threads.submit(read, next(tasks)))
+                yield from blocks
 
 
 def read_split(
@@ -300,7 +329,7 @@ def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int, reader: 
     rows = [{"items": [item.as_dict() for item in task]} for task in tasks]
     # Reading takes no CPU slot, so that it also works where training workers hold all CPUs of a cluster.
     pipeline = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(read_permuted, storage=storage, seed=seed, reader=reader),
+        partial(_read_block, storage=storage, seed=seed, reader=reader),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
@@ -309,9 +338,17 @@ def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int, reader: 
     return configured(pipeline, in_order=True)
 
 
+def _read_block(block: pa.Table, *, storage: Storage, seed: int, reader: ShardReader) -> Iterator[pa.Table]:
+    """Ray Data task: `read_permuted`, of the work items in a block's column `items`."""
+    items = list(itertools.chain(*block["items"].to_pylist()))
+    yield from read_permuted(items, storage=storage, seed=seed, reader=reader)
+
+
 def _by_lane(block: pa.Table) -> Iterator[tuple[int, pa.Table]]:
     """(lane, its rows) for each run of rows of one lane, without copying any."""
     lanes = block["lane"].to_numpy()
+    if not len(lanes):
+        return
     starts = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist()]
     for start, end in zip(starts, [*starts[1:], len(lanes)], strict=True):
         yield int(lanes[start]), block.slice(start, end - start)

@@ -1,6 +1,8 @@
-"""Settings of the encoding in a stream."""
+"""Settings of a stream: who reads and encodes its shards."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
@@ -8,6 +10,9 @@ from fewstep.config import Config
 
 OPEN_SHARDS = 8
 """Shards that a global batch takes rows of, at most."""
+
+Reading = Literal["tasks", "threads"]
+"""Who reads encoded shards: Ray Data's tasks, on any node, or threads of the process that wants them."""
 
 STAGE_CPUS = 0.1
 """CPU slots of an actor or task: a fraction, because training workers may hold nearly all CPUs of a small cluster."""

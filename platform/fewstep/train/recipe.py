@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from fewstep.config import Config, Precision, checked_settings
 from fewstep.data.datasets import EMOJI_DATA, SHIPPED_DATA, streamed
-from fewstep.data.stream_config import OPEN_SHARDS, CacheConfig, EncodersConfig
+from fewstep.data.stream_config import OPEN_SHARDS, CacheConfig, EncodersConfig, Reading
 from fewstep.distill import ImitationConfig
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
@@ -170,6 +170,9 @@ class DataConfig(Config):
     open_shards: int = Field(OPEN_SHARDS, ge=1)
     """Shards that a batch takes samples of, where there are as many. More mix better and take more memory; with a
     multiple of the number of workers, no shard is read by two of them."""
+    reading: Reading = "tasks"
+    """Who reads encoded shards. tasks: Ray Data's, on any node that has room. threads: each training worker's own,
+    which copies each sample once instead of three times, on the worker's node."""
 
     @model_validator(mode="before")
     @classmethod

@@ -112,6 +112,7 @@ def _train(job: WorkerJob) -> None:
         seed=settings.seed,
         parts=learner.share.parts,
         open_shards=recipe.data.open_shards,
+        reading=recipe.data.reading,
         start_batch=done,
         reader=job.reader,
         stored=device.type != "cpu",  # half as much to copy; on CPUs the reading thread converts

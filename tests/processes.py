@@ -1,0 +1,23 @@
+"""Processes of this test session's Ray node."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+import psutil
+
+
+def kill_one(title: str) -> int:
+    """SIGKILL one process whose title begins so, as Ray names its actors and tasks; returns how many were killed."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended by now
+            if " ".join(process.cmdline()).startswith(title):
+                os.kill(process.pid, signal.SIGKILL)
+                return 1
+    return 0
+
+
+ENCODER = "ray::ShardEncoder"
+"""Title of the actors that encode raw rows."""
