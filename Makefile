@@ -2,6 +2,7 @@
 # make test      everything that is promised, checked
 # make serve     the bundled student behind HTTP: page, API, OpenAI's client (serve/config.yaml)
 # make ui        the MLflow pages of what was run        make stop   end the local Ray node
+# make chaos     what is promised of machines and processes that die, for half an hour
 # make lint      ruff       make types   mypy and declared dependencies       make docs   the documentation, in site/
 # make help      all of them
 
@@ -23,7 +24,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 # one lies in ~/.ray, and its `ray job submit` then does not send it unless RAY_AUTH_MODE says so.
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: help setup node distill teacher serve test lint types docs ui stop clean
+.PHONY: help setup node distill teacher serve test chaos lint types docs ui stop clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -52,6 +53,9 @@ serve: node
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+chaos: setup
+	$(BIN)/python -m pytest -m "" tests/chaos $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,22 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `tiny.write_teacher`."""
+    folder = tmp_path_factory.mktemp("tiny-teacher")
+    tiny.write_teacher(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `tiny.write_data`."""
+    root = tmp_path_factory.mktemp("tiny-data")
+    tiny.write_data(root)
+    return root
 
 
 def _free_port() -> int:

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.data.stream import Batch
+from fewstep.data.datasets import EMOJI_DATA
+from fewstep.data.datasets.bundled import open_data
+from fewstep.data.stream import Batch, read_split
+from fewstep.evaluate.generation import Method, generate_images
 from fewstep.evaluate.teacher_images import TeacherImages
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.conditioning import ClassConditioning
 from fewstep.models.teacher import TeacherReference
 from fewstep.student import StudentCard, read_student_card, resolve_student
+from fewstep.train.recipe import EvaluationConfig
 
 CARD = StudentCard(
     teacher=TeacherReference("somewhere", "dit", "0" * 64),
@@ -99,3 +103,22 @@ def test_a_torn_file_is_generated_again() -> None:
     [file] = images.folder.iterdir()
     file.write_bytes(file.read_bytes()[:-10])
     assert images.load(64, 1) is None
+
+
+def test_the_bundled_images_are_what_the_bundled_teacher_draws(ray_cluster: str) -> None:
+    info = open_data(EMOJI_DATA)
+    held_out = read_split(info.root, "held_out", EvaluationConfig().captions)
+    student = resolve_student("emoji-student").folder
+    kept = TeacherImages.of(read_student_card(student), held_out, 0)
+    for steps, noise in ((64, 0), (64, 1), (16, 0), (8, 0), (4, 0), (2, 0)):
+        images = kept.load(steps, noise)
+        assert images is not None, "the main job's evaluation has changed: see the module"
+        assert images.shape == (len(held_out), 16, 16, 3)
+    first = replace(
+        held_out, conditioning=held_out.conditioning[slice(6)], captions=held_out.captions[:6], keys=held_out.keys[:6],
+        latent=None,
+    )  # fmt: skip
+    drawn = generate_images(student, first, [Method("euler_4", 4), Method("other", 64, noise=1)])
+    for method, (steps, noise) in {"euler_4": (4, 0), "other": (64, 1)}.items():
+        # Another processor may round to the next of 256 levels.
+        assert np.abs(drawn[method].astype(int) - kept.load(steps, noise)[:6]).max() <= 1

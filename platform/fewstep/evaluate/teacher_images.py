@@ -1,6 +1,8 @@
 """Images that a teacher generated for an earlier evaluation, kept for the next one.
 
-A teacher's 64 steps are most of an evaluation's work, and the same for all of its students.
+A teacher's 64 steps are most of an evaluation's work, and the same for all of its students. Those of the bundled emoji
+teacher for the main job's evaluation are bundled too; whoever changes that teacher or that evaluation runs the main job
+once, and copies what it kept to the assets.
 """
 
 from __future__ import annotations
@@ -8,17 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from fewstep.assets import asset
 from fewstep.config import Precision
 from fewstep.data.stream import Batch
 from fewstep.student.card import StudentCard
 
 FOLDER = Path(".fewstep/teacher_images")
 """Where they are kept, below the current folder."""
+
+BUNDLED = "teacher_images"
+"""Folder of the bundled ones in the assets."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +83,19 @@ class TeacherImages:
 
     def load(self, steps: int, noise: int) -> np.ndarray | None:
         """The images of so many steps from noise of that number, (N, H, W, 3) uint8; None if there are none yet."""
-        if self.identity is None or not (file := self._file(steps, noise)).exists():
+        if self.identity is None:
             return None
-        try:
-            return np.load(file)
-        except (OSError, ValueError):  # the disk was full when they were written: they are generated again
-            return None
+        for folder in (self.folder, asset(BUNDLED)):
+            # Not there yet; or torn, as the disk was full when they were written: they are generated again.
+            with suppress(OSError, ValueError):
+                return np.load(folder / self._name(steps, noise))
+        return None
 
     def save(self, steps: int, noise: int, images: np.ndarray) -> None:
         """Keep images (N, H, W, 3) uint8, whole or not at all."""
         if self.identity is None:
             return
-        file = self._file(steps, noise)
+        file = self.folder / self._name(steps, noise)
         file.parent.mkdir(parents=True, exist_ok=True)
         # With the process's number, as two evaluations may write the same images at the same time.
         unfinished = file.with_suffix(f".{os.getpid()}.tmp")
@@ -95,5 +103,5 @@ class TeacherImages:
             np.save(stream, images)
         unfinished.rename(file)
 
-    def _file(self, steps: int, noise: int) -> Path:
-        return self.folder / f"{self.identity}-{steps}-{noise}.npy"
+    def _name(self, steps: int, noise: int) -> str:
+        return f"{self.identity}-{steps}-{noise}.npy"

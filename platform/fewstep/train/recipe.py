@@ -242,7 +242,8 @@ class TrainConfig(Config):
     train."""
     precision: Precision = "float32"
     """How frozen weights are held: float32; bfloat16; int8 or int4, which FSDP does not shard. Blocks compute in
-    bfloat16 with all but the first, for which a CPU needs AVX512-BF16 or AMX; trained weights stay float32."""
+    bfloat16 with all but the first, for which a CPU needs AVX512-BF16 or AMX; trained weights stay float32. auto: at
+    first bfloat16 where the machine that starts the run has it, else float32; a run that is resumed keeps its own."""
     activation_checkpointing: bool = False
     """Compute blocks again in backward instead of keeping their activations."""
     compile: Literal["inductor", "aot_eager"] | None = None
@@ -257,8 +258,21 @@ class TrainConfig(Config):
     """Steps between sample grids; 0 for no grids."""
     max_failures: int = Field(3, ge=0)
     """How often the run is restarted after workers have died, before it fails."""
+    wait_minutes: float = Field(15.0, gt=0)
+    """How long, in all, the run waits for room for its workers, as when a node has gone or an autoscaler has yet to
+    bring one, before it fails. It waits in attempts of Ray Train's own, of a minute or two."""
     storage: str = "runs"
     """Folder or s3:// address of checkpoints and results."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _precision_of_this_machine(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("precision") == "auto":
+            from fewstep.models.precision import cpu_has_bfloat16
+
+            fast = data.get("gpu") or cpu_has_bfloat16()
+            return {**data, "precision": "bfloat16" if fast else "float32"}
+        return data
 
     @model_validator(mode="after")
     def _workers_ascend(self) -> TrainConfig:

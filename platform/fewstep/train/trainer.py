@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 RESIZE_SECONDS = 60.0
 """Time between two looks whether the cluster has grown or shrunk, for runs of [fewest, most] workers."""
+
+START_SECONDS = 60.0
+"""How long Ray Train waits for its workers to start, before it tries again; RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
+changes it."""
 
 PREVIEW_CAPTIONS = 32
 """Number of held-out captions in the sample grids."""
@@ -98,7 +103,8 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
                 result = _ray_trainer(recipe, run_name, info, tracker.run, reader).fit()
         except TrainingFailedError as error:
             way_on = _way_on(recipe, run_name, begun)
-            raise UserError(f"run {run_name} failed: {_root_cause(error)}; {way_on}.") from error
+            reason = _no_room(error, recipe.train) or _root_cause(error)
+            raise UserError(f"run {run_name} failed: {reason}; {way_on}.") from error
         # Ray Train v2's results and settings have fields that its type annotations, those of v1, lack.
         if (stopped := cast(Any, result).return_value) is not None:
             raise UserError(f"run {run_name} stopped: {stopped}")
@@ -195,11 +201,19 @@ def _ray_trainer(
             # Not an address: Ray would read it as a URI, and decode it.
             storage_path=storage.base,
             storage_filesystem=storage.filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            failure_config=cast(Any, ray.train.FailureConfig)(
+                max_failures=settings.max_failures, controller_failure_limit=_start_attempts(settings) - 1
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             worker_runtime_env={"env_vars": worker_environment(settings)},
         ),
     )
+
+
+def _start_attempts(settings: TrainConfig) -> int:
+    """How often Ray Train may try to start the workers; by default it would try without end."""
+    each = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_SECONDS))
+    return max(1, round(60 * settings.wait_minutes / each))
 
 
 def worker_environment(settings: TrainConfig) -> dict[str, str]:
@@ -235,6 +249,19 @@ def _fetch_export(checkpoint: Any, folder: Path) -> None:
     with checkpoint.as_directory() as local:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(Path(local) / EXPORT, folder)
+
+
+def _no_room(error: BaseException, settings: TrainConfig) -> str | None:
+    """What is wrong if the cluster has no room for the workers; None if something else is."""
+    # By its name, as Ray has the class in a private module.
+    if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
+        return None
+    each = f"{settings.cpus_per_worker:g} CPUs" + (" and a GPU" if settings.gpu else "")
+    return (
+        f"for {settings.wait_minutes:g} minutes the cluster had no room for {settings.fewest_workers} workers of "
+        f"{each} each: add a node (`ray status` shows what there is), lower train.workers, or let it wait longer with "
+        "train.wait_minutes"
+    )
 
 
 def _root_cause(error: BaseException) -> str:

@@ -1,0 +1,82 @@
+"""Runs on a cluster whose machines come and go."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("program.py")
+STEPS = 120
+
+
+def run(home: Path, data: Path, teacher: Path, **plan: object) -> str:
+    """What a run of `program.py` printed."""
+    home.mkdir()
+    start_seconds = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # short: Ray's sockets lie below it
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), str(data), str(teacher), json.dumps({"steps": STEPS, **plan})],
+            cwd=home, env={**environment, **start_seconds, "RAY_TMPDIR": folder}, capture_output=True, text=True,
+            timeout=500,
+        )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def losses_of(said: str) -> dict[int, list[float]]:
+    """Losses by step; several of a step that was taken twice."""
+    [line] = [line for line in said.splitlines() if line.startswith("result ")] or [None]
+    assert line is not None, said[-6000:]
+    return {int(step): values for step, values in json.loads(line.removeprefix("result ")).items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data, tiny_teacher, tmp_path_factory) -> dict[int, float]:
+    home = tmp_path_factory.mktemp("undisturbed")
+    losses = losses_of(run(home / "run", tiny_data, tiny_teacher, nodes=1, workers=1, acts=[]))
+    return {step: values[0] for step, values in losses.items()}
+
+
+def assert_same(losses: dict[int, list[float]], undisturbed: dict[int, float]) -> None:
+    assert set(losses) == set(undisturbed) == set(range(1, STEPS + 1))
+    for step, values in losses.items():
+        for value in values:  # of a step that was taken twice, as its node died before the next checkpoint
+            assert value == pytest.approx(undisturbed[step], rel=1e-3), step
+
+
+def test_two_workers_one_and_two_again_are_one_run(tiny_data, tiny_teacher, tmp_path, undisturbed) -> None:
+    acts = [(20, "kill"), (40, "add")]
+    said = run(tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=acts)
+    assert_same(losses_of(said), undisturbed)
+    assert said.count("resumed from the checkpoint") >= 2, said
+
+
+@pytest.mark.chaos
+def test_a_node_that_is_drained_leaves_a_checkpoint_first(
+    tiny_data, tiny_teacher, tmp_path, undisturbed
+) -> None:
+    said = run(tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=[(20, "drain")])
+    assert_same(losses_of(said), undisturbed)
+    assert "a node is about to go: the checkpoint of step" in said
+
+
+@pytest.mark.chaos
+def test_a_run_whose_lost_node_nobody_replaces_ends_and_says_what_is_missing(
+    tiny_data, tiny_teacher, tmp_path
+) -> None:
+    began = time.monotonic()
+    said = run(
+        tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=2, acts=[(20, "kill")],
+        overrides=["train.wait_minutes=1"],
+    )  # fmt: skip
+    [message] = [line for line in said.splitlines() if line.startswith("failed ")]
+    assert "for 1 minutes the cluster had no room for 2 workers of 1 CPUs each" in message
+    assert "--resume" in message
+    assert time.monotonic() - began < 240
