@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fewstep.data.cache import ShardCache
 from fewstep.data.encode import EncoderPool
 from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
-from fewstep.data.schema import DatasetInfo
+from fewstep.data.schema import DatasetInfo, read_shard
 from fewstep.data.sources import Source, image_folder, prompts
 from fewstep.data.stream import Batch, ShardStream, read_split
 from fewstep.data.stream_config import CacheConfig, EncodersConfig
@@ -156,6 +157,15 @@ def test_rows_that_cannot_be_encoded_are_replaced_by_others_of_their_shard(
     assert all(len(batch) == 6 for batch in seen)
 
 
+def test_whoever_wants_no_latents_reads_no_image(ray_cluster, tmp_path, pool) -> None:
+    info = prepare(
+        _photos(tmp_path / "photos", broken=tuple(range(40))), tmp_path / "raw", SMALL, encode=False
+    )
+    for batch in batches(info, 5, reader=pool(replace(info, has_latents=False))):
+        assert batch.latent is None
+        assert len(batch.conditioning) == 6
+
+
 def test_a_shard_of_which_nothing_can_be_encoded_is_named(ray_cluster, tmp_path, pool) -> None:
     info = prepare(
         _photos(tmp_path / "photos", broken=tuple(range(40))), tmp_path / "raw", SMALL, encode=False
@@ -198,6 +208,15 @@ def test_a_cache_that_is_deleted_or_broken_on_the_way_changes_nothing(
             shutil.rmtree(folder)
     stream.close()
     assert_equal(ours, from_shards)
+
+
+def test_a_cache_that_cannot_be_written_is_said(both, tmp_path, capfd) -> None:
+    (tmp_path / "file").write_text("no folder")
+    cache = ShardCache.of(CacheConfig(path=str(tmp_path / "file" / "cache"), max_gb=1), both[1])
+    shard = next(shard for shard in both[0].shards if shard.split == "train")
+    for _ in range(2):
+        cache.write(shard.path, read_shard(both[0].storage, shard.path))
+    assert capfd.readouterr().out.count("data.cache: nothing can be kept") == 1
 
 
 def test_the_cache_is_bounded_and_other_datasets_make_room(both, pool, tmp_path) -> None:

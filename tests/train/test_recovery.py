@@ -373,7 +373,9 @@ def test_altered_content_is_found_and_the_run_goes_on_without_that_checkpoint(
     shorten(local, f"^{RAYS_LIST}", 0)
     capfd.readouterr()
     fit(resumed("train.steps=4", "train.workers=1"), RUN)
-    assert "resumed from the checkpoint of step 2" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "resumed from the checkpoint of step 2" in said
+    assert "other settings than it began with: train.steps=4 (was 3), train.workers=1 (was 2)\n" in said
     assert [name[:12] for name in checkpoints(local)] == [f"step-000000{step}" for step in (1, 2, 3, 4)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -39,6 +40,8 @@ class ShardCache:
         """The cache of a raw dataset."""
         # The plan has a digest of the rows. Without one, the manifest tells datasets apart.
         plan = info.storage.read(PLAN) or json.dumps([asdict(shard) for shard in info.shards]).encode()
+        if not info.has_latents:
+            plan += b"captions alone"  # of a dataset that may have images, which others want
         digest = hashlib.sha256(plan + json.dumps(asdict(info.encoding)).encode()).hexdigest()
         root = Path(config.path).expanduser().absolute()
         return cls(root, digest[:24], int(config.max_gb * 1e9), info.encoding.metadata())
@@ -61,11 +64,13 @@ class ShardCache:
         return None
 
     def write(self, path: str, table: pa.Table) -> None:
-        """Keep a shard, whole or not at all, if there is room for it. A full disk is no error."""
+        """Keep a shard, whole or not at all, if there is room for it. That it can't be written is said, once."""
         content = parquet_bytes(table.replace_schema_metadata(self.metadata))
-        with contextlib.suppress(OSError, UserError):
+        try:
             if self._makes_room(content.nbytes):
                 self._storage.write(path, content)
+        except (OSError, UserError) as error:
+            _warn(f"data.cache: nothing can be kept, and each epoch is encoded anew: {error}")
 
     def _makes_room(self, wanted: int) -> bool:
         """Whether so many bytes fit, if need be after deleting shards of other datasets.
@@ -90,3 +95,9 @@ class ShardCache:
                 if file.is_file():
                     status = file.stat()
                     yield file, status.st_mtime, status.st_size
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Print a message, once in this process."""
+    print(message, flush=True)

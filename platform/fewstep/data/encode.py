@@ -145,7 +145,8 @@ class EncoderPool:
     def stop(self) -> None:
         """End the actors."""
         for actor in (*self.text, *self.images):
-            actor.__ray_terminate__.remote()  # after what it is doing
+            # After what it is doing; and never again, as the end of a process would otherwise count as a failure.
+            actor.__ray_terminate__.options(max_task_retries=0).remote()
 
     def tables(self, storage: Storage, wanted: Sequence[tuple[str, np.ndarray]]) -> Iterator[pa.Table]:
         """See `order.ShardReader`; all that is asked for is on its way to the actors at once.

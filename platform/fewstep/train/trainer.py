@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +24,7 @@ from fewstep.tracking import spool_folder
 from fewstep.tracking.run import TrackedRun, Tracker, has_run
 from fewstep.tracking.version import run_tags
 from fewstep.train.checkpoint import TrainState
-from fewstep.train.recipe import DataConfig, DistillRecipe, TeacherRecipe, TrainConfig, network_section
+from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainConfig, network_section
 from fewstep.train.recovery import recover
 from fewstep.train.runs import RunRecord, last_checkpoint, record_file, run_folder
 from fewstep.train.validation import check
@@ -83,6 +83,10 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
             f"--resume: run {run_name!r} can't end at step {recipe.train.steps}, its last checkpoint is of step "
             f"{begun.step}: set train.steps to that or more."
         )
+    # Checkpoints have the data's absolute address.
+    ours = resolved | {"data": resolved["data"] | {"path": info.root}}
+    if begun is not None and (changed := _changed(begun.recipe, ours)):
+        print(f"--resume: goes on with other settings than it began with: {', '.join(changed)}", flush=True)
     tracker = Tracker.start(
         uri=recipe.tracking.uri,
         experiment=recipe.tracking.experiment,
@@ -99,12 +103,12 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         tracker.flush()
         print(f"run {run_name}; if it is ended, --resume {run_name} goes on with it", flush=True)
         try:
-            with told_own_cluster(), _reader(recipe.data, info) as reader:
+            with told_own_cluster(), _reader(recipe, info) as reader:
                 result = _ray_trainer(recipe, run_name, info, tracker.run, reader).fit()
         except TrainingFailedError as error:
             way_on = _way_on(recipe, run_name, begun)
             reason = _no_room(error, recipe.train) or _root_cause(error)
-            raise UserError(f"run {run_name} failed: {reason}; {way_on}.") from error
+            raise UserError(f"run {run_name} failed: {reason.rstrip('.')}; {way_on}.") from error
         # Ray Train v2's results and settings have fields that its type annotations, those of v1, lack.
         if (stopped := cast(Any, result).return_value) is not None:
             raise UserError(f"run {run_name} stopped: {stopped}")
@@ -117,6 +121,18 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         write_student_card(card, folder)
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, (int, float))}
     return TrainedModel(run_name, folder, cast(Any, result).checkpoint.path, tracker.run_id, metrics)
+
+
+def _changed(before: Any, now: Any, name: str = "") -> list[str]:
+    """The settings of a recipe that differ from those of another, as `data.batch_size=6 (was 4)`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            change
+            for key in now
+            if key in before  # an older version did not know the others
+            for change in _changed(before[key], now[key], f"{name}.{key}" if name else key)
+        ]
+    return [] if before == now else [f"{name}={now} (was {before})"]
 
 
 def _mlflow_run(recipe: DistillRecipe | TeacherRecipe, run_name: str, begun: TrainState | None) -> str | None:
@@ -153,12 +169,14 @@ def _way_on(recipe: DistillRecipe | TeacherRecipe, run_name: str, begun: TrainSt
 
 
 @contextmanager
-def _reader(config: DataConfig, info: DatasetInfo) -> Iterator[EncoderPool | None]:
+def _reader(recipe: DistillRecipe | TeacherRecipe, info: DatasetInfo) -> Iterator[EncoderPool | None]:
     """The encoders of a dataset of raw rows, which end with the training; None for one that is encoded."""
     if info.raw is None:
         yield None
         return
-    pool = EncoderPool.start(info, config.encoders, config.cache)
+    if isinstance(recipe, DistillRecipe) and recipe.imitation.data_free:
+        info = replace(info, has_latents=False)  # captions are all that it uses: no image need be read
+    pool = EncoderPool.start(info, recipe.data.encoders, recipe.data.cache)
     try:
         yield pool
     finally:
