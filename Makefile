@@ -2,7 +2,7 @@
 # make test      everything that is promised, checked
 # make serve     the bundled student behind HTTP: page, API, OpenAI's client (serve/config.yaml)
 # make ui        the MLflow pages of what was run        make stop   end the local Ray node
-# make chaos     what is promised of machines and processes that die, for ten minutes
+# make chaos     what is promised of machines that die, for ten minutes
 # make lint      ruff       make types   mypy and declared dependencies       make docs   the documentation, in site/
 # make help      all of them
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.chaos
+
 PROGRAM = Path(__file__).with_name("program.py")
 STEPS = 120
 
@@ -58,7 +60,6 @@ def test_two_workers_one_and_two_again_are_one_run(tiny_data, tiny_teacher, tmp_
     assert said.count("resumed from the checkpoint") >= 2, said
 
 
-@pytest.mark.chaos
 def test_a_node_that_is_drained_leaves_a_checkpoint_first(
     tiny_data, tiny_teacher, tmp_path, undisturbed
 ) -> None:
@@ -67,7 +68,6 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_first(
     assert "a node is about to go: the checkpoint of step" in said
 
 
-@pytest.mark.chaos
 def test_a_run_whose_lost_node_nobody_replaces_ends_and_says_what_is_missing(
     tiny_data, tiny_teacher, tmp_path
 ) -> None:
