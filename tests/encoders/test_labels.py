@@ -119,7 +119,9 @@ def test_a_row_of_no_class_is_skipped_and_listed() -> None:
         schema=INDEX,
     )
     config = PreparationConfig(sizes=(Size(4, 4),), text_encoder="labels:cat,dog")
-    item = EncodeText(config)(ShardPlan("p", "train", Size(4, 4), (3, 4, 4), rows).as_item())
+    item = EncodeText(config)(
+        ShardPlan("p", "train", Size(4, 4), (3, 4, 4), rows, np.arange(len(rows))).as_item()
+    )
     assert unpack(item["rows"])["key"].to_pylist() == ["a", "c"]
     assert '"where": "t:2", "reason": "unknown class"' in item["rejected"]
 

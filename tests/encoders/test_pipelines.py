@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -29,6 +30,7 @@ from transformers import (
 
 from fewstep.data.images import Size
 from fewstep.data.prepare import EncodeText, PreparationConfig, ShardPlan
+from fewstep.data.rows import index_table
 from fewstep.encoders import ConditionEncoder, encoder_widths, load_encoder
 from fewstep.encoders.pipelines import FLUX_TOKENS
 from fewstep.errors import UserError
@@ -117,10 +119,11 @@ def test_widths_are_known_without_the_weights(name, encoder):
 
 def test_the_encoding_stage_adds_the_vectors(name, encoder):
     settings = PreparationConfig(sizes=(Size(8, 8),), text_encoder=name, max_tokens=FLUX_TOKENS)
-    rows = pa.table({"key": list("abcd"), "caption": CAPTIONS, "where": list("abcd")})
+    names = list("abcd")
+    rows = index_table({"key": names, "caption": CAPTIONS, "where": names, "split": ["train"] * 4}, 4)
     stage = EncodeText(settings)
     stage.__dict__["encoder"] = encoder
-    item = stage(ShardPlan("part", "train", Size(8, 8), (3, 8, 8), rows).as_item())
+    item = stage(ShardPlan("part", "train", Size(8, 8), (3, 8, 8), rows, np.arange(4)).as_item())
     with pa.ipc.open_stream(item["rows"]) as reader:
         pooled = reader.read_all()["pooled"].to_pylist()
     torch.testing.assert_close(torch.tensor(pooled), torch.stack(encoder.pooled(CAPTIONS)), atol=1e-6, rtol=0)
