@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and how those of others are told."""
 
 
 class UserError(Exception):
@@ -7,3 +7,9 @@ class UserError(Exception):
     The message is one sentence that names the thing, says what was wrong, and how to mend it; jobs print
     it without a traceback and exit with status 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one line of at most 200 characters, to stand in brackets within one of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, one_line
 
 _ID = re.compile(
     r"(?P<repository>[\w.-]+/[\w.-]+)(/(?P<subfolder>[\w.-]+(/[\w.-]+)*))?(@(?P<revision>[^@\s]+))?"
@@ -72,7 +72,7 @@ def hub_folder(hub_id: str, wanted: Sequence[str] = ("*",), unwanted: Sequence[s
             )
         )
     except Exception as error:  # of the hub's client and of its HTTP library: there is no common class
-        raise _unfetched(hub_id, _readable(str(error))) from error
+        raise _unfetched(hub_id, one_line(error)) from error
     if not (folder / place.subfolder).is_dir():
         raise _unfetched(hub_id, f"the repository {place.repository} has no folder {place.subfolder!r}")
     return folder / place.subfolder
@@ -100,7 +100,7 @@ def check_repository(name: str, *, writing: bool) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(
-            f"{name!r} is no name of a hub repository ({_readable(str(error))}): give owner/name."
+            f"{name!r} is no name of a hub repository ({one_line(error)}): give owner/name."
         ) from None
     if "/" not in name:
         raise UserError(f"{name!r} is no name of a hub repository: give owner/name.")
@@ -142,10 +142,10 @@ def push_files(
         ]
         commit = api.create_commit(repository, added, commit_message=message, revision=branch)
     except HfHubHTTPError as error:
-        raise UserError(_refusal(repository, error.response.status_code, str(error))) from error
+        raise UserError(_refusal(repository, error.response.status_code, one_line(error))) from error
     except Exception as error:  # of the hub's client and of its HTTP library: there is no common class
         raise UserError(
-            f"nothing was pushed to the hub's {repository!r} ({_readable(str(error))}): check the name and the "
+            f"nothing was pushed to the hub's {repository!r} ({one_line(error)}): check the name and the "
             "connection."
         ) from error
     return str(commit.commit_url)
@@ -162,9 +162,4 @@ def _refusal(repository: str, status: int, reason: str) -> str:
             f"the token may not write to the hub's {repository!r}: use one with write access to it, or another owner's "
             "name."
         )
-    return f"the hub refused the push to {repository!r} ({_readable(reason)}): correct what it names, or try later."
-
-
-def _readable(text: str) -> str:
-    """A message of several lines as one of at most 200 characters."""
-    return " ".join(text.split())[:200] or "no reason was given"
+    return f"the hub refused the push to {repository!r} ({reason}): correct what it names, or try later."

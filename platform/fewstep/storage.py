@@ -30,7 +30,7 @@ from urllib.parse import unquote, urlsplit
 from pyarrow import fs
 
 from fewstep.assets import expanded
-from fewstep.errors import UserError
+from fewstep.errors import UserError, one_line
 
 # Time limits and attempts of S3's requests
 CONNECT_SECONDS = 4
@@ -75,7 +75,7 @@ class Storage:
                 filesystem, base = fs.FileSystem.from_uri(address)
             except Exception as error:  # pyarrow's own errors, OSError or ValueError, depending on the scheme
                 raise UserError(
-                    f"the address {address} can't be opened ({_brief(error)}): use a local folder or s3://bucket/prefix."
+                    f"the address {address} can't be opened ({one_line(error)}): use a local folder or s3://bucket/prefix."
                 ) from error
             return cls(address, filesystem, base)
         local = str(expanded(address).absolute())
@@ -217,7 +217,7 @@ class Storage:
             remedy = "check that the folder exists, is writable and the disk isn't full"
         else:
             remedy = "check the address, the network and your right to read it"
-        return UserError(f"{self.root} can't be reached or used ({_brief(error)}): {remedy}.")
+        return UserError(f"{self.root} can't be reached or used ({one_line(error)}): {remedy}.")
 
 
 def _endpoint() -> str | None:
@@ -302,8 +302,3 @@ def _to_disk(path: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _brief(error: Exception) -> str:
-    """The start of an error's message, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

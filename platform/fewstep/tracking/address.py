@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fewstep.assets import expanded
-from fewstep.errors import UserError
+from fewstep.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -228,17 +228,13 @@ def _no_answer(uri: str, reason: str) -> UserError:
 
 
 def readable(error: Exception) -> str:
-    """An error as one line for a message, at most 160 characters.
-
-    Of MLflow's nested connection errors that is the innermost cause, which names what is wrong.
-    """
+    """An error as `one_line`; of MLflow's nested connection errors the innermost cause, which names what is wrong."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, socket.gaierror | ConnectionError | TimeoutError):
-            return str(cause)
+            return one_line(cause)
         cause = cause.__cause__ or cause.__context__
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 160 else text[:157] + "..."
+    return one_line(error)
 
 
 def _within(seconds: float, call: Callable[[], T], late: Exception) -> T:
