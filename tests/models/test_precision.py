@@ -201,7 +201,7 @@ def test_a_diffusers_pipeline_in_bfloat16_gets_exact_times(merged: bool, how: st
     seen = Seen(pipe.network.transformer)
     pipe("owl, noto style", seed=0, output_type="latent")
     save_diffusers(pipe, tmp_path, merged=merged)
-    dtype = {"torch_dtype": torch.bfloat16} if how == "loaded so" else {}
+    dtype = {"dtype": torch.bfloat16} if how == "loaded so" else {}
     exported = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True, **dtype).to(torch.bfloat16)
     assert exported.transformer.dtype == torch.bfloat16
     there = Seen(exported.transformer)
@@ -388,9 +388,10 @@ def test_blocks_that_are_computed_again_in_backward_compute_the_same() -> None:
 @pytest.mark.parametrize(
     ("dtype", "quantization", "message"),
     [
-        (torch.float16, None, "torch_dtype torch.float16 is not known: give torch.float32 or torch.bfloat16"),
+        (torch.float16, None, "dtype torch.float16 is not known: give torch.float32 or torch.bfloat16"),
         (None, "int3", "quantization 'int3' is not known: give int8 or int4, or None"),
         (None, "bfloat16", "quantization 'bfloat16' is not known"),
+        (torch.float32, "int8", "dtype float32 and quantization 'int8' are two precisions: leave one"),
     ],
 )
 def test_an_unknown_precision_is_one_sentence(dtype, quantization, message: str) -> None:
@@ -424,13 +425,38 @@ def test_a_device_without_bfloat16_refuses_all_that_computes_in_it(monkeypatch: 
 def test_what_does_not_fit_is_known_before_a_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from fewstep.models import devices, network
 
-    monkeypatch.setattr(devices, "free_on_host", lambda: 1_000_000)
+    monkeypatch.setattr(devices, "free_on_host", lambda: 500_000)
     monkeypatch.setattr(network, "stream_weights", lambda folder: pytest.fail("weights are read"))
     message = (
-        r"the student in .* in bfloat16 takes 0\.0 GB, and 0\.0 GB of this machine's memory are free: choose"
+        r"the student in .* in bfloat16 takes \d\.\d MB, and 0\.5 MB of this machine's memory are free: choose a lower "
+        r"precision \(int8 or int4\), or a device with more"
     )
     with pytest.raises(UserError, match=message):
-        FewStepPipeline.from_pretrained("emoji-student", torch_dtype=torch.bfloat16)
+        FewStepPipeline.from_pretrained("emoji-student", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="free: choose a device with more"):
+        FewStepPipeline.from_pretrained("emoji-student", quantization="int4")
+
+
+@pytest.mark.parametrize("device", ["auto", "gpu", "meta", "cuda:x", "None"])
+def test_an_unknown_device_is_one_sentence(device: str) -> None:
+    with pytest.raises(UserError, match=f"device {device} is not known: give cpu, cuda or cuda:N"):
+        FewStepPipeline.from_pretrained("emoji-student", device=device)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "float16", "INT8", "auto"])
+def test_parts_know_no_other_precision(precision) -> None:
+    from fewstep.encoders import load_autoencoder, load_encoder
+
+    for load in (load_autoencoder, load_encoder):
+        with pytest.raises(UserError, match=f"precision '{precision}' is not known: give one of float32"):
+            load(precision=precision)
+
+
+def test_the_former_name_of_dtype_still_counts() -> None:
+    pipe = FewStepPipeline.from_pretrained("emoji-student", torch_dtype=torch.bfloat16)
+    assert held_bytes(pipe.network) < 0.7 * held_bytes(
+        FewStepPipeline.from_pretrained("emoji-student").network
+    )
 
 
 def test_quantised_weights_are_not_merged() -> None:

@@ -215,7 +215,7 @@ def test_a_service_is_planned_as_it_is_configured(capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "4 images at a time" in printed
     assert "text encoder in bfloat16, autoencoder in float32" in printed
-    [marked] = [line.split()[0] for line in printed.splitlines() if "(as configured)" in line]
+    [marked] = [line.split()[0] for line in printed.splitlines() if "(chosen)" in line]
     assert marked == "int8"
 
 

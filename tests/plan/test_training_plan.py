@@ -241,6 +241,21 @@ def test_a_run_that_does_not_fit_names_a_remedy() -> None:
     assert "does not fit 0.05 GB: " in plan_table(plan)
 
 
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+def test_the_settings_that_are_named_make_a_run_fit(share: float) -> None:
+    """Of the least that the run can take, up to what it takes, in several steps."""
+    plan = small_plan()
+    limit = share * plan.memory.total / 1e9
+    [line] = [line for line in plan_table(small_plan(memory_gb=limit)).splitlines() if "does not fit" in line]
+    settings = line.partition(": set ")[2].split(" and ")
+    thrifty = small_plan(*settings, memory_gb=limit)
+    assert thrifty.memory.total <= limit * 1e9, settings
+
+
+def test_settings_that_do_not_suffice_are_not_named() -> None:
+    assert "accumulate" not in plan_table(small_plan("train.precision=int4", memory_gb=1e-4))
+
+
 def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"batch_size=\d+ is too small for 999 workers"):
         small_plan(gpus=999)

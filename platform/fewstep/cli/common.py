@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,31 @@ def add_precision_option(
         flag, choices=PRECISIONS, default="float32",
         help=f"of {of}; int8 and int4 need the extra quantization; default: %(default)s",
     )  # fmt: skip
+
+
+def number(kind: type[float], least: float, most: float | None = None) -> Callable[[str], float]:
+    """What reads an option's number (argparse's `type`), and refuses those out of range in one sentence.
+
+    Args:
+        kind: int for whole numbers, or float.
+        least: smallest one.
+        most: largest one; None for no limit.
+    """
+
+    def read(text: str) -> float:
+        what = "a whole number" if kind is int else "a number"
+        wanted = f"{what} from {least} to {most}" if most is not None else f"{what} of at least {least}"
+        try:
+            value = kind(text)
+            # NaN fails every comparison; infinity is no number of anything.
+            fits = least <= value < math.inf and (most is None or value <= most)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return read
 
 
 def make_folder(folder: Path, option: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fewstep.cli.common import add_recipe_options, chosen_recipe
-from fewstep.cli.dry_run import add_machine_options
+from fewstep.cli.common import add_recipe_options, chosen_recipe, number
+from fewstep.cli.dry_run import add_machine_options, plan_only, refuse_unread
 
 if TYPE_CHECKING:
     from fewstep.train.recipe import DistillRecipe
@@ -39,15 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji_qwen_
         "--dry-run", action="store_true",
         help="print parameters, memory by part, operations, storage and hours, and stop; needs no weights and no Ray",
     )  # fmt: skip
-    group.add_argument("--gpus", type=int, metavar="N", help="how many; default: the fewest of train.workers")
+    group.add_argument(
+        "--gpus", type=number(int, 1), metavar="N", help="how many; default: the fewest of train.workers"
+    )
     add_machine_options(group)
     group.add_argument(
-        "--latent-size", type=int, metavar="CELLS",
+        "--latent-size", type=number(int, 1), metavar="CELLS",
         help="latent height and width; default: of the data, if it is prepared, or of the teacher's card, or 128",
     )  # fmt: skip
     group.add_argument(
-        "--tokens", type=int, default=256, metavar="N", help="per caption; default: %(default)s"
+        "--tokens", type=number(int, 1), default=256, metavar="N", help="per caption; default: %(default)s"
     )
+    plan_only(parser, group)
 
 
 def needs_extra(options: argparse.Namespace) -> bool:
@@ -67,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _print_plan(recipe, options)
         return
+    refuse_unread(options)
 
     from fewstep.cluster import connect_ray
     from fewstep.workflow.distil import distil

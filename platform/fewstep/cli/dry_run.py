@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fewstep.cli.common import number
 from fewstep.config import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -15,23 +16,27 @@ if TYPE_CHECKING:
 def add_machine_options(group: argparse._ArgumentGroup) -> None:
     """Declare what a run is planned for: memory and rate of each GPU, and sizes of images and captions."""
     group.add_argument(
-        "--gpu-memory", type=float, default=80, metavar="GB", help="of each; default: %(default)s"
+        "--gpu-memory",
+        type=number(float, 0.01),
+        default=80.0,
+        metavar="GB",
+        help="of each; default: %(default)s",
     )
     group.add_argument(
-        "--gpu-tflops", type=float, default=989, metavar="T",
+        "--gpu-tflops", type=number(float, 0.01), default=989.0, metavar="T",
         help="peak of each in bfloat16; default: %(default)s, an H100",
     )  # fmt: skip
     group.add_argument(
         "--utilisation",
-        type=float,
+        type=number(float, 0.001, 1),
         default=0.4,
         metavar="F",
         help="share of the peak reached; default: %(default)s",
     )
 
 
-def add_serving_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the dry run of a command that generates with students."""
+def add_serving_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare the dry run of a command that generates with students; returns the group of its options."""
     group = parser.add_argument_group("dry run")
     group.add_argument(
         "--dry-run", action="store_true",
@@ -45,32 +50,66 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
     )
     add_machine_options(group)
     group.add_argument(
-        "--gpu-float32-tflops", type=float, default=67, metavar="T",
+        "--gpu-float32-tflops", type=number(float, 0.01), default=67.0, metavar="T",
         help="peak in float32; default: %(default)s, an H100",
     )  # fmt: skip
     group.add_argument(
-        "--gpu-bandwidth", type=float, default=3.35, metavar="TB",
+        "--gpu-bandwidth", type=number(float, 0.001), default=3.35, metavar="TB",
         help="of its memory, per second; default: %(default)s, an H100",
     )  # fmt: skip
     group.add_argument("--cpu", action="store_true", help="plan for a CPU with that memory")
     group.add_argument(
-        "--batch", type=int, metavar="N", help="images at a time; default: as a service is configured, or 1"
+        "--batch",
+        type=number(int, 1),
+        metavar="N",
+        help="images at a time; default: as a service is configured, or 1",
     )
     group.add_argument(
-        "--latent-size", type=int, metavar="CELLS",
+        "--latent-size", type=number(int, 1), metavar="CELLS",
         help="latent height and width; default: as the student was trained, or 128",
     )  # fmt: skip
     group.add_argument(
-        "--tokens", type=int, metavar="N", help="per caption; default: as many as a caption may have"
+        "--tokens",
+        type=number(int, 1),
+        metavar="N",
+        help="per caption; default: as many as a caption may have",
     )
+    return group
+
+
+def add_parts_options(group: argparse._ActionsContainer) -> None:
+    """Declare the precisions of text encoder and autoencoder."""
     group.add_argument(
         "--encoder-precision", choices=PRECISIONS,
-        help="of the text encoder's weights; default: as it is loaded",
+        help="of the text encoder's weights; default: float32, or bfloat16 for a large language model on a GPU",
     )  # fmt: skip
     group.add_argument(
         "--autoencoder-precision", choices=PRECISIONS[:2],
         help="of the autoencoder; default: float32",
     )  # fmt: skip
+
+
+def plan_only(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> None:
+    """Remember the options of a group as such that only a dry run reads; see `refuse_unread`."""
+    actions = [action for action in group._group_actions if action.dest not in {"dry_run", "recipe", "set"}]
+    parser.set_defaults(
+        plan_only={action.option_strings[0]: action for action in actions}, error=parser.error
+    )
+
+
+def refuse_unread(options: argparse.Namespace, *also: str) -> None:
+    """End with the usage line where an option was given that only a dry run reads, and there is to be none.
+
+    Args:
+        options: what a parser with `plan_only` parsed.
+        also: names of more options that only the dry run reads.
+    """
+    unread = [
+        name for name, action in options.plan_only.items() if getattr(options, action.dest) != action.default
+    ]
+    unread += [name for name in also if getattr(options, name.strip("-"))]
+    if unread:
+        options.error(f"{unread[0]} is of dry runs: add --dry-run, or leave it out")
 
 
 def print_serving_plans(
@@ -85,11 +124,13 @@ def print_serving_plans(
         options: what a parser with `add_serving_options` parsed.
         models: names or addresses of students (`resolve_student`).
         tracking_uri: address of MLflow, for students that it holds.
-        configured: the precision that a service has now, which is marked.
+        configured: the precision that was chosen, which is marked.
 
     Raises:
         UserError: there is no such student or recipe, or it can't be planned.
     """
+    if options.set and options.recipe is None:
+        options.error("--set changes a recipe: name it with --recipe")
     from fewstep.plan import GPU, plan_serving, serving_table
 
     gpu = GPU(

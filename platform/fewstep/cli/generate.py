@@ -6,8 +6,14 @@ import argparse
 import time
 from pathlib import Path
 
-from fewstep.cli.common import add_precision_option, add_student_options, make_folder
-from fewstep.cli.dry_run import add_serving_options, print_serving_plans
+from fewstep.cli.common import add_precision_option, add_student_options, make_folder, number
+from fewstep.cli.dry_run import (
+    add_parts_options,
+    add_serving_options,
+    plan_only,
+    print_serving_plans,
+    refuse_unread,
+)
 
 DESCRIPTION = "Write images from prompts with a distilled student."
 EXAMPLES = """\
@@ -15,7 +21,7 @@ examples
   {program} --prompt "red heart, noto style"
   {program} --model models:/emoji-4step@champion --prompt "owl, fluent style" --nfe 4 --seed 7 --count 8
   {program} --model .fewstep/models/RUN --prompt "owl, twemoji style" --teacher-steps 64 --out owl.png
-  {program} --dry-run --recipe qwen_image_4nfe --gpu-memory 24
+  {program} --dry-run --recipe qwen_image_4nfe --gpu-memory 24 --encoder-precision int4
 
 The bundled student knows captions of the form "LABEL, STYLE style" with the styles noto, twemoji and fluent."""
 
@@ -25,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="what the images show: a caption, or a class's name or number")
     add_student_options(parser)
     parser.add_argument(
-        "--nfe", "--steps", type=int, metavar="N", help="network evaluations; default: as trained"
+        "--nfe", "--steps", type=number(int, 1), metavar="N", help="network evaluations; default: as trained"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the noise; image i of --count uses seed + i; default: 0"
     )
-    parser.add_argument("--count", type=int, default=1, help="how many images; default: 1")
+    parser.add_argument("--count", type=number(int, 1), default=1, help="how many images; default: 1")
     parser.add_argument(
         "--temperature",
         type=_temperature,
@@ -44,18 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--teacher-steps",
-        type=int,
+        type=number(int, 1),
         metavar="N",
         help="generate with the teacher's guided Euler sampler instead",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: cpu")
     add_precision_option(parser)
+    add_parts_options(parser)
     parser.add_argument(
-        "--scale", type=int, default=16, help="enlarge every pixel this often; default: %(default)s"
+        "--scale",
+        type=number(int, 1),
+        default=16,
+        help="enlarge every pixel this often; default: %(default)s",
     )
     parser.add_argument("--out", type=Path, default=Path("out/generated.png"), help="default: %(default)s")
-    add_serving_options(parser)
-    parser.set_defaults(error=parser.error)
+    plan_only(parser, add_serving_options(parser))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -65,13 +74,11 @@ def run(options: argparse.Namespace) -> None:
         UserError: there is no such student, or it can't do what is asked.
     """
     if options.dry_run:
-        print_serving_plans(options, [options.model], options.tracking_uri)
+        print_serving_plans(options, [options.model], options.tracking_uri, options.precision)
         return
+    refuse_unread(options, "--recipe", "--set")
     if options.prompt is None:
         options.error("the following arguments are required: --prompt")
-    for name in ("nfe", "count", "teacher_steps", "scale"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            options.error(f"--{name.replace('_', '-')} must be 1 or more")
     if options.out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
         options.error(f"--out {options.out}: its name must end in .png, .jpg or .webp")
     make_folder(options.out.parent, "--out")
@@ -79,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
+    from fewstep.config import PartsConfig
     from fewstep.evaluate.grid import sample_grid
     from fewstep.flow import gaussian_noise
     from fewstep.flow.sampler_config import MAX_NFE
@@ -93,6 +101,10 @@ def run(options: argparse.Namespace) -> None:
         options.model,
         device=options.device,
         tracking_uri=options.tracking_uri,
+        parts=PartsConfig(
+            text_encoder_precision=options.encoder_precision,
+            autoencoder_precision=options.autoencoder_precision,
+        ),
         **pipeline_arguments(options.precision),
     )
     prompts, started = [options.prompt] * options.count, time.perf_counter()

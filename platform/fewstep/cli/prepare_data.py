@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from fewstep.cli.common import number
 
 OWN_SOURCES = ("folder", "parquet", "webdataset", "prompts")
 """Kinds of sources of users' own data."""
@@ -72,10 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "their files; default: file, file_name or image, and of parquet and webdataset the usual ones")  # fmt: skip
     add("--size", action="append", metavar="WxH", help="pixels, 512 or 640x384 (width x height); repeat it "
         "for several buckets, each goes to the nearest aspect ratio; default: 16 (fashion-mnist: 28)")  # fmt: skip
-    add("--buckets", type=_from(int, 1), metavar="N", help="in place of --size: sizes of about NxN pixels, from twice "
+    add("--buckets", type=number(int, 1), metavar="N", help="in place of --size: sizes of about NxN pixels, from twice "
         "as high as wide to twice as wide as high")  # fmt: skip
     add(
-        "--min-size", type=_from(int, 1), metavar="N", help="images with a shorter side below it are rejected"
+        "--min-size",
+        type=number(int, 1),
+        metavar="N",
+        help="images with a shorter side below it are rejected",
     )
     add("--text-encoder", metavar="NAME", help="minilm, a folder or hub id of a transformers encoder; flux:PIPELINE, "
         "flux2:, krea2:, longcat-image:, qwen-image:, qwen-image-2.1:, sd3:, wan: or z-image:PIPELINE for those of a "
@@ -84,22 +87,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--autoencoder", metavar="NAME", help="pixel (latents are pixels), grey (one channel), or a folder or hub id "
         "of a diffusers AutoencoderKL or that of Qwen-Image, Qwen-Image 2.1 or FLUX.2 (PIPELINE:vae for a "
         "pipeline's); default: pixel (fashion-mnist: grey)")  # fmt: skip
-    add("--max-tokens", type=_from(int, 1), metavar="N", help="longer captions are rejected; default: 64")
+    add("--max-tokens", type=number(int, 1), metavar="N", help="longer captions are rejected; default: 64")
     add("--latent-type", choices=("float32", "bfloat16", "float16"), help="numbers that latents are stored as; "
         "default: float32")  # fmt: skip
-    add("--held-out", type=_from(float, 0, 1), default=0.02, metavar="F", help="fraction of own data kept out of "
+    add("--held-out", type=number(float, 0, 1), default=0.02, metavar="F", help="fraction of own data kept out of "
         "training by a hash of the file name or prompt (the emoji set and fashion-mnist have their "
         "own split)")  # fmt: skip
-    add("--shard-rows", type=_from(int, 1), metavar="N", help="most rows a shard holds; a training batch takes rows "
+    add("--shard-rows", type=number(int, 1), metavar="N", help="most rows a shard holds; a training batch takes rows "
         "of several at a time; default: 256 (fashion-mnist: 1024)")  # fmt: skip
     add(
-        "--max-pixels", type=_from(int, 1), metavar="N", help="larger images are rejected; default: 178956970"
+        "--max-pixels",
+        type=number(int, 1),
+        metavar="N",
+        help="larger images are rejected; default: 178956970",
     )
     add("--encode", choices=("shards", "stream"), default="shards", help="shards: encode now. stream: write captions, "
         "and where images lie, for data.encode=stream, which encodes them while training runs")  # fmt: skip
     add("--seed", type=int, default=0, help="of the shuffle of rows over shards")
-    add("--encoders", type=_from(int, 1), default=1, metavar="N", help="actors of each encoder")
-    add("--gpus", type=_from(float, 0), default=0.0, metavar="F", help="GPUs of each actor")
+    add("--encoders", type=number(int, 1), default=1, metavar="N", help="actors of each encoder")
+    add("--gpus", type=number(float, 0), default=0.0, metavar="F", help="GPUs of each actor")
     add("--cache", type=Path, metavar="DIR", help="of the emoji packages; default: ~/.cache/fewstep/emoji")
     add("--bundle", action="store_true", help="maintainers: rebuild the 16-pixel file shipped with fewstep")
     parser.set_defaults(error=parser.error)
@@ -162,25 +168,6 @@ def run(options: argparse.Namespace) -> None:
         source, options.out, config, encode=options.encode == "shards", encoders=options.encoders, gpus=options.gpus,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
-
-
-def _from(kind: type[float], least: float, most: float | None = None) -> Callable[[str], float]:
-    """What reads an option's number: whole or not, from `least` on, and at most `most` where that is given."""
-
-    def read(text: str) -> float:
-        number = "a whole number" if kind is int else "a number"
-        wanted = f"{number} from {least} to {most}" if most is not None else f"{number} of at least {least}"
-        try:
-            value = kind(text)
-            # NaN fails every comparison; infinity is no number of anything.
-            fits = least <= value < math.inf and (most is None or value <= most)
-        except ValueError:
-            fits = False
-        if not fits:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return read
 
 
 def _check(options: argparse.Namespace) -> None:

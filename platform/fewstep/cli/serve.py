@@ -11,7 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.cli.dry_run import add_serving_options, print_serving_plans
+from fewstep.cli.dry_run import (
+    add_parts_options,
+    add_serving_options,
+    plan_only,
+    print_serving_plans,
+    refuse_unread,
+)
 from fewstep.config import checked_settings
 from fewstep.errors import UserError
 from fewstep.text import read_settings
@@ -56,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="print the configuration, and do nothing else"
     )
-    add_serving_options(parser)
+    group = add_serving_options(parser)
+    add_parts_options(group)
+    plan_only(parser, group)
 
 
 def needs_extra(options: argparse.Namespace) -> bool:
@@ -78,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _print_plans(options, config)
         return
+    refuse_unread(options, "--recipe", "--set")
 
     from ray import serve
 

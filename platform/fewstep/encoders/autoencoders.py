@@ -13,7 +13,7 @@ from fewstep.assets import expanded
 from fewstep.config import Precision, Shape
 from fewstep.errors import UserError
 from fewstep.models.devices import free_bytes
-from fewstep.models.precision import LIBRARIES
+from fewstep.models.precision import LIBRARIES, check_precision
 
 log = logging.getLogger(__name__)
 
@@ -419,6 +419,8 @@ def load_autoencoder(
     Raises:
         UserError: nothing loads under that name, or the precision is none of autoencoders.
     """
+    if precision is not None:
+        check_precision(precision, "the autoencoder's precision")
     if name in (PIXEL, GREY):
         return PixelAutoencoder(name)
     if precision in LIBRARIES:

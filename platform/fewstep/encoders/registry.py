@@ -11,6 +11,7 @@ from fewstep.encoders.memory import should_offload
 from fewstep.encoders.pipelines import load_pipeline_encoder, pipeline_widths
 from fewstep.encoders.text import TextEncoder, text_width
 from fewstep.models.devices import free_bytes
+from fewstep.models.precision import check_precision
 
 
 def load_encoder(
@@ -34,8 +35,10 @@ def load_encoder(
             free beside it than it takes. On a CPU they stay where they are. Load first what shares the device with it.
 
     Raises:
-        UserError: nothing loads under that name, or it does not fit the device.
+        UserError: nothing loads under that name, it does not fit the device, or there is no such precision.
     """
+    if precision is not None:
+        check_precision(precision, "the text encoder's precision")
     if name.startswith(LABELS):
         return LabelEncoder(name)
     encoder = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,8 +62,10 @@ def check_fits(takes: int, what: str, device: torch.device | str, remedy: str) -
     gpu = free_bytes(device)
     free, where = (free_on_host(), "this machine") if gpu is None else (gpu, str(device))
     if takes > free:
+        unit, size = ("GB", 1e9) if takes >= 1e9 else ("MB", 1e6)
         raise UserError(
-            f"{what} takes {takes / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {where}'s memory are free: {remedy}."
+            f"{what} takes {takes / size:.1f} {unit}, and {free / size:.1f} {unit} of {where}'s memory are free: "
+            f"{remedy}."
         )
 
 
@@ -72,10 +75,12 @@ def check_device(device: str | torch.device) -> None:
     Raises:
         UserError: there is no such device here.
     """
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", str(device)):
+        raise UserError(f"device {device} is not known: give cpu, cuda or cuda:N.")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition(".")[0].partition("\n")[0]
         raise UserError(
             f"device {device} can't be used here ({reason}): choose cpu, or install what it needs."
         ) from error

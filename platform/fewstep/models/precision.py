@@ -40,27 +40,32 @@ LIBRARIES = {"int8": "torchao", "int4": "bitsandbytes"}
 """Precisions whose weights are quantised → the library that does it."""
 
 
-def precision_of(torch_dtype: torch.dtype | None, quantization: str | None) -> Precision:
+def precision_of(dtype: torch.dtype | None, quantization: str | None) -> Precision:
     """The precision by the two arguments that diffusers' users know.
 
     Args:
-        torch_dtype: of weights that are not quantised; None for float32.
+        dtype: of weights that are not quantised; None for float32.
         quantization: "int8", "int4" or None.
 
     Raises:
-        UserError: there is no such precision, or it needs a library that is not installed.
+        UserError: there is no such precision, the two contradict each other, or it needs a library that is not
+            installed.
     """
     names = [name for name in PRECISIONS if name not in LIBRARIES]
-    if torch_dtype not in (None, *(getattr(torch, name) for name in names)):
+    if dtype not in (None, *(getattr(torch, name) for name in names)):
         raise UserError(
-            f"torch_dtype {torch_dtype!r} is not known: give torch.{' or torch.'.join(names)}; integers are chosen by "
+            f"dtype {dtype!r} is not known: give torch.{' or torch.'.join(names)}; integers are chosen by "
             "quantization."
         )
     if quantization is None:
-        return check_precision(str(torch_dtype or torch.float32).removeprefix("torch."), "torch_dtype")
+        return check_precision(str(dtype or torch.float32).removeprefix("torch."), "dtype")
     if not isinstance(quantization, str) or quantization not in LIBRARIES:
         raise UserError(
             f"quantization {quantization!r} is not known: give {' or '.join(LIBRARIES)}, or None."
+        )
+    if dtype == torch.float32:
+        raise UserError(
+            f"dtype float32 and quantization {quantization!r} are two precisions: leave one of them out."
         )
     return check_precision(quantization, "quantization")
 
@@ -69,7 +74,7 @@ def pipeline_arguments(precision: Precision) -> dict[str, Any]:
     """The two arguments that stand for a precision; the inverse of `precision_of`."""
     if precision in LIBRARIES:
         return {"quantization": precision}
-    return {"torch_dtype": getattr(torch, precision)}
+    return {"dtype": getattr(torch, precision)}
 
 
 def check_precision(name: str, field: str = "precision") -> Precision:

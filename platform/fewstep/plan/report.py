@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fewstep.config import Precision
@@ -63,7 +64,7 @@ def serving_table(plans: Sequence[ServingPlan], configured: Precision | None = N
 
     Args:
         plans: of one student, as `plan_serving` gives them.
-        configured: the precision that a service has now, whose row is marked; None: no mark.
+        configured: the precision that was chosen, whose row is marked; None: no mark.
     """
     first = plans[0]
     device = "a CPU" if first.gpu.on_cpu else f"a GPU of {first.gpu.memory_gb:g} GB"
@@ -90,10 +91,7 @@ def serving_table(plans: Sequence[ServingPlan], configured: Precision | None = N
             f"{first.served.name} on {device}: {images} at a time, latents {size}, {first.tokens} tokens",
             "",
             head,
-            *(
-                _serving_row(plan) + (" (as configured)" if plan.precision == configured else "")
-                for plan in plans
-            ),
+            *(_serving_row(plan) + (" (chosen)" if plan.precision == configured else "") for plan in plans),
             *notes,
         ]
     )
@@ -120,12 +118,10 @@ def _serving_remedy(plan: ServingPlan) -> str:
 
 
 def _remedy(plan: Plan) -> str:
-    """The first change that helps a run that does not fit, from the one that costs least to the dearest."""
+    """What makes a run fit that does not: settings that cost little first, then lower precisions and more GPUs."""
+    if settings := _thrift(plan):
+        return f"set {' and '.join(settings)}"
     train = plan.recipe.train
-    if not train.activation_checkpointing and plan.otherwise.total <= plan.machine.memory_gb * GB:
-        return "set train.activation_checkpointing=true"
-    if plan.micro_batch > 1:
-        return "raise train.accumulate"
     if train.precision == "float32":
         return "set train.precision=bfloat16"
     if train.precision in LIBRARIES:
@@ -137,6 +133,33 @@ def _remedy(plan: Plan) -> str:
     if plan.machine.gpus == 1:
         return "use more GPUs, or set train.precision=int8"
     return "use more GPUs" if train.parallel == "fsdp" else "set train.parallel=fsdp"
+
+
+def _thrift(plan: Plan) -> list[str]:
+    """Settings that together make a run fit without changing what it computes; none where they do not suffice."""
+    recipe, memory, limit = plan.recipe, plan.memory, plan.machine.memory_gb * GB
+    activations, settings = memory.activations, []
+    if not recipe.train.activation_checkpointing and plan.otherwise.activations < activations:
+        activations = plan.otherwise.activations
+        settings.append("train.activation_checkpointing=true")
+    standing, per_sample = memory.total - memory.activations, activations / plan.micro_batch
+    savings = []
+    if recipe.optimizer.type == "adam":
+        savings.append(("optimizer.type=adam8bit", memory.optimizer * 3 // 4))
+    if recipe.train.gpu and memory.ema:
+        savings.append(("optimizer.ema_offload=true", memory.ema))
+    for setting, saved in savings:
+        if standing + per_sample > limit:
+            standing -= saved
+            settings.append(setting)
+    if standing + per_sample > limit:
+        return []
+    fitting = int((limit - standing) / per_sample)  # samples at a time
+    if fitting < plan.micro_batch:
+        settings.append(
+            f"train.accumulate={math.ceil(recipe.data.batch_size / (plan.machine.gpus * fitting))}"
+        )
+    return settings
 
 
 def _amount(count: int) -> str:

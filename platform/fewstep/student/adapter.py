@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.config import Precision
+from fewstep.config import PRECISIONS, Precision
 from fewstep.errors import UserError
 from fewstep.files import save_weights
 from fewstep.models.devices import check_fits, return_freed_memory
@@ -41,8 +41,14 @@ from fewstep.models.packing import PackedFamily
 from fewstep.models.planned import lower_on_meta
 from fewstep.models.sharded import fill
 
-REMEDY = "choose a lower precision (bfloat16, int8 or int4), or a device with more"
-"""What to do where a student is too large for a device."""
+
+def _too_large(precision: Precision) -> str:
+    """What to do where a student of that precision is too large for a device."""
+    lower = PRECISIONS[PRECISIONS.index(precision) + 1 :]
+    return (
+        f"choose a lower precision ({' or '.join(lower)}), or " if lower else "choose "
+    ) + "a device with more"
+
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
@@ -163,7 +169,7 @@ def load_adapter(
     if precision != "float32":
         network.requires_grad_(False).lower(precision)  # of a student that has all weights itself, those too
     if base is not None:
-        check_fits(network.nbytes, f"the student in {folder} in {precision}", device, REMEDY)
+        check_fits(network.nbytes, f"the student in {folder} in {precision}", device, _too_large(precision))
         network.fill(base, torch.device(device))
     for name in own:
         # Taken out, as it is copied: no second copy of all of them is to stay.

@@ -160,9 +160,10 @@ class FewStepPipeline:
         teacher: str | None = None,
         device: torch.device | str = "cpu",
         tracking_uri: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         quantization: str | None = None,
         parts: PartsConfig = PartsConfig(),  # noqa: B008 (frozen)
+        torch_dtype: torch.dtype | None = None,
     ) -> FewStepPipeline:
         """Load a student and its teacher.
 
@@ -171,10 +172,11 @@ class FewStepPipeline:
             teacher: the teacher's folder or hub id on this machine, if it differs from that in the student's card.
             device: where to generate.
             tracking_uri: address of MLflow, for students that it holds; by default `MLFLOW_TRACKING_URI`.
-            torch_dtype: of the network's weights, float32 (the default) or bfloat16. What is not a linear layer of its
+            dtype: of the network's weights, float32 (the default) or bfloat16. What is not a linear layer of its
                 blocks, as well as adapters and policy head, stays in float32.
             quantization: of the network's weights, "int8" or "int4"; None for none.
             parts: how text encoder and autoencoder are loaded, such as their own precisions.
+            torch_dtype: the former name of `dtype`, as in diffusers.
 
         Raises:
             UserError: there is no such student; its teacher is not found, or has other weights; the teacher's family is
@@ -191,7 +193,7 @@ class FewStepPipeline:
             card.teacher_sampler.embedded_guidance_scale,
         )
         check_device(device)
-        precision = precision_of(torch_dtype, quantization)
+        precision = precision_of(dtype if torch_dtype is None else torch_dtype, quantization)
         check_arithmetic(precision, device)
         # Without values, which `load_adapter` reads straight to where they stay.
         transformer, family, base = open_teacher(*named, card.teacher.loras)

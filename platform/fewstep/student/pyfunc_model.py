@@ -21,25 +21,33 @@ class StudentModel(PythonModel):
         """Load the student that the model holds.
 
         `mlflow.pyfunc.load_model(uri, model_config={"precision": "bfloat16", "device": "cuda"})` chooses the precision
-        of its weights and the device; float32 on the CPU is the default.
+        of its weights and the device; float32 on the CPU is the default. `text_encoder_precision` and
+        `autoencoder_precision` are keys, too.
 
         Raises:
             UserError: its teacher is not found on this machine, there is no such precision or device here, or
                 model_config has another key.
         """
         # Imported only now: MLflow runs this file also where the model is only logged.
+        from fewstep.config import PartsConfig, checked_settings
         from fewstep.errors import UserError
         from fewstep.models.precision import check_precision, pipeline_arguments
         from fewstep.student import FewStepPipeline
 
         config = context.model_config or {}
         # MLflow keeps the keys that a model was logged with beside those that are given now.
-        if unknown := sorted(set(config) - {"precision", "device"}):
-            raise UserError(f"model_config has no key {unknown[0]!r}: give precision and device.")
+        of_parts = ("text_encoder_precision", "autoencoder_precision")
+        if unknown := sorted(set(config) - {"precision", "device", *of_parts}):
+            raise UserError(
+                f"model_config has no key {unknown[0]!r}: give precision, device, {' or '.join(of_parts)}."
+            )
         precision = check_precision(config.get("precision", "float32"))
         self.pipeline = FewStepPipeline.from_pretrained(
             context.artifacts["student"],
             device=config.get("device", "cpu"),
+            parts=checked_settings(
+                PartsConfig, {key: config[key] for key in of_parts if key in config}, "model_config", ""
+            ),
             **pipeline_arguments(precision),
         )
 

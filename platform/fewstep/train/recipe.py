@@ -428,6 +428,15 @@ def load_recipe(
         # Each by itself, so that an old name given last wins over what the recipe says under the new one.
         tree, old = upgraded(tree)
         renamed |= old
+    other = {
+        DistillRecipe: ("network", "a teacher", "train-teacher"),
+        TeacherRecipe: ("student", "a student", "distill"),
+    }
+    section, what, command = other[kind]
+    if section in tree:
+        raise UserError(
+            f"--recipe: this is a recipe of {what} (it has {section}): give it to fewstep {command}."
+        )
     if not isinstance(source, Mapping):
         # Not for trees: they come from checkpoints and cards, where users can't change old names.
         for key, now in renamed.items():
