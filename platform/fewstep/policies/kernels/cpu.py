@@ -114,10 +114,10 @@ def _run(
     (samples, components, channels, *space), steps = policy.means.shape, len(sigmas) - 1
     tensors = {
         "means": _flat(policy.means),
-        "logstds": _flat(policy.logstds.reshape(-1).expand(samples)),
-        "logweights": _flat(policy.logweights.expand(_weights_shape(policy.means))),
+        "logstds": _per_sample(policy.logstds, samples),
+        "logweights": _weights(policy),
         "x_src": _flat(policy.x_src),
-        "sigma_src": _flat(policy.sigma_src.reshape(-1).expand(samples)),
+        "sigma_src": _per_sample(policy.sigma_src, samples),
         "x_from": _flat(x),
         "sigmas": _flat(sigmas),
         **others,
@@ -150,18 +150,29 @@ def _launch(
     threads = max(1, min(torch.get_num_threads(), blocks, blocks * work // SLICE))
     # torch aligns memory of CPUs to 64 bytes, as rows of scratch memory have to be.
     scratch = torch.empty(threads * rows, LANES)
-    counters = np.zeros(2, np.int64)  # blocks and pieces of scratch memory given out so far
+    counters = (ctypes.c_int64 * 2)()  # blocks and pieces of scratch memory given out so far
     # The kernel sees only addresses, which do not keep memory alive: the caller's dictionary and this frame do.
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     # A lone thread takes all blocks at once; several take slices.
     grain = blocks if threads == 1 else -(-blocks // (SLICES_PER_THREAD * threads))
-    job = new_job(*sizes, grain, scratch=scratch.data_ptr(), counters=counters.ctypes.data, **addresses)
+    job = new_job(*sizes, grain, scratch=scratch.data_ptr(), counters=ctypes.addressof(counters), **addresses)
     _on_threads(compiled(kernel), ctypes.addressof(job), threads)
 
 
 def _weights_shape(means: Tensor) -> tuple[int, ...]:
     """Shape of the log-weights that belong to these means, (B, K, 1, H, W)."""
     return (*means.shape[:2], 1, *means.shape[3:])
+
+
+def _weights(policy: GMFlowPolicy) -> Tensor:
+    """The log-weights, contiguous in float32, one for each of the means."""
+    shape, weights = _weights_shape(policy.means), policy.logweights
+    return _flat(weights if weights.shape == shape else weights.expand(shape))
+
+
+def _per_sample(scalars: Tensor, samples: int) -> Tensor:
+    """As many numbers as samples, contiguous in float32, of so many or a single one."""
+    return _flat(scalars if scalars.numel() == samples else scalars.reshape(-1).expand(samples))
 
 
 def _flat(tensor: Tensor) -> Tensor:
