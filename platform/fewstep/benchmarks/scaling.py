@@ -201,9 +201,8 @@ def measured_steps(recipe: DistillRecipe, repeats: int) -> dict[str, float]:
     }
 
     network = new_student(recipe)
-    work = Workload.of(
-        network, recipe, measure(network, recipe, 1, shape, batch.conditioning.states.shape[1])
-    )
+    tokens = batch.conditioning.states.shape[1]
+    work = Workload.of(network, recipe, measure(network, recipe, samples, shape, tokens), samples)
     operations = work.segments * samples * work.operations
     predicted = {
         f"{layout}_predicted": step_seconds(

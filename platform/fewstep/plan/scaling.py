@@ -167,13 +167,14 @@ class Workload:
         return sum(group.reduced for group in (self.outside, *self.student))
 
     @classmethod
-    def of(cls, network: PolicyNetwork, recipe: DistillRecipe, passed: Pass) -> Workload:
+    def of(cls, network: PolicyNetwork, recipe: DistillRecipe, passed: Pass, samples: int) -> Workload:
         """What a recipe's step computes and exchanges.
 
         Args:
             network: of the recipe, on the meta device, with frozen weights as they are held.
             recipe: what is trained.
-            passed: what `measure` says of a micro-batch of one sample.
+            passed: what `measure` says of a micro-batch.
+            samples: of that micro-batch.
         """
         blocks = [network.family.blocks(part) for part in network.transformers()]
         everything = _numbers(network) / len(blocks)
@@ -187,7 +188,7 @@ class Workload:
         )
         return cls(
             outside, tuple(student), tuple(other[0] if other else student),
-            passed.forward, passed.teacher, passed.student - passed.forward,
+            passed.forward // samples, passed.teacher // samples, (passed.student - passed.forward) // samples,
             fmean(recipe.sampler.nfes) if recipe.imitation.data_free else 1.0,
         )  # fmt: skip
 
@@ -331,7 +332,7 @@ class Scaling:
         if recipe.train.activation_checkpointing:
             network.transformer.enable_gradient_checkpointing()
         self._measured = functools.cache(lambda samples: measure(network, recipe, samples, shape, tokens))
-        self.work = Workload.of(network, recipe, self._measured(1))
+        self.work = Workload.of(network, recipe, self._measured(recipe.micro_batch), recipe.micro_batch)
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
