@@ -153,6 +153,7 @@ def measured_steps(recipe: DistillRecipe, repeats: int) -> dict[str, float]:
     from fewstep.data.schema import DatasetInfo
     from fewstep.data.stream import read_split
     from fewstep.encoders import load_encoder
+    from fewstep.models.conditioning import TextConditioning
     from fewstep.plan.training import measure, new_student
     from fewstep.train import parallel
     from fewstep.train.learner import Learner
@@ -201,7 +202,8 @@ def measured_steps(recipe: DistillRecipe, repeats: int) -> dict[str, float]:
     }
 
     network = new_student(recipe)
-    tokens = batch.conditioning.states.shape[1]
+    texts = batch.conditioning
+    tokens = texts.states.shape[1] if isinstance(texts, TextConditioning) else 0  # classes have none
     work = Workload.of(network, recipe, measure(network, recipe, samples, shape, tokens), samples)
     operations = work.segments * samples * work.operations
     predicted = {

@@ -89,10 +89,14 @@ class Links:
             return Messages(nothing, nothing, nothing, nothing)
         nodes = -(-gpus // self.node)
         per_node = gpus // nodes
+
+        def everywhere(size: int) -> float:
+            return self.ring(size, nodes, per_node)
+
         if layout == "fsdp":
-            return Messages(*[lambda size: self.ring(size, nodes, per_node)] * 2, nothing, self.copy)
+            return Messages(everywhere, everywhere, nothing, self.copy)
         if layout == "ddp":
-            return Messages(nothing, nothing, lambda size: 2 * self.ring(size, nodes, per_node), nothing)
+            return Messages(nothing, nothing, lambda size: 2 * everywhere(size), nothing)
 
         def reduce(size: int) -> float:
             # In the node first, then each GPU's share of it with the same share in the other nodes.
