@@ -37,12 +37,12 @@ KNOWS: dict[str, set[str]] = {
         "policies", "flow", "distill", "models", "encoders", "storage", "data", "tracking", "student", "evaluate",
         "cluster",
     },
-    "plan": {"flow", "models", "encoders", "data", "student", "train"},
+    "plan": {"flow", "models", "encoders", "data", "student", "evaluate", "train"},
     # What orchestrates them, and what users call.
     "workflow": {"models", "encoders", "data", "tracking", "student", "evaluate", "train"},
     "benchmarks": {
         "policies", "flow", "distill", "models", "encoders", "data", "tracking", "train", "cluster", "student",
-        "storage",
+        "storage", "plan",
     },
     "cluster": set(),
     "fewstep_serve": {"config", "engine", "flow", "encoders", "models", "student"},

@@ -183,6 +183,16 @@ def test_dx_in_closed_form_is_the_reference(
     torch.testing.assert_close(
         ours, rollout_reference(policy, x, substep_sigmas(raw_src, raw_to, shift)), atol=CLOSE, rtol=CLOSE
     )
+    with torch.no_grad():  # by the kernel, twice: the second time its table is known already
+        for _ in range(2):
+            torch.testing.assert_close(
+                rollout(policy, x, raw_src, raw_to, shift)[0], ours, atol=CLOSE, rtol=CLOSE
+            )
+        for b in range(3):
+            one = slice(b, b + 1)
+            alone = DXPolicy(output[one], x[one], shift.warp(raw_src[one]), segment, shift, mode)
+            end = rollout(alone, x[one], raw_src[one], raw_to[one], shift)[0]
+            torch.testing.assert_close(end, ours[one], atol=CLOSE, rtol=CLOSE)
     window = _window(raw_src, (raw_src - 3 / 128).clamp(min=0), shift, 128)
     means = (
         mean_velocity(policy, x, raw_src, (raw_src - 3 / 128).clamp(min=0), shift),
@@ -219,6 +229,27 @@ def test_eight_python_threads_may_roll_out_at_once() -> None:
         for _ in range(5):
             together = list(threads.map(run, cases))
             assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["grid", "polynomial"])
+def test_dx_on_several_threads_is_dx_on_one_bit_for_bit(mode: str) -> None:
+    generator, raw = torch.Generator().manual_seed(0), torch.tensor([0.9, 0.7])
+    output = torch.randn(2, 10, 16, 65, 63, generator=generator)
+    x, shift, before = (
+        torch.randn(2, 16, 65, 63, generator=generator),
+        TimeShift(3.2),
+        torch.get_num_threads(),
+    )
+    policy = DXPolicy(output, x, shift.warp(raw), 0.5, shift, mode)
+    ends = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            ends.append(rollout(policy, x, raw, raw / 2, shift)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
 
 
 @pytest.mark.parametrize("threads", [1, 3])

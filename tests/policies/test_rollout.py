@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.flow import TimeShift
 from fewstep.policies import DXPolicy, GMFlowPolicy, mean_velocity, rollout
+from fewstep.policies.base import KeptTables
 from fewstep.policies.rollout import substep_count
 
 SHIFT = TimeShift(3.2)
@@ -181,6 +182,38 @@ def test_a_sample_alone_and_in_a_batch_is_the_same_bit_for_bit(policy: GMFlowPol
         alone, sigma_alone = rollout(one, x_src, RAW_SRC[b : b + 1], raw_to[b : b + 1], SHIFT)
         assert torch.equal(alone[0], together[b])
         assert torch.equal(sigma_alone[0], sigma[b])
+
+
+@pytest.mark.parametrize("policy", [gm_policy(), dx_policy("grid"), dx_policy("polynomial")])
+def test_what_is_known_of_earlier_times_changes_no_rollout(policy: GMFlowPolicy | DXPolicy) -> None:
+    ends = [rollout(policy, policy.x_src, RAW_SRC, RAW_SRC * share, SHIFT) for share in (0.5, 0.25)]
+    expected = [(x.clone(), sigma.clone()) for x, sigma in ends]
+    for x, sigma in ends:
+        x.zero_(), sigma.zero_()  # what was returned is the caller's own
+    for share, (x, sigma) in zip((0.5, 0.25), expected, strict=True):
+        again = rollout(policy, policy.x_src, RAW_SRC, RAW_SRC * share, SHIFT)
+        assert torch.equal(again[0], x)
+        assert torch.equal(again[1], sigma)
+    assert not torch.equal(expected[0][0], expected[1][0])
+
+
+def test_a_shift_that_can_be_no_key_is_taken_as_any_other() -> None:
+    class Unhashable(TimeShift):
+        __hash__ = None
+
+    ends = [
+        rollout(gm_policy(), gm_policy().x_src, RAW_SRC, RAW_SRC / 2, shift)[0]
+        for shift in (SHIFT, Unhashable(3.2))
+    ]
+    assert torch.equal(*ends)
+
+
+def test_only_so_many_tables_are_kept() -> None:
+    tables: KeptTables[int] = KeptTables()
+    for key in range(3 * KeptTables.MOST):
+        tables.keep(key, key)
+        assert tables.get(key) == key
+    assert sum(tables.get(key) is not None for key in range(3 * KeptTables.MOST)) <= KeptTables.MOST
 
 
 def test_legs_that_share_their_substeps_are_one_rollout() -> None:

@@ -18,7 +18,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise torch's profiler rep
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Median seconds of each run, taken in turns, so that a drifting machine biases no ratio.
 
@@ -26,10 +29,12 @@ def interleaved(
         runs: what to time, by name.
         repeats: rounds; two more come first and are not counted.
         device: whose work has to be finished before the clock is read.
+        before: what is done before each run, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(WARM_UPS + repeats):
         for name, run in runs.items():
+            before()
             wait(device)  # GPUs work behind the host's back; the clock must not start on the work before
             began = time.perf_counter()
             run()

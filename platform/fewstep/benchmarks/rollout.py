@@ -46,6 +46,10 @@ reading the table
   and multiplies float32 matrices (by the faster of torch's two libraries). DX needs almost no arithmetic: its
   floor is memory.
 
+  "after work" is "fused" again, with other work before each call, which is not timed: a matrix product of torch and a
+  pass over 32 MB. In between, the threads have slept, and code and data have left the CPU's caches, as behind a
+  network. The tables of times are kept from call to call, as they are for a sampler that makes image after image.
+
   On a GPU, "fused ms" is a lone call, most of it the host's launching; "GPU ms" is what the GPU works for it, and
   all there is to pay behind a network that keeps the queue full. The floor is compared with that.
 
@@ -211,7 +215,7 @@ def run(options: argparse.Namespace) -> None:
 
 ROLLOUT_HEADER = (
     "rollout, no gradient (B,K,C,H,W) × substeps", "freed memory", "plain ms", "torch ms", "fused ms", "GPU ms",
-    "plain/fused", "torch/fused", "MB", "MFLOP", "floor ms", "fused/floor",
+    "plain/fused", "torch/fused", "MB", "MFLOP", "floor ms", "fused/floor", "after work ms", "after/floor",
 )  # fmt: skip
 WINDOW_HEADER = (
     "window of 3 substeps, with gradient", "torch ms", "fused ms", "torch/fused", "query MB", "window MB",
@@ -261,6 +265,7 @@ def measure_rollout(
         for name in ("torch", "fused"):
             torch.testing.assert_close(runs[name](), runs["plain"](), atol=1e-3, rtol=1e-3)
         seconds = interleaved(runs, repeats, device)
+        after = interleaved({"fused": runs["fused"]}, repeats, device, OtherWork(device))["fused"]
         on_gpu = device_time(runs["fused"], repeats, device)
     plain, reference, fused = (seconds[name] for name in runs)
     floor = rates.floor(case.moved, case.operations)
@@ -270,6 +275,7 @@ def measure_rollout(
         case.name, memory, f"{plain * 1e3:.1f}", f"{reference * 1e3:.1f}", f"{fused * 1e3:.2f}",
         "" if isnan(on_gpu) else f"{on_gpu * 1e3:.3f}", f"{plain / fused:.1f}", f"{reference / fused:.1f}",
         f"{case.moved / 1e6:.1f}", f"{case.operations / 1e6:.0f}", f"{floor * 1e3:.3f}", f"{over_floor:.1f}",
+        f"{after * 1e3:.2f}", f"{after / floor:.1f}",
     )  # fmt: skip
     key = "/".join(filter(None, (case.metric_key, memory)))
     return row, {
@@ -277,7 +283,21 @@ def measure_rollout(
         f"{key}/torch_over_fused": reference / fused,
         f"{key}/fused_over_floor": over_floor,
         f"{key}/fused_ms": fused * 1e3,
+        f"{key}/after_work_over_floor": after / floor,
     }
+
+
+class OtherWork:
+    """What a program does between two rollouts: a matrix product, and a pass over 32 MB, more than caches hold."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._matrix = torch.randn(1024, 1024, device=device)
+        self._memory = torch.zeros(8 * 2**20, device=device)
+
+    def __call__(self) -> None:
+        """Do it once."""
+        torch.mm(self._matrix, self._matrix)
+        self._memory.add_(1)
 
 
 def measure_window(

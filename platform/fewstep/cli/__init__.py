@@ -65,6 +65,11 @@ COMMANDS = {
     "benchmark train-step": Command(
         "fewstep.benchmarks.train_step", "time one distillation step: rollouts, data, Ray", "train"
     ),
+    "benchmark scaling": Command(
+        "fewstep.benchmarks.scaling",
+        "check the planned step of several processes against a real one",
+        "train",
+    ),
     "benchmark cached-conditions": Command(
         "fewstep.benchmarks.cached_conditions", "count what texts that are computed once save a step", "train"
     ),

@@ -9,6 +9,7 @@ from fewstep.cli.common import add_recipe_options, chosen_recipe, number
 from fewstep.cli.dry_run import add_machine_options, plan_only, refuse_unread
 
 if TYPE_CHECKING:
+    from fewstep.plan import Machine
     from fewstep.train.recipe import DistillRecipe
 
 DESCRIPTION = """\
@@ -21,6 +22,7 @@ examples
   ray job submit -- {program} --recipe emoji_qwen_4nfe_full
   ray job submit -- {program} --set train.steps=200 --set optimizer.lr=5e-4
   {program} --recipe qwen_image_4nfe --dry-run --gpus 8 --gpu-memory 80
+  {program} --recipe qwen_image_4nfe --dry-run --scaling 8 32 128 --infiniband 12.5
   {program} --resume emoji_qwen_4nfe-20260101-120000"""
 
 
@@ -50,12 +52,46 @@ def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji_qwen_
     group.add_argument(
         "--tokens", type=number(int, 1), default=256, metavar="N", help="per caption; default: %(default)s"
     )
-    plan_only(parser, group)
+    many = parser.add_argument_group("dry run on many GPUs")
+    _add_scaling_options(many)
+    plan_only(parser, group, many)
+
+
+def _add_scaling_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--scaling", type=number(int, 1), nargs="*", metavar="N",
+        help="print instead the time of a step on these numbers of GPUs, whole nodes, with their messages; default: "
+        "8 16 32 64 128 256",
+    )  # fmt: skip
+    group.add_argument(
+        "--gpus-per-node",
+        type=number(int, 1),
+        default=8,
+        metavar="N",
+        help="joined by NVLink; default: %(default)s",
+    )
+    group.add_argument(
+        "--nvlink", type=number(float, 0.001), default=450.0, metavar="GB",
+        help="that each GPU sends, and receives, per second in its node; default: %(default)s, an H100",
+    )  # fmt: skip
+    group.add_argument(
+        "--infiniband", type=number(float, 0.001), default=50.0, metavar="GB",
+        help="likewise between nodes, for each GPU; default: %(default)s, which are 400 Gbit/s",
+    )  # fmt: skip
+    group.add_argument(
+        "--link-utilisation", type=number(float, 0.001, 1), default=0.8, metavar="F",
+        help="share of these rates that messages reach; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--gpu-bandwidth", type=number(float, 0.001), default=3.35, metavar="TB",
+        help="of its memory, per second; default: %(default)s, an H100",
+    )  # fmt: skip
+    group.add_argument("--plot", metavar="FILE", help="also draw the steps of --scaling into this picture")
 
 
 def needs_extra(options: argparse.Namespace) -> bool:
-    """Whether the extra must be installed: a dry run computes without Ray and MLflow."""
-    return not options.dry_run
+    """Whether the extra must be installed: a dry run computes without Ray and MLflow, unless it draws."""
+    return not options.dry_run or options.plot is not None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -68,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
 
     recipe = chosen_recipe(DistillRecipe, options, options.default_recipe)
     if options.dry_run:
-        _print_plan(recipe, options)
+        (_print_plan if options.scaling is None else _print_scaling)(recipe, options)
         return
     refuse_unread(options)
 
@@ -81,9 +117,32 @@ def run(options: argparse.Namespace) -> None:
 
 def _print_plan(recipe: DistillRecipe, options: argparse.Namespace) -> None:
     """Print what the recipe costs on the machine that the options of the dry run describe."""
-    from fewstep.plan import Machine, make_plan, plan_table
+    from fewstep.plan import make_plan, plan_table
+
+    plan = make_plan(recipe, _machine(recipe, options), side=options.latent_size, tokens=options.tokens)
+    print(plan_table(plan), flush=True)
+
+
+def _print_scaling(recipe: DistillRecipe, options: argparse.Namespace) -> None:
+    """Print, and draw if asked to, how long the recipe's step takes on several numbers of GPUs."""
+    from fewstep.plan.scaling import GPUS, Links, Scaling, scaling_table
+
+    links = Links(
+        options.gpus_per_node, options.nvlink, options.infiniband, options.link_utilisation,
+        options.gpu_bandwidth,
+    )  # fmt: skip
+    machine = _machine(recipe, options)
+    scaling = Scaling(recipe, machine, side=options.latent_size, tokens=options.tokens)
+    numbers = options.scaling or GPUS
+    print(scaling_table(scaling, links, numbers), flush=True)
+    if options.plot is not None:
+        from fewstep.plan.scaling_plot import scaling_plot
+
+        scaling_plot(scaling, links, numbers).savefig(options.plot)
+
+
+def _machine(recipe: DistillRecipe, options: argparse.Namespace) -> Machine:
+    from fewstep.plan import Machine
 
     gpus = options.gpus or recipe.train.fewest_workers
-    machine = Machine(gpus, options.gpu_memory, options.gpu_tflops, options.utilisation)
-    plan = make_plan(recipe, machine, side=options.latent_size, tokens=options.tokens)
-    print(plan_table(plan), flush=True)
+    return Machine(gpus, options.gpu_memory, options.gpu_tflops, options.utilisation)

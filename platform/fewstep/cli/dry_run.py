@@ -89,9 +89,10 @@ def add_parts_options(group: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def plan_only(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> None:
-    """Remember the options of a group as such that only a dry run reads; see `refuse_unread`."""
-    actions = [action for action in group._group_actions if action.dest not in {"dry_run", "recipe", "set"}]
+def plan_only(parser: argparse.ArgumentParser, *groups: argparse._ArgumentGroup) -> None:
+    """Remember the options of groups as such that only a dry run reads; see `refuse_unread`."""
+    actions = [action for group in groups for action in group._group_actions]
+    actions = [action for action in actions if action.dest not in {"dry_run", "recipe", "set"}]
     parser.set_defaults(
         plan_only={action.option_strings[0]: action for action in actions}, error=parser.error
     )

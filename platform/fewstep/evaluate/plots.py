@@ -59,8 +59,8 @@ def quality_plot(report: Report) -> Figure:
     # On a linear axis the few large values of very few steps would press those near zero into one line.
     left.set_yscale("symlog", linthresh=max(1.0, reference.kid_teacher_ci[1]), linscale=0.6)
     right.set_ylim(bottom=0)
-    _dress(left, "KID to the teacher (10⁻³)")
-    _dress(right, "Paired feature distance to the teacher")
+    dress(left, "KID to the teacher (10⁻³)")
+    dress(right, "Paired feature distance to the teacher")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         # Only the numbers of passes that were measured; between powers of two matplotlib would add others.
@@ -90,8 +90,8 @@ def loss_plot(rows: Sequence[Mapping[str, float]]) -> Figure:
         _curve(right, rows, f"train/loss_t{index}of4", ink, name)
     if right.lines:
         right.legend(frameon=False, fontsize=9, labelcolor=INK)
-    _dress(left, "Loss")
-    _dress(right, "Loss by quartile of time")
+    dress(left, "Loss")
+    dress(right, "Loss by quartile of time")
     for axes in (left, right):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -126,7 +126,7 @@ def _error_bars(rows: Sequence[MethodResult]) -> np.ndarray:
     return np.array([below, above])
 
 
-def _dress(axes: Axes, title: str) -> None:
+def dress(axes: Axes, title: str) -> None:
     """Give a plot its title, and grid lines instead of a frame."""
     axes.xaxis.label.set_color(FAINT_INK)
     axes.set_title(title, loc="left", color=INK, fontsize=11, pad=10)

@@ -61,6 +61,8 @@ class Pass:
     """Largest number of bytes alive at a time beside weights and their gradients."""
     student: int
     """Operations of the student's forward and backward (a multiply-add is two)."""
+    forward: int
+    """Those of its forward alone."""
     teacher: int
     """Operations of the teacher's queries."""
 
@@ -122,7 +124,7 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     alone = train.model_copy(update={"workers": machine.gpus})
     micro = recipe.model_copy(update={"train": alone}).share(0, machine.gpus).largest
     network = new_student(recipe)
-    shape = _latent_shape(recipe, network, side)
+    shape = latent_shape(recipe, network, side)
     parameters = count_parameters(network)
     trained = sum(p.numel() for p in network.trainable().values())
     lower_on_meta(network, train.precision)
@@ -211,7 +213,7 @@ def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Sh
     finally:
         for hook in hooks:
             hook.remove()
-    return Pass(meter.peak, meter.operations - teacher, teacher)
+    return Pass(meter.peak, meter.operations - teacher, student, teacher)
 
 
 def any_conditioning(network: PolicyNetwork, batch: int, tokens: int) -> Conditioning:
@@ -236,7 +238,17 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _latent_shape(recipe: DistillRecipe, network: PolicyNetwork, side: int | None) -> Shape:
+def latent_shape(recipe: DistillRecipe, network: PolicyNetwork, side: int | None) -> Shape:
+    """Shape (C, H, W) of the latents that a recipe is planned for.
+
+    Args:
+        recipe: says which data and teacher.
+        network: on the meta device.
+        side: latent cells per side; None for those of the prepared data or of the teacher's card, or `FULL_SIZE`.
+
+    Raises:
+        UserError: the network can't take that side.
+    """
     if side is None:
         if (data := _dataset(recipe)) is not None:
             return next(iter(data.buckets("train")))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self, TypeVar
+from collections.abc import Hashable
+from contextlib import suppress
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +15,38 @@ MIN_SIGMA = 1e-6
 """Smallest σ that velocities are computed with: they divide by σ, which is 0 at the data."""
 
 Time = TypeVar("Time", float, Tensor, np.ndarray)
+
+
+Table = TypeVar("Table")
+
+
+class KeptTables(Generic[Table]):
+    """Small tables of times that were computed before, by what they are computed of.
+
+    A sampler asks for the same few again and again, and each takes some twenty operations on a handful of numbers: ten
+    microseconds each where other work has emptied the CPU's caches meanwhile, more than the rollout itself. Nothing may
+    write to a table that is kept. Several threads may use one object: at worst both compute a table.
+    """
+
+    MOST = 256
+    """Tables that are kept; then all are dropped. Training, whose times are random, finds none again."""
+
+    def __init__(self) -> None:
+        self._tables: dict[Hashable, Table] = {}
+
+    def get(self, key: Hashable) -> Table | None:
+        """The table of a key, if it is kept."""
+        try:
+            return self._tables.get(key)
+        except TypeError:  # a shift that can't be a key
+            return None
+
+    def keep(self, key: Hashable, table: Table) -> None:
+        """Keep a table for later calls, if its key can be one."""
+        with suppress(TypeError):
+            if len(self._tables) >= self.MOST:
+                self._tables = {}
+            self._tables[key] = table
 
 
 class Shift(Protocol):

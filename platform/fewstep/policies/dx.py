@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep.draws import Generators
-from fewstep.policies.base import MIN_SIGMA, Shift, per_latent
+from fewstep.policies import kernels
+from fewstep.policies.base import MIN_SIGMA, KeptTables, Shift, per_latent
 
 DXMode = Literal["grid", "polynomial"]
 Times = TypeVar("Times", Tensor, np.ndarray)
@@ -47,9 +49,14 @@ class DXPolicy:
         self.output, self.x_src, self.sigma_src = output, x_src, sigma_src
         self.segment_size, self.shift, self.mode = segment_size, shift, mode
 
-        self._raw_src = self._raw(per_latent(sigma_src, x_src))
-        index = torch.arange(output.shape[1], device=output.device, dtype=output.dtype)
-        self._index = index.view(-1, *[1] * (x_src.ndim - 1))  # (N, 1, 1, 1)
+    @cached_property
+    def _raw_src(self) -> Tensor:
+        return self._raw(per_latent(self.sigma_src, self.x_src))
+
+    @cached_property
+    def _index(self) -> Tensor:
+        index = torch.arange(self.output.shape[1], device=self.output.device, dtype=self.output.dtype)
+        return index.view(-1, *[1] * (self.x_src.ndim - 1))  # (N, 1, 1, 1)
 
     def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
         """π(x_t, σ_t) of shape (B, C, H, W); `sigma_t` is (B,) or broadcastable to the latent."""
@@ -82,8 +89,10 @@ class DXPolicy:
         Returns:
             (B, C, H, W).
         """
-        # The tables of σ and factors are tiny: they are computed on the CPU, and sent in one copy.
+        if (kernel := kernels.combination(self.output, self.x_src, x, sigmas)) is not None:
+            return kernel.combine(self.output, self.x_src, x, self._combined(sigmas, shares, end))
         slope, factors = _telescoped(sigmas.numpy(), shares.numpy(), end)
+        # The tables of σ and factors are tiny: they are computed on the CPU, and sent in one copy.
         tables = torch.stack([sigmas[:-1], torch.from_numpy(factors)]).to(x.device, non_blocking=True)
         on_output, on_source = self._weights(*tables.mT)
         # −Σ_i weight_i·c_i, split into its part in the outputs and its part in x_src.
@@ -93,28 +102,43 @@ class DXPolicy:
         derivative = torch.from_numpy(slope).to(x.device, non_blocking=True)
         return torch.addcmul(result, per_latent(derivative, x), x)
 
-    def _weights(self, sigma: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    def _combined(self, sigmas: Tensor, shares: Tensor, end: float) -> np.ndarray:
+        """Factors of the outputs, of x_src and of x in the closed form, (B, N + 2); arguments as for that."""
+        key = (
+            self.mode, self.segment_size, self.shift, self.output.shape[1], self.sigma_src.dtype, sigmas.shape, end,
+            *(tensor.numpy().tobytes() for tensor in (self.sigma_src, sigmas, shares)),
+        )  # fmt: skip
+        if (table := _COMBINED.get(key)) is None:
+            slope, factors = _telescoped(sigmas.numpy(), shares.numpy(), end)
+            on_output, on_source = self._weights(sigmas.numpy()[:-1].T, factors.T)
+            columns = [on_output, on_source[:, None], slope[:, None]]
+            table = np.ascontiguousarray(np.concatenate(columns, 1), np.float32)
+            _COMBINED.keep(key, table)
+        return table
+
+    def _weights(self, sigma: Times, factor: Times) -> tuple[Times, Times]:
         """Weights of the outputs, (B, N), and of x_src, (B,), in −Σ_i c_i·Σ_s factor_s·φ_i(τ_s).
 
         Args:
             sigma: σ at the start of each substep, (B, S).
             factor: of each substep, (B, S).
         """
-        columns = (self._raw_src, self.sigma_src, self._index)
-        arrays: list[Any] = [sigma, factor, *(column.reshape(-1, 1).to(sigma.dtype) for column in columns)]
-        if sigma.device.type == "cpu":  # for so few numbers numpy takes a third of torch's time
-            arrays = [array.numpy() for array in arrays]
-        sigma, factor, raw_src, sigma_src, index = arrays
-        terms = self._basis(self._raw(sigma), raw_src, index) * factor[:, None]  # (B, N, S)
+        count, sigma_src = self.output.shape[1], self.sigma_src.reshape(-1, 1)
+        columns: list[Any] = [sigma_src, torch.arange(count, device=sigma_src.device).view(-1, 1)]
+        if isinstance(sigma, np.ndarray):
+            sigma_src, index = (column.numpy().astype(sigma.dtype, copy=False) for column in columns)
+        else:
+            sigma_src, index = (column.to(sigma.dtype) for column in columns)
+        terms = self._basis(self._raw(sigma), self._raw(sigma_src), index) * factor[:, None]  # (B, N, S)
         # Summed in order (`sum` may add pairwise): the zeros of substeps in which a sample is at its end already
         # then leave the rounding as it is without them, and a sample does not depend on its batch.
         weights = terms.cumsum(-1)[..., -1]
-        return torch.as_tensor(sigma_src * weights), torch.as_tensor(-weights.sum(1))
+        return sigma_src * weights, -weights.sum(1)
 
     @property
     def one_time_per_sample(self) -> bool:
         """Whether `sigma_src` is the same at all of a sample's locations, as `closed_form` needs."""
-        return self._raw_src[0].numel() == 1
+        return per_latent(self.sigma_src, self.x_src)[0].numel() == 1
 
     def _raw(self, sigma: Times) -> Times:
         return sigma if self.shift is None else self.shift.unwarp(sigma)
@@ -143,6 +167,10 @@ class DXPolicy:
     def with_dropout(self, p: float, generator: Generators = None) -> DXPolicy:
         """The policy itself: DX has no components to drop."""
         return self
+
+
+_COMBINED: KeptTables[np.ndarray] = KeptTables()
+"""Results of `DXPolicy._combined`."""
 
 
 def _telescoped(sigma: np.ndarray, share: np.ndarray, end: float) -> tuple[np.ndarray, np.ndarray]:

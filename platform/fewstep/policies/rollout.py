@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.policies import kernels
-from fewstep.policies.base import Policy, Shift, per_latent
+from fewstep.policies.base import KeptTables, Policy, Shift, per_latent
 from fewstep.policies.dx import DXPolicy
 from fewstep.policies.gmflow import GMFlowPolicy
 from fewstep.policies.kernels import window
@@ -54,14 +54,15 @@ def rollout(
     """
     sigmas = substep_sigmas(raw_from, raw_to, shift, substeps)
     there = sigmas.to(x.device, non_blocking=True)
+    sigma = there[-1].clone()  # the caller's own, which it may write to
     # The closed form takes one raw time per sample; a policy whose σ_src differs by location takes plain torch.
     if isinstance(policy, DXPolicy) and policy.one_time_per_sample:
-        return policy.closed_form(x, sigmas, torch.zeros_like(sigmas[1:]), 1.0), there[-1]
+        return policy.closed_form(x, sigmas, torch.zeros_like(sigmas[1:]), 1.0), sigma
     kernel = kernels.kernel(policy, x)
     # Kernels compute no gradient of a whole rollout: training needs one only of a window (`mean_velocity`).
     if kernel is not None and isinstance(policy, GMFlowPolicy) and not _asks_for_gradient(policy, x):
-        return kernel.rollout(policy, x, there), there[-1]
-    return rollout_reference(policy, x, there), there[-1]
+        return kernel.rollout(policy, x, there), sigma
+    return rollout_reference(policy, x, there), sigma
 
 
 def rollout_reference(policy: Policy, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -168,10 +169,19 @@ def substep_sigmas(
 ) -> Tensor:
     """σ at the boundaries of a rollout's substeps, (S + 1, B), on the CPU.
 
-    S is the largest number of substeps in the batch; samples with fewer repeat their last σ.
+    S is the largest number of substeps in the batch; samples with fewer repeat their last σ. The table must not be
+    written to: later calls get it again.
     """
     begin, end = _on_host(raw_from), _on_host(raw_to)
-    return _sigmas(begin, end, substep_count(begin, end, substeps), shift)
+    key = (begin.tobytes(), end.tobytes(), begin.dtype, end.dtype, shift, substeps)
+    if (table := _SIGMAS.get(key)) is None:
+        table = _sigmas(begin, end, substep_count(begin, end, substeps), shift)
+        _SIGMAS.keep(key, table)
+    return table
+
+
+_SIGMAS: KeptTables[Tensor] = KeptTables()
+"""Results of `substep_sigmas`."""
 
 
 def substep_count(raw_from: np.ndarray, raw_to: np.ndarray, substeps: int = SUBSTEPS) -> np.ndarray:

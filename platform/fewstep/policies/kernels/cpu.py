@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,13 @@ from fewstep.policies.kernels.numba_gmflow import (
     pull_back,
     scratch_rows,
 )
+from fewstep.policies.kernels.numba_gmflow import combine as kernel_combine
 
 SLICE = 50_000
 """Least work of a thread, in blocks × components × channels × substeps: some 50 µs. For less, none is started."""
+
+COMBINED = 12
+"""Work per block and output of `combine`, in the unit of `SLICE`: 128 bytes that come from memory."""
 
 SLICES_PER_THREAD = 8
 """Slices that a thread's share of the blocks is cut into. Threads claim slices as they become free, so that one that
@@ -80,10 +85,26 @@ def window_gradient(
     return to_x, to_means, to_logstds, to_logweights, to_x_src
 
 
+def combine(output: Tensor, x_src: Tensor, x: Tensor, factors: np.ndarray) -> Tensor:
+    """Σ_i factor_i·output_i + factor_N·x_src + factor_{N+1}·x in one pass over all of them, (B, C, H, W).
+
+    Args:
+        output: of DX's head, (B, N, C, H, W).
+        x_src, x: (B, C, H, W).
+        factors: float32, (B, N + 2).
+    """
+    x_to, number = torch.empty(x.shape), output.shape[1]
+    tensors = {"means": _flat(output), "x_src": _flat(x_src), "x_from": _flat(x), "x_to": x_to}
+    tensors["factors"] = torch.from_numpy(factors)
+    sizes = (len(x), number, 1, prod(x.shape[1:]), 1)
+    _launch(kernel_combine, sizes, number * COMBINED, 1, tensors)
+    return x_to
+
+
 def _run(
     kernel: Callable[..., None], policy: GMFlowPolicy, x: Tensor, sigmas: Tensor, **others: Tensor
 ) -> None:
-    """Run a kernel on all blocks.
+    """Run a kernel of GMFlow on all blocks.
 
     Args:
         kernel: `integrate` or `pull_back`.
@@ -91,35 +112,67 @@ def _run(
         others: further tensors of its `JOB` by name, contiguous float32: more inputs, and the results to write.
     """
     (samples, components, channels, *space), steps = policy.means.shape, len(sigmas) - 1
-    locations = prod(space)  # N, latent locations of a sample
+    tensors = {
+        "means": _flat(policy.means),
+        "logstds": _per_sample(policy.logstds, samples),
+        "logweights": _weights(policy),
+        "x_src": _flat(policy.x_src),
+        "sigma_src": _per_sample(policy.sigma_src, samples),
+        "x_from": _flat(x),
+        "sigmas": _flat(sigmas),
+        **others,
+    }
+    sizes = (samples, components, channels, prod(space), steps)
+    rows = scratch_rows(components, channels, steps)
+    _launch(kernel, sizes, components * channels * steps, rows, tensors)
+
+
+def _launch(
+    kernel: Callable[..., None],
+    sizes: tuple[int, int, int, int, int],
+    work: int,
+    rows: int,
+    tensors: dict[str, Tensor],
+) -> None:
+    """Run a kernel on all blocks.
+
+    Args:
+        kernel: of `numba_gmflow`.
+        sizes: the job's B, K, C, N and S.
+        work: of a block, in the unit of `SLICE`.
+        rows: of scratch memory that each thread needs.
+        tensors: of its `JOB` by name, contiguous float32, inputs and results.
+    """
+    samples, *_, locations, _ = sizes
     # A block lies within one sample, because its lanes share the sample's σ and variance.
     blocks = samples * -(-locations // LANES)
     # torch's number of threads is the most that the user allowed this process.
-    threads = max(1, min(torch.get_num_threads(), blocks, blocks * components * channels * steps // SLICE))
-    # Held in this dictionary until the kernel has returned: it sees only addresses, which do not keep memory alive.
-    tensors = {
-        "means": _flat(policy.means),
-        "logstds": _flat(policy.logstds.reshape(-1).expand(samples)),
-        "logweights": _flat(policy.logweights.expand(_weights_shape(policy.means))),
-        "x_src": _flat(policy.x_src),
-        "sigma_src": _flat(policy.sigma_src.reshape(-1).expand(samples)),
-        "x_from": _flat(x),
-        "sigmas": _flat(sigmas),
-        # torch aligns memory of CPUs to 64 bytes, as rows of scratch memory have to be.
-        "scratch": torch.empty(threads, scratch_rows(components, channels, steps), LANES),
-        "counters": torch.zeros(2, dtype=torch.int64),  # blocks and pieces of scratch memory given out so far
-        **others,
-    }
+    threads = max(1, min(torch.get_num_threads(), blocks, blocks * work // SLICE))
+    # torch aligns memory of CPUs to 64 bytes, as rows of scratch memory have to be.
+    scratch = torch.empty(threads * rows, LANES)
+    counters = (ctypes.c_int64 * 2)()  # blocks and pieces of scratch memory given out so far
+    # The kernel sees only addresses, which do not keep memory alive: the caller's dictionary and this frame do.
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     # A lone thread takes all blocks at once; several take slices.
     grain = blocks if threads == 1 else -(-blocks // (SLICES_PER_THREAD * threads))
-    job = new_job(samples, components, channels, locations, steps, grain, **addresses)
-    _on_threads(compiled(kernel), job.ctypes.data, threads)
+    job = new_job(*sizes, grain, scratch=scratch.data_ptr(), counters=ctypes.addressof(counters), **addresses)
+    _on_threads(compiled(kernel), ctypes.addressof(job), threads)
 
 
 def _weights_shape(means: Tensor) -> tuple[int, ...]:
     """Shape of the log-weights that belong to these means, (B, K, 1, H, W)."""
     return (*means.shape[:2], 1, *means.shape[3:])
+
+
+def _weights(policy: GMFlowPolicy) -> Tensor:
+    """The log-weights, contiguous in float32, one for each of the means."""
+    shape, weights = _weights_shape(policy.means), policy.logweights
+    return _flat(weights if weights.shape == shape else weights.expand(shape))
+
+
+def _per_sample(scalars: Tensor, samples: int) -> Tensor:
+    """As many numbers as samples, contiguous in float32, of so many or a single one."""
+    return _flat(scalars if scalars.numel() == samples else scalars.reshape(-1).expand(samples))
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""GMFlow on the CPU: a block of latent locations stays in the first-level cache for a whole rollout.
+"""GMFlow, and DX's closed form, on the CPU: a block of latent locations stays in the first-level cache for a rollout.
 
 Compiled by numba at the first use (some seconds) and kept in numba's cache on disk. All compiled code is in this one
 file: numba compiles again when the file of a cached function changes, but not when a file that it imports does.
@@ -10,6 +10,7 @@ that are given the same job share its blocks. METHOD.md section 3 has the equati
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import operator
 from collections.abc import Callable
@@ -291,6 +292,8 @@ ADDRESSES = (
     # Of `pull_back`: the gradient to the mean velocity, and the results, gradients to the policy and the start state.
     # They are arranged as these are; but the gradient to the log-stds is a summand per block, (B·⌈N / LANES⌉,)
     *("cotangent", "to_means", "to_logstds", "to_logweights", "to_x_src", "to_x_from"),
+    # Of `combine`: the factors of the outputs, of x_src and of x, (B, N + 2)
+    "factors",
     # Scratch memory, `scratch_rows` for each thread, and two int64 counters: blocks and pieces of scratch given out
     *("scratch", "counters"),
 )
@@ -300,9 +303,10 @@ JOB = np.dtype([(name, np.intp) for name in SIZES + ADDRESSES])
 """The record that is a kernel's argument: `SIZES` and `ADDRESSES` as integers."""
 
 
-def new_job(*sizes: int, **addresses: int) -> np.ndarray:
+def new_job(*sizes: int, **addresses: int) -> ctypes.Array[ctypes.c_ssize_t]:
     """A job of these `SIZES` and `ADDRESSES`. Addresses left out are 0: such a result is not computed."""
-    return np.array((*sizes, *(addresses.get(name, 0) for name in ADDRESSES)), JOB)
+    # Not a numpy record of type `JOB`, which takes several times as long to fill.
+    return (ctypes.c_ssize_t * len(JOB))(*sizes, *[addresses.get(name, 0) for name in ADDRESSES])
 
 
 @intrinsic
@@ -748,6 +752,29 @@ def integrate(pointer: Any) -> None:
             follow_by_products(job, block, sample, n, count, next_start)
         else:
             follow(job, block, sample, n, count, next_start)
+        index = next_block(job, index)
+
+
+def combine(pointer: Any) -> None:
+    """Kernel: Σ_i factor_i·output_i + factor_N·x_src + factor_{N+1}·x, the closed form of DX.
+
+    The job's `means` are the N outputs, its `components` their number, and its one channel is all of a sample's.
+    """
+    job = job_at(pointer)
+    space, number = job.space, job.components
+    outputs, x_src, x, x_to = floats(job.means), floats(job.x_src), floats(job.x_from), floats(job.x_to)
+    spare = from_row(floats(job.scratch), claim(job.counters + 8, 1))
+    index = next_block(job, -1)
+    while index < job.samples * sample_blocks(job):
+        sample, n = place(job, index)
+        count, start = min(LANES, space - n), sample * space + n
+        factors = floats(job.factors + 4 * sample * (number + 2))
+        total = read(x_src, start, count, spare) * factors[number]
+        total = total + read(x, start, count, spare) * factors[number + 1]
+        for i in range(number):
+            output = read(outputs, (sample * number + i) * space + n, count, spare)
+            total = total + output * factors[i]
+        write(x_to, start, count, total, spare)
         index = next_block(job, index)
 
 
