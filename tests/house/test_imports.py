@@ -139,3 +139,16 @@ def test_reading_settings_and_tables_needs_no_torch() -> None:
     """Commands that only read such files begin at once, and so do processes that only read shards."""
     code = "import sys, fewstep.cli.serve, fewstep.data.tables, fewstep.data.order; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_encoders_and_trainings_start_without_what_they_do_not_use() -> None:
+    """Each takes a second or more to import, in every process of a run."""
+    code = """
+import sys
+import fewstep.data.encode
+assert "torch.distributed.checkpoint" not in sys.modules
+import fewstep.train.trainer
+assert not {"peft", "diffusers", "transformers"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.heads import DXConfig, GMFlowConfig, PolicyConfig
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.pretrained import network_folder, read_weights
+from fewstep.models.pretrained import network_folder
 from fewstep.models.registry import get_family
-from fewstep.models.sharded import whole
+from fewstep.models.sharded import read_weights, whole
 from fewstep.models.teacher import load_teacher, open_teacher
 
 RANKS = 2

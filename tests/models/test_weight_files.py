@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import UserError
-from fewstep.models.pretrained import read_weights, stream_weights, weight_files
+from fewstep.models.pretrained import stream_weights, weight_files
 from fewstep.models.registry import get_family
+from fewstep.models.sharded import read_weights
 from fewstep.models.teacher import (
     TeacherReference,
     checked_meanwhile,

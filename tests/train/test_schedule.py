@@ -11,7 +11,7 @@ import torch
 
 from fewstep.distill.result import draw_times
 from fewstep.draws import SampleGenerators, gaussian_noise, uniform
-from fewstep.models.lora import SampleDropout, seed_dropout
+from fewstep.models.dropout import SampleDropout, seed_dropout
 from fewstep.train.optimizers import lr_share
 from fewstep.train.recipe import OptimizerConfig
 

@@ -225,6 +225,12 @@ def read_permuted(
         yield rows.append_column("lane", pa.array([item["lane"]] * len(rows), pa.int32()))
 
 
+def read_block(block: pa.Table, *, storage: Storage, seed: int, reader: ShardReader) -> Iterator[pa.Table]:
+    """Ray Data task: `read_permuted`, of the work items in a block's column `items`."""
+    items = list(itertools.chain(*block["items"].to_pylist()))
+    yield from read_permuted(items, storage=storage, seed=seed, reader=reader)
+
+
 def _permutation(seed: int, item: dict[str, Any]) -> np.ndarray:
     return generator(seed, "rows", item["epoch"], item["path"]).permutation(item["rows"])
 

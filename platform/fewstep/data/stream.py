@@ -42,6 +42,7 @@ from fewstep.data.order import (
     ShardReader,
     WorkItem,
     grouped,
+    read_block,
     read_permuted,
 )
 from fewstep.data.schema import DatasetInfo, Encoding, read_raw, read_shard
@@ -329,19 +330,13 @@ def _pipeline(storage: Storage, tasks: list[list[WorkItem]], seed: int, reader: 
     rows = [{"items": [item.as_dict() for item in task]} for task in tasks]
     # Reading takes no CPU slot, so that it also works where training workers hold all CPUs of a cluster.
     pipeline = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(_read_block, storage=storage, seed=seed, reader=reader),
+        partial(read_block, storage=storage, seed=seed, reader=reader),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(READ_TASKS),
     )
     return configured(pipeline, in_order=True)
-
-
-def _read_block(block: pa.Table, *, storage: Storage, seed: int, reader: ShardReader) -> Iterator[pa.Table]:
-    """Ray Data task: `read_permuted`, of the work items in a block's column `items`."""
-    items = list(itertools.chain(*block["items"].to_pylist()))
-    yield from read_permuted(items, storage=storage, seed=seed, reader=reader)
 
 
 def _by_lane(block: pa.Table) -> Iterator[tuple[int, pa.Table]]:

@@ -46,7 +46,8 @@ def add_adapters(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    from fewstep.models.lora import FoldedLoRALinear, SampleDropout
+    from fewstep.models.dropout import SampleDropout
+    from fewstep.models.lora import FoldedLoRALinear
 
     targets = lora_target_modules(transformer, family, settings.targets)
     # peft reads its names as regular expressions that fit the end of a layer's name: these fit the whole.

@@ -32,8 +32,8 @@ from fewstep.models.precision import (
     held_bytes,
     set_weight,
 )
-from fewstep.models.pretrained import read_weights, stream_weights
-from fewstep.models.sharded import fill
+from fewstep.models.pretrained import stream_weights
+from fewstep.models.sharded import fill, read_weights
 from fewstep.policies import Policy
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from fewstep.hub import hub_folder
 from fewstep.models.devices import map_large_blocks, return_freed_memory
@@ -24,9 +22,6 @@ PARTS = ("config.json", "model_index.json", "diffusion_pytorch_model*", "transfo
 
 LARGE_WEIGHT = 2**20
 """Numbers from which on a weight is read by itself."""
-
-LOADED_NUMBERS = 2**26
-"""Numbers that are read into sharded weights at a time, by all ranks together."""
 
 LARGE = 2**30
 """Bytes of weights from which on the gaps between a network's activations matter more than the time to map them."""
@@ -174,41 +169,6 @@ def _without_variants(files: Iterable[Path]) -> list[Path]:
     return sorted(file for file in files if not any(fnmatch(file.name, variant) for variant in VARIANTS))
 
 
-def read_weights(parameters: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill parameters in place from a folder's safetensors; each rank reads only its own rows of a sharded one.
-
-    Args:
-        parameters: by their names in the files; tensors or DTensors of any floating-point type. Every rank has to call
-            this at the same time.
-        folder: has one or several `*.safetensors`. Copies in other precisions (`VARIANTS`) are not read.
-
-    Raises:
-        ValueError: a parameter is missing there, or has another shape.
-    """
-    for group in _groups(parameters):
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        # The reader lists the folder itself; which of two copies of a weight it would take depends on the files' order.
-        reader.fs = _WeightFiles()
-        try:
-            dcp.load(group, storage_reader=reader)
-        except dcp.api.CheckpointException as error:
-            [(rank, (cause, _)), *_] = error.failures.items()
-            raise ValueError(f"{folder}: {cause} (rank {rank})") from error
-
-
-def _groups(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Parameters in groups of at least `LOADED_NUMBERS` (whole) numbers, the same on every rank."""
-    # Read all at once, the mapped pages of the files would stay in memory until the last one is read.
-    group: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        group[name] = parameter
-        if sum(one.numel() for one in group.values()) >= LOADED_NUMBERS:
-            yield group
-            group = {}
-    if group:
-        yield group
-
-
 def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The names and weights in a folder's safetensors, one after the other, the largest first, on the CPU.
 
@@ -228,10 +188,3 @@ def stream_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in [name for place, name in sizes if place == path and sizes[path, name] < LARGE_WEIGHT]:
                 yield name, file.get_tensor(name)
-
-
-class _WeightFiles(FileSystem):
-    """File system of the checkpoint reader that lists only the files that are a network's weights."""
-
-    def ls(self, path: str | os.PathLike[str]) -> list[str]:
-        return [str(file) for file in weight_files(Path(path))]

@@ -16,7 +16,7 @@ from fewstep.data.stream import Batch
 from fewstep.distill import PowerEMA
 from fewstep.draws import SampleGenerators, mixed_seed
 from fewstep.models.conditioning import Conditioning
-from fewstep.models.lora import seed_dropout
+from fewstep.models.dropout import seed_dropout
 from fewstep.models.sharded import whole
 from fewstep.train.checkpoint import optimizer_tensors
 from fewstep.train.objectives import build_objective

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,6 +40,10 @@ RESIZE_SECONDS = 60.0
 START_SECONDS = 60.0
 """How long Ray Train waits for its workers to start, before it tries again; RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
 changes it."""
+
+LOOK_SECONDS = 0.5
+"""Time between two looks of Ray Train at its workers; RAY_TRAIN_HEALTH_CHECK_INTERVAL_S changes it. A report waits for
+the one before to be seen, and a run ends some looks after its last step: with Ray's own 2 s, five seconds after it."""
 
 PREVIEW_CAPTIONS = 32
 """Number of held-out captions in the sample grids."""
@@ -102,6 +107,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         tracker.log_json(resolved, "recipe.json")
         tracker.flush()
         print(f"run {run_name}; if it is ended, --resume {run_name} goes on with it", flush=True)
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(LOOK_SECONDS))
         try:
             with told_own_cluster(), _reader(recipe, info) as reader:
                 result = _ray_trainer(recipe, run_name, info, tracker.run, reader).fit()
@@ -205,8 +211,9 @@ def _ray_trainer(
         tracking=tracking,
     )
     return TorchTrainer(
-        cast(Any, train_worker),
-        train_loop_config=cast(Any, job),  # travels as it is; Ray's annotations ask for a dictionary
+        # As a part of the function, which only workers unpickle. Its configuration would be unpickled by Ray Train's
+        # controller, too, which would import all that the workers need before it starts them.
+        cast(Any, partial(train_worker, job)),  # Ray's annotations know no function that returns something
         scaling_config=cast(Any, ray.train.ScalingConfig)(
             num_workers=settings.workers,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
