@@ -57,23 +57,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="together",
         help="encoder and decoder in the replica, or in processes of their own; default: %(default)s",
     )
+    add(
+        "--ingress",
+        choices=("apart", "together"),
+        default="apart",
+        help="HTTP in a process of its own, or in the generator's; default: %(default)s",
+    )
     add("--port", type=int, default=8765, help="of the own deployment; default: %(default)s")
     add("--tracking-uri", help="log table, plot and figures to MLflow there")
     add(
         "--out",
         type=Path,
         default=Path("out/benchmark_serve"),
-        help="folder for table and plot; default: %(default)s",
+        help="folder for table and plots; default: %(default)s",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print a table with the acceptance criteria, and write it and a plot to `options.out`.
+    """Measure, print a table with the acceptance criteria, and write it and plots to `options.out`.
 
     Raises:
         UserError: Serve already runs on this cluster, the deployment did not become ready, or MLflow is out of reach.
     """
-    from fewstep_loadtest.load import as_metrics, plot, table
+    from fewstep_loadtest.load import as_metrics, plot, plot_parts, table
 
     print(table([]))
     measured = dict(_measure_each(options))
@@ -88,7 +94,10 @@ def run(options: argparse.Namespace) -> None:
     (options.out / "table.md").write_text(report)
     largest = max(size for size, _ in engines)
     plot(results, engines[largest, 1], options.out / "load.png")
-    print(f"\n{report}\nplot  {(options.out / 'load.png').absolute()}")
+    plot_parts(results, options.out / "parts.png")
+    print(
+        f"\n{report}\nplots  {(options.out / 'load.png').absolute()}, {(options.out / 'parts.png').absolute()}"
+    )
     if options.tracking_uri:
         _log(options.tracking_uri, as_metrics(results), options.out)
 
@@ -108,7 +117,7 @@ def _measure_each(options: argparse.Namespace) -> Iterator[tuple[int | None, _Me
                 "models": [{"name": "model", "source": options.model}],
                 "batching": {"max_batch_size": limit},
             },
-            "engine": {"threads": options.threads, "stages": options.stages},
+            "engine": {"threads": options.threads, "stages": options.stages, "ingress": options.ingress},
         }
         with deployment(config, port=options.port, replicas=options.replicas) as address:
             yield limit, _measure(options, address, limit)

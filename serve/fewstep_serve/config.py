@@ -100,7 +100,7 @@ class EngineConfig(Config):
     ingress: Literal["apart", "together"] = "apart"
     """Whether HTTP is answered by a deployment of its own, or inside the generator's replicas. Together, a request is
     spared the way to another process and back. But where a replica dies, what it was asked for is answered 500
-    instead of being sent to another one, and an idle service can't go without replicas."""
+    instead of being sent to another one."""
 
 
 class Access(Config):
