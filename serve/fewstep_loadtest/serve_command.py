@@ -57,12 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="together",
         help="encoder and decoder in the replica, or in processes of their own; default: %(default)s",
     )
-    add(
-        "--ingress",
-        choices=("apart", "together"),
-        default="apart",
-        help="HTTP in a process of its own, or in the generator's; default: %(default)s",
-    )
     add("--port", type=int, default=8765, help="of the own deployment; default: %(default)s")
     add("--tracking-uri", help="log table, plot and figures to MLflow there")
     add(
@@ -117,7 +111,7 @@ def _measure_each(options: argparse.Namespace) -> Iterator[tuple[int | None, _Me
                 "models": [{"name": "model", "source": options.model}],
                 "batching": {"max_batch_size": limit},
             },
-            "engine": {"threads": options.threads, "stages": options.stages, "ingress": options.ingress},
+            "engine": {"threads": options.threads, "stages": options.stages},
         }
         with deployment(config, port=options.port, replicas=options.replicas) as address:
             yield limit, _measure(options, address, limit)

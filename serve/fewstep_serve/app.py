@@ -14,8 +14,7 @@ from ray.serve import Application, Deployment
 from ray.serve.handle import DeploymentHandle
 
 from fewstep_serve.config import MAX_ONGOING_REQUESTS, ServeConfig
-from fewstep_serve.generator import Generator, GeneratorReplica
-from fewstep_serve.generators import OwnGenerator, RemoteGenerators
+from fewstep_serve.generator import Generator
 from fewstep_serve.http import build_api
 from fewstep_serve.stages import Decoder, Encoder
 
@@ -43,33 +42,7 @@ class Ingress:
 
     # Serve calls this once per replica, for the application that answers its HTTP.
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._config, RemoteGenerators(self._generator))
-
-
-@serve.ingress()
-class GeneratorWithHTTP(GeneratorReplica):
-    """A generator that answers HTTP itself; a deployment by `Generator`'s name, with its options.
-
-    Args:
-        service: a `ServeConfig` as plain data.
-        engine: its `EngineConfig` as plain data.
-        max_relative_pixels: of its `Limits`.
-        stages: handles of `Encoder` and `Decoder`, where stages are apart.
-    """
-
-    def __init__(
-        self,
-        service: dict[str, Any],
-        engine: dict[str, Any],
-        max_relative_pixels: float,
-        *stages: DeploymentHandle,
-    ) -> None:
-        super().__init__(engine, max_relative_pixels, *stages)
-        self._service = ServeConfig.model_validate(service)
-
-    # Serve calls this once per replica, for the application that answers its HTTP.
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, OwnGenerator(self))
+        return build_api(self._config, self._generator)
 
 
 def build(config: ServeConfig) -> Application:
@@ -93,9 +66,7 @@ def assemble(config: ServeConfig, **generator_options: Any) -> Application:
     threads, apart = config.engine.threads, config.engine.stages == "apart"
     parts = config.engine.parts.model_dump(mode="json")
     stages = [encoder.bind(threads, parts), decoder.bind(threads, parts)] if apart else []
-    generators = generator.options(user_config=offer, **generator_options)
-    service = config.model_dump(mode="json", exclude={"offer"})
-    settings = (engine, config.limits.max_relative_pixels, *stages)
-    if config.engine.ingress == "together":
-        return generators.options(func_or_class=GeneratorWithHTTP).bind(service, *settings)
-    return ingress.bind(service, generators.bind(*settings))
+    generators = generator.options(user_config=offer, **generator_options).bind(
+        engine, config.limits.max_relative_pixels, *stages
+    )
+    return ingress.bind(config.model_dump(mode="json", exclude={"offer"}), generators)

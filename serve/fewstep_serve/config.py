@@ -97,10 +97,6 @@ class EngineConfig(Config):
     stages: Literal["together", "apart"] = "together"
     """Whether encoder and decoder work inside the generator's replicas, or are deployments of their own, which scale by
     themselves."""
-    ingress: Literal["apart", "together"] = "apart"
-    """Whether HTTP is answered by a deployment of its own, or inside the generator's replicas. Together, a request is
-    spared the way to another process and back. But where a replica dies, what it was asked for is answered 500
-    instead of being sent to another one."""
 
 
 class Access(Config):

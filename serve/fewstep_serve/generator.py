@@ -50,7 +50,17 @@ Show = Callable[[Callable[[], PreviewImage]], None]
 """Takes a preview that is still to be encoded."""
 
 
-class GeneratorReplica:
+@serve.deployment(
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
+    max_queued_requests=256,  # while there is no replica at all
+    max_surge_percent=1,  # one more at a time: a new one takes over before an old one leaves
+    health_check_period_s=2,
+    graceful_shutdown_wait_loop_s=0.2,
+    graceful_shutdown_timeout_s=60,
+    max_constructor_retry_count=3,
+    ray_actor_options={"num_cpus": 1},
+)
+class Generator:
     """Generates what an `ImageRequest` asks for, in batches with other requests.
 
     Args:
@@ -378,20 +388,6 @@ class GeneratorReplica:
         while True:
             self._metrics.pending(self._engine.pending)
             await asyncio.sleep(GAUGE_EVERY_S)
-
-
-Generator = serve.deployment(
-    name="Generator",
-    max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    max_queued_requests=256,  # while there is no replica at all
-    max_surge_percent=1,  # one more at a time: a new one takes over before an old one leaves
-    health_check_period_s=2,
-    graceful_shutdown_wait_loop_s=0.2,
-    graceful_shutdown_timeout_s=60,
-    max_constructor_retry_count=3,
-    ray_actor_options={"num_cpus": 1},
-)(GeneratorReplica)
-"""The deployment of the generators."""
 
 
 def _takes_classes(model: LoadedModel) -> bool:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +17,6 @@ from fewstep_serve.answers import image_events, images_json
 from fewstep_serve.api_page import api_page
 from fewstep_serve.config import ServeConfig
 from fewstep_serve.errors import add_error_handlers
-from fewstep_serve.generators import Generators
 from fewstep_serve.schema import (
     ErrorResponse,
     Health,
@@ -56,13 +56,13 @@ ERRORS = {
 """What the API's document says of errors, by HTTP status."""
 
 
-def build_api(config: ServeConfig, generators: Generators) -> FastAPI:
-    """The ASGI application of one replica that answers HTTP.
+def build_api(config: ServeConfig, generator: DeploymentHandle) -> FastAPI:
+    """The ASGI application of one ingress replica.
 
     Raises:
         UserError: anybody beyond loopback could use it, and no key is set.
     """
-    service = Service(config, generators)
+    service = Service(config, generator)
     api = FastAPI(
         title="fewstep",
         description="Images in a few network evaluations, by OpenAI's images API.",

@@ -10,18 +10,17 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 from typing import Any, get_args
 
 from fastapi import Request
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 from fewstep.errors import UserError
 from fewstep_serve.cluster import http_options, living_replicas
 from fewstep_serve.config import ServeConfig
-from fewstep_serve.generators import Generators
 from fewstep_serve.metrics import RequestMetrics
 from fewstep_serve.schema import (
     Health,
@@ -50,15 +49,15 @@ class Service:
 
     Args:
         config: limits and access.
-        generators: what generates.
+        generator: handle of the generators.
 
     Raises:
         UserError: anybody beyond loopback could use it, and no key is set.
     """
 
-    def __init__(self, config: ServeConfig, generators: Generators) -> None:
+    def __init__(self, config: ServeConfig, generator: DeploymentHandle) -> None:
         self.limits, self.retry_after_s = config.limits, config.retry_after_s
-        self._generators = generators
+        self._generator = generator
         self._keys = [_digest(key) for key in config.access.api_keys()]
         if not self._keys and not config.access.open_to_all:
             options = http_options()
@@ -216,7 +215,7 @@ class Service:
         for _ in range(2):
             try:
                 async with asyncio.timeout(self.limits.time_limit_s):
-                    entries = await self._generators.models()
+                    entries = await self._generator.models.remote()
                 return [
                     entry.model_copy(update={"max_teacher_steps": self.limits.max_teacher_steps})
                     for entry in entries
@@ -234,7 +233,7 @@ class Service:
             if time.monotonic() - self._health_known_at > STATUS_AGE_S:
                 application, deployment = (
                     serve.get_replica_context().app_name,
-                    self._generators.deployment_name,
+                    self._generator.deployment_name,
                 )
                 replicas = await asyncio.to_thread(living_replicas, application, deployment)
                 replicas = self._health.replicas if replicas is None else replicas
@@ -249,9 +248,13 @@ class Service:
         """Whether all replicas serve what was configured last; None where none of them answers."""
         try:
             async with asyncio.timeout(OFFER_STATUS_S):
-                known = await self._generators.offer_statuses()
+                # Of every replica: one may have what another can't load. What died meanwhile gives an exception.
+                answers = await self._generator.broadcast("offer_status").results_async(
+                    return_exceptions=True
+                )
         except (TimeoutError, DeploymentUnavailableError):
             return None
+        known = [answer for answer in answers if isinstance(answer, OfferStatus)]
         return max(known, key=lambda one: get_args(OfferState).index(one.state), default=None)
 
     def answered(
@@ -288,11 +291,17 @@ class Service:
     ) -> AsyncIterator[PreviewImage | ImagesResponse | Refusal]:
         """What a generator gives for a request; it is told to stop where the iteration is left early."""
         if not previews:
-            async with asyncio.timeout_at(deadline):
-                result = await self._generators.generate(request)
+            response = self._generator.generate.remote(request)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    result = await response
+            except (asyncio.CancelledError, TimeoutError):
+                response.cancel()  # Ray would let the generator go on
+                raise
             yield result
             return
-        async with aclosing(self._generators.generate_stream(request)) as stream:
+        stream: Any = self._generator.options(stream=True).generate_stream.remote(request)
+        try:
             while True:
                 try:
                     async with asyncio.timeout_at(deadline):
@@ -300,6 +309,8 @@ class Service:
                 except StopAsyncIteration:
                     return
                 yield message
+        finally:
+            stream.cancel()
 
 
 def require_loopback(host: str) -> None:

@@ -442,27 +442,6 @@ def test_encoder_and_decoder_may_be_deployments_of_their_own(address: str, servi
     serve.delete("apart")
 
 
-def test_a_generator_may_answer_http_itself(address: str, pipeline) -> None:
-    import openai
-
-    config = {"engine": {"ingress": "together"}}
-    deploy(address, config, name="one", prefix="/one", ray_actor_options=SMALL)
-    status, body = post(f"{address}/one", prompt=PROMPT, n=2, seed=3)
-    assert status == 200
-    images = [decode_image(image["b64_json"]) for image in body["data"]]
-    assert all(map(within_one_level, images, pipeline([PROMPT] * 2, seed=3).images))
-    client = openai.OpenAI(base_url=f"{address}/one/v1", api_key="any", max_retries=0)
-    events = list(
-        client.images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 3})
-    )
-    assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 2 + ["completed"]
-    assert within_one_level(decode_image(events[-1].b64_json), images[0])
-    assert [model.id for model in client.models.list()] == ["emoji-student"]
-    with urllib.request.urlopen(f"{address}/one/healthz") as response:
-        assert json.load(response) == {"status": "ok", "replicas": 1, "offer": "current"}
-    assert post(f"{address}/one", prompt="x " * 200)[0] == 400
-
-
 def test_a_request_has_a_time_limit(address: str) -> None:
     from ray import serve
 

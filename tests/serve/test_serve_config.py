@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from fewstep.errors import UserError
-from fewstep_serve.app import Ingress, assemble
+from fewstep_serve.app import Ingress
 from fewstep_serve.config import Access, Offer, ServeConfig
 from fewstep_serve.generator import Generator
 from fewstep_serve.service import require_loopback
@@ -83,18 +83,6 @@ def test_no_deployment_lets_its_router_wait_for_a_full_replica() -> None:
         assert deployment.max_ongoing_requests > most
     with pytest.raises(ValidationError, match="max_pending"):
         Offer.model_validate({"batching": {"max_pending": most + 1}})
-
-
-def test_http_may_be_answered_by_the_generators_under_their_name_and_with_their_options() -> None:
-    apart, together = (
-        assemble(ServeConfig.model_validate({"engine": {"ingress": ingress}}), num_replicas=3)
-        for ingress in ("apart", "together")
-    )
-    generators = together._bound_deployment
-    assert apart._bound_deployment.name == "Ingress"
-    assert (generators.name, generators.num_replicas) == ("Generator", 3)
-    assert generators.user_config == Offer().model_dump(mode="json")
-    assert generators.max_ongoing_requests == Generator.max_ongoing_requests
 
 
 def test_without_keys_http_listens_on_loopback_alone() -> None:
