@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ SUBJECTS = (
 """What the captions of the load tests show."""
 STYLES = ("noto", "twemoji", "fluent")
 """In whose style."""
+
+PARTS = ("client and proxy", "ingress", "queue", "encode", "network", "policy", "decode")
+"""Parts of a request's time. The last five are an image's timings as its response tells them. "ingress" is the rest of
+what the service took from reading the request to writing the answer: checks, the way to the generator and back, the
+image file. "client and proxy" is what its client waited beyond that."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class LoadResult:
     """Answered 429."""
     errors: int
     """Answered otherwise than 200 and 429."""
+    parts_ms: dict[str, float] = field(default_factory=dict)
+    """Where the answered requests' time went, by the names of `PARTS`: their means, which add up to the mean latency.
+    Empty for the engine alone."""
 
 
 def prompts(count: int, seed: int) -> list[str]:
@@ -84,7 +92,7 @@ async def lone_latency(
             answers.append(
                 await client.generate(prompt=prompt, seed=seed, num_inference_steps=steps, decode=False)
             )
-    return _result("alone", None, answers, time.perf_counter() - begin)
+    return summary("alone", None, answers, time.perf_counter() - begin)
 
 
 async def open_loop(
@@ -115,7 +123,7 @@ async def open_loop(
                 )
             )
         answers = await asyncio.gather(*tasks)
-    return _result(name or f"{rate:.3g} requests/s", rate, answers, time.perf_counter() - begin)
+    return summary(name or f"{rate:.3g} requests/s", rate, answers, time.perf_counter() - begin)
 
 
 async def saturated(
@@ -154,7 +162,7 @@ async def saturated(
         begin = time.perf_counter()
         end = begin + seconds
         await asyncio.gather(*(one(number) for number in range(clients)))
-    return _result(name, None, answers, time.perf_counter() - begin)
+    return summary(name, None, answers, time.perf_counter() - begin)
 
 
 def bare_engine(
@@ -277,6 +285,42 @@ def plot(results: Sequence[LoadResult], baseline: LoadResult | None, file: Path)
     pyplot.close(figure)
 
 
+def plot_parts(results: Sequence[LoadResult], file: Path) -> None:
+    """Plot where a request's time goes: one bar per load, made of its `parts_ms`.
+
+    Args:
+        results: those of an endpoint are plotted, in order from above.
+        file: what is written.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    shown = [one for one in results if one.parts_ms]
+    figure, axes = pyplot.subplots(
+        len(shown), 1, figsize=(9, 1 + 1.1 * len(shown)), layout="constrained", squeeze=False
+    )
+    # A scale for each: a request that waits for others takes many times as long as one alone.
+    for one, ax in zip(shown, axes[:, 0], strict=True):
+        left = 0.0
+        for number, part in enumerate(PARTS):
+            ax.barh(0, one.parts_ms[part], left=left, color=f"C{number}", label=part)
+            left += one.parts_ms[part]
+        ax.set(title=f"{one.name}: {one.images_per_s:.1f} images/s", yticks=[], xlim=(0, None))
+    axes[-1, 0].set_xlabel("milliseconds of a request, on average")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=7,
+        frameon=False,
+        fontsize=8,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
 def as_metrics(results: Sequence[LoadResult]) -> dict[str, float]:
     """Figures for MLflow: `serve/<load>/<figure>`."""
     return {
@@ -287,7 +331,15 @@ def as_metrics(results: Sequence[LoadResult]) -> dict[str, float]:
     }
 
 
-def _result(name: str, offered: float | None, answers: list[Answer], elapsed: float) -> LoadResult:
+def summary(name: str, offered: float | None, answers: list[Answer], elapsed: float) -> LoadResult:
+    """What came of a load.
+
+    Args:
+        name: of the load.
+        offered: requests sent per second; None where clients waited for answers.
+        answers: all of them, each to a request for one image.
+        elapsed: seconds that it took.
+    """
     good = [answer for answer in answers if answer.status == 200]
     statuses = Counter(answer.status for answer in answers)
     images: list[dict[str, Any]] = [image for answer in good for image in answer.body["data"]]
@@ -305,4 +357,17 @@ def _result(name: str, offered: float | None, answers: list[Answer], elapsed: fl
         outside_engine=1 - statistics.fmean(inside) / float(milliseconds.mean()) if good else None,
         refused=statuses[429],
         errors=sum(count for status, count in statuses.items() if status not in (200, 429)),
+        parts_ms=_parts_ms(good),
     )
+
+
+def _parts_ms(answers: list[Answer]) -> dict[str, float]:
+    """Mean milliseconds of each of `PARTS`; nothing without answers."""
+    if not answers:
+        return {}
+    # As `LoadResult` says of the engine: of a request for several images, those of the first.
+    timings = [answer.body["data"][0]["timings"] for answer in answers]
+    inside = {name: statistics.fmean(one[f"{name}_ms"] for one in timings) for name in PARTS[2:]}
+    service = statistics.fmean(float(answer.headers["openai-processing-ms"]) for answer in answers)
+    whole = statistics.fmean(answer.seconds * 1000 for answer in answers)
+    return {PARTS[0]: whole - service, PARTS[1]: service - sum(inside.values())} | inside

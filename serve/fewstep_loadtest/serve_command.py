@@ -63,17 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("out/benchmark_serve"),
-        help="folder for table and plot; default: %(default)s",
+        help="folder for table and plots; default: %(default)s",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print a table with the acceptance criteria, and write it and a plot to `options.out`.
+    """Measure, print a table with the acceptance criteria, and write it and plots to `options.out`.
 
     Raises:
         UserError: Serve already runs on this cluster, the deployment did not become ready, or MLflow is out of reach.
     """
-    from fewstep_loadtest.load import as_metrics, plot, table
+    from fewstep_loadtest.load import as_metrics, plot, plot_parts, table
 
     print(table([]))
     measured = dict(_measure_each(options))
@@ -88,7 +88,10 @@ def run(options: argparse.Namespace) -> None:
     (options.out / "table.md").write_text(report)
     largest = max(size for size, _ in engines)
     plot(results, engines[largest, 1], options.out / "load.png")
-    print(f"\n{report}\nplot  {(options.out / 'load.png').absolute()}")
+    plot_parts(results, options.out / "parts.png")
+    print(
+        f"\n{report}\nplots  {(options.out / 'load.png').absolute()}, {(options.out / 'parts.png').absolute()}"
+    )
     if options.tracking_uri:
         _log(options.tracking_uri, as_metrics(results), options.out)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from fewstep_loadtest import serve_command, soak_command
-from fewstep_loadtest.load import LoadResult, as_metrics, table
+from fewstep_loadtest.client import Answer
+from fewstep_loadtest.load import PARTS, LoadResult, as_metrics, plot_parts, summary, table
 from fewstep_loadtest.serve_command import _Measured, _verdicts
 from fewstep_loadtest.soak import MALFORMED, mixture
 from fewstep_serve.schema import ImageRequest
@@ -72,6 +74,27 @@ def test_results_become_a_table_and_metrics() -> None:
     )
     assert as_metrics([result])["serve/batch limit 4 0.5 of saturation/images_per_s"] == 20.0
     assert "serve/alone/offered_per_s" not in as_metrics([RESULT])
+
+
+def answered(seconds: float, service_ms: int, **timings: float) -> Answer:
+    """A response for one image."""
+    body = {
+        "data": [{"batch_size": 1.0, "timings": {f"{name}_ms": value for name, value in timings.items()}}]
+    }
+    return Answer(200, body, {"openai-processing-ms": str(service_ms)}, seconds)
+
+
+def test_the_parts_of_a_request_add_up_to_its_latency_and_become_a_plot(tmp_path: Path) -> None:
+    engine = {"queue": 1.0, "encode": 5.0, "network": 20.0, "policy": 3.0, "decode": 1.0}
+    refusal = Answer(429, {"error": {}}, {}, 0.001)
+    answers = [answered(0.040, 36, **engine), answered(0.060, 44, **(engine | {"queue": 3.0})), refusal]
+    parts = summary("alone", None, answers, elapsed=1.0).parts_ms
+    assert tuple(parts) == PARTS
+    assert parts == pytest.approx(engine | {"queue": 2.0, "ingress": 9.0, "client and proxy": 10.0})
+    assert sum(parts.values()) == pytest.approx(50.0)
+    plot_parts([replace(RESULT, parts_ms=parts), RESULT], tmp_path / "parts.png")  # RESULT has none: no bar
+    assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
+    assert summary("none", None, [refusal], elapsed=1.0).parts_ms == {}
 
 
 def test_the_mixture_repeats_and_its_wellformed_requests_fit_the_schema() -> None:
