@@ -37,8 +37,8 @@ from fewstep.models.pretrained import read_weights, stream_weights
 from fewstep.models.sharded import fill
 from fewstep.policies import Policy
 
-PART_TOKENS = 2048
-"""Tokens that the teacher computes at a time on a CPU: at a width of 128, its largest tensor then takes 4 MB."""
+PART_TOKENS = 4096
+"""Tokens that the teacher computes at a time on a CPU: at a width of 128, its largest tensor then takes 8 MB."""
 
 
 class PolicyNetwork(nn.Module):
@@ -326,10 +326,7 @@ class PolicyNetwork(nn.Module):
             guidance_scale: as for `forward`.
         """
         rows = self._rows_at_a_time(x)
-        if rows >= len(x):
-            parts = [slice(None)]
-        else:
-            parts = [slice(first, first + rows) for first in range(0, len(x), rows)]
+        parts = [slice(first, first + rows) for first in range(0, max(1, len(x)), rows)]
         per_sample = isinstance(guidance_scale, Tensor) and guidance_scale.ndim > 0
         with torch.no_grad():
             packed = [
@@ -352,7 +349,7 @@ class PolicyNetwork(nn.Module):
         and where FSDP would gather the weights anew each time, all.
         """
         if x.device.type != "cpu" or isinstance(self, FSDPModule):
-            return len(x)
+            return max(1, len(x))
         return max(1, PART_TOKENS // self.family.tokens(self.transformer, *x.shape[-2:]))
 
     def policy(

@@ -109,7 +109,7 @@ class Distillation:
             transformer, self.family, student.policy, student.lora, recipe.train.seed, student.full
         )
         self.model.lower(recipe.train.precision)
-        if recipe.train.compile is None:  # which would compile the mode, too
+        if recipe.train.compile is None:  # which computes products in its own way
             for network in self.model.transformers():
                 compute_faster(self.family.trunk(network))
         if not sharded and self._weights is None:
