@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.models import network as networks
 from fewstep.models.conditioning import ClassConditioning, Conditioning, TextConditioning
 from fewstep.models.heads import DXConfig, GMFlowConfig
 from fewstep.models.network import PolicyNetwork
@@ -109,3 +110,20 @@ def test_all_weights_or_adapters_but_not_both() -> None:
         load_recipe(DistillRecipe, None, ["student.full=true"])
     assert "\n" not in str(caught.value)
     assert load_recipe(DistillRecipe, None, ["student.full=true", "student.lora=null"]).student.full
+
+
+def test_a_cpu_computes_a_large_batch_of_the_teacher_in_parts(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = student(family, DXConfig(points=2))
+    conditioning = CONDITIONING[family].repeat(4)
+    x, t = X.repeat(4, 1, 1, 1), T.repeat(4)
+    whole = network.velocity(x, t, conditioning)
+    seen: list[int] = []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr(networks, "PART_TOKENS", 3 * 16)  # a latent of 8 by 8 has 16 tokens
+    torch.testing.assert_close(network.velocity(x, t, conditioning), whole)
+    assert seen == [3, 3, 2]
+    monkeypatch.setattr(networks, "PART_TOKENS", 1)  # less than one sample has
+    torch.testing.assert_close(network.velocity(x, t, conditioning), whole)
+    assert seen[3:] == [1] * 8

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.benchmarks.train_step import in_bare_process, rows_of, step_table
+from fewstep.benchmarks.step_profile import OTHER, PARTS, kind_of
+from fewstep.benchmarks.train_step import draw_profile, in_bare_process, rows_of, step_table
 from fewstep.data.stream import Batch
+from fewstep.errors import UserError
 from fewstep.models.conditioning import ClassConditioning, TextConditioning
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
@@ -25,6 +27,36 @@ def test_bare_processes_time_a_step_and_its_parts(
     seconds = in_bare_process(recipe, 2, tmp_path / "times.json")
     assert set(seconds) == {"bare", "step", "network", "rollouts"}
     assert all(value > 0 for value in seconds.values())
+
+
+def test_a_profile_divides_a_step_into_parts_and_kinds(
+    tiny_teacher: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = [
+        f"teacher.path={tiny_teacher}", f"data.path={tiny_data}", "data.batch_size=4", "train.threads=1",
+        "student.lora={rank: 2}", "student.policy={type: gmflow, components: 2}",
+    ]  # fmt: skip
+    recipe = load_recipe(DistillRecipe, None, settings)
+    draw_profile(recipe, 2, tmp_path / "new" / "step.png")
+    assert (tmp_path / "new" / "step.png").read_bytes().startswith(b"\x89PNG")
+    seconds = in_bare_process(recipe, 2, tmp_path / "times.json", profile=True)
+    assert tuple(seconds) == PARTS
+    for part in ("teacher", "student forward", "student backward"):
+        assert seconds[part]["products"] > 0
+    assert seconds["rollouts and loss"]["rollout kernels"] > 0
+    assert sum(seconds["optimizer and EMA"].values()) > 0
+
+
+def test_profiles_are_of_cpus(tmp_path: Path) -> None:
+    recipe = load_recipe(DistillRecipe, None, ["train.gpu=true"])
+    with pytest.raises(UserError, match=r"--profile: GPUs .* set train\.gpu=false"):
+        draw_profile(recipe, 2, tmp_path / "step.png")
+
+
+def test_operations_are_sorted_by_the_first_kind_that_fits() -> None:
+    events = ("aten::addmm", "aten::add_", "aten::gelu_backward", "_MeanVelocityBackward", "aten::unknown")
+    kinds = ["products", "sums and scalings", "GELU", "rollout kernels", OTHER]
+    assert [kind_of(event) for event in events] == kinds
 
 
 def test_some_rows_are_padded_to_their_own_longest_text() -> None:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine
+from fewstep.benchmarks.step_profile import profiled, step_plot
+from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
 from fewstep.train.progress import LossMeter
 from fewstep.train.recipe import DistillRecipe, load_recipe
@@ -57,7 +59,8 @@ examples
   {program}                                    two rounds of 40 steps each, some 6 minutes
   {program} --rounds 4 --steps 60 --tracking sqlite:///mlflow.db
   {program} --recipe fashion_dit_1nfe --set imitation.intermediate_states=4
-  {program} --set train.gpu=true --set train.workers=1"""
+  {program} --set train.gpu=true --set train.workers=1
+  {program} --recipe fashion_dit_1nfe --steps 20 --profile train_step.png"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=40, help="of each run; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each kind; default: %(default)s")
     parser.add_argument("--tracking", metavar="URI", help="also log the table to this MLflow address")
+    parser.add_argument(
+        "--profile",
+        metavar="FILE.png",
+        type=Path,
+        help="instead, draw where the time of a bare step on one CPU thread goes, by part and kind of operation",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -87,6 +96,9 @@ def run(options: argparse.Namespace) -> None:
     data = recipe.data.model_copy(update={"path": open_data(recipe.data.path).root})
     recipe = recipe.model_copy(update={"data": data})
     torch.set_num_threads(recipe.train.threads)
+    if options.profile is not None:
+        draw_profile(recipe, options.steps, options.profile)
+        return
     connect_ray()
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -161,13 +173,37 @@ def ray_run(recipe: DistillRecipe, steps: int, folder: Path, number: int) -> dic
     }
 
 
-def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str, float]:
+def draw_profile(recipe: DistillRecipe, steps: int, file: Path) -> None:
+    """Profile a bare step of one worker on a CPU, and write its plot.
+
+    Raises:
+        UserError: the recipe's workers have GPUs, whose kernels run while the host does something else.
+    """
+    if recipe.train.gpu:
+        raise UserError(
+            "--profile: GPUs work behind the back of the host that is profiled: set train.gpu=false."
+        )
+    one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 1})})
+    with tempfile.TemporaryDirectory() as folder:
+        seconds: Any = in_bare_process(one, steps, Path(folder) / "profile.json", profile=True)
+    whole = 1e3 * sum(sum(kinds.values()) for kinds in seconds.values())
+    batch, precision = recipe.data.batch_size, recipe.train.precision
+    title = f"{recipe.name}, batch {batch}, {precision}: {whole:.0f} ms; {machine(torch.device('cpu'))}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    step_plot(seconds, title).savefig(file)
+    print(f"{title}\n{file}")
+
+
+def in_bare_process(
+    recipe: DistillRecipe, steps: int, result: Path, *, profile: bool = False
+) -> dict[str, float]:
     """`bare_run` in as many processes as the recipe has workers, with a worker's environment.
 
     Args:
         recipe: of the run.
         steps: how many it takes in a row.
         result: a file that does not exist yet, for the times.
+        profile: take `step_profile.profiled` instead, and return what it gives.
     """
     from fewstep.train.trainer import worker_environment
 
@@ -177,17 +213,19 @@ def in_bare_process(recipe: DistillRecipe, steps: int, result: Path) -> dict[str
     if (workers := recipe.train.fewest_workers) > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     command += ["-m", "fewstep.benchmarks.train_step", str(file), str(steps), str(result)]
+    command += ["profile"] if profile else []
     # Thread settings and those of the allocator are read when a process starts, so this one can't do it itself.
     subprocess.run(command, env=os.environ | worker_environment(recipe.train), check=True)
     return json.loads(result.read_text())
 
 
-def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
+def bare_run(recipe: DistillRecipe, steps: int, *, profile: bool = False) -> dict[str, Any]:
     """Time steps in this process, alone or as one of those that torchrun started.
 
     Args:
         recipe: of the run.
         steps: how many are taken in a row; the first half warms up.
+        profile: profile the second half instead, and return what `step_profile.profiled` gives.
 
     Returns:
         Seconds of one step in a row with others ("bare"), and of a whole step and its parts that are taken in turns
@@ -236,6 +274,8 @@ def bare_run(recipe: DistillRecipe, steps: int) -> dict[str, float]:
         return (time.perf_counter() - began) / count
 
     in_a_row(steps // 2)
+    if profile:
+        return profiled(learner, step, steps - steps // 2)
     bare = in_a_row(steps - steps // 2)
     runs = {"step": step, "network": parts.network, "rollouts": parts.rollouts}
     return {"bare": bare} | interleaved(runs, max(3, steps // 4), device)
@@ -306,9 +346,9 @@ def rows_of(batch: Batch, index: list[int]) -> Batch:
     return replace(batch, latent=latent, conditioning=conditioning, captions=captions, keys=keys)
 
 
-def _bare_process(recipe: str, steps: str, result: str) -> None:
+def _bare_process(recipe: str, steps: str, result: str, *profile: str) -> None:
     """What `in_bare_process` starts: run the recipe's file, and write the times to the file `result`."""
-    seconds = bare_run(load_recipe(DistillRecipe, recipe), int(steps))
+    seconds = bare_run(load_recipe(DistillRecipe, recipe), int(steps), profile=bool(profile))
     if int(os.environ.get("RANK", "0")) == 0:
         Path(result).write_text(json.dumps(seconds))
 

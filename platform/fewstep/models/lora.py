@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -24,13 +25,16 @@ class FoldedLoRALinear(Linear):
     Parameters are peft's in both cases.
     """
 
+    product: Callable[..., Tensor] = staticmethod(F.linear)
+    """What computes the product with a folded weight."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output for x (…, in); with the adapter in the student's role, without it in the teacher's."""
         if self.disable_adapters or self.merged or not self._folds():
             return super().forward(x, *args, **kwargs)
         # Folded beforehand by `keep_folded`; in training at each call, as the adapter changes at every step.
         folded, layer = self._buffers.get(FOLDED), cast(nn.Linear, self.get_base_layer())
-        return F.linear(x, self._fold() if folded is None else folded, layer.bias)
+        return self.product(x, self._fold() if folded is None else folded, layer.bias)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapter to the weight itself, as peft does.

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fewstep.config import Precision
@@ -35,6 +36,9 @@ from fewstep.models.precision import (
 from fewstep.models.pretrained import stream_weights
 from fewstep.models.sharded import fill, read_weights
 from fewstep.policies import Policy
+
+PART_TOKENS = 4096
+"""Tokens that the teacher computes at a time on a CPU: at a width of 128, its largest tensor then takes 8 MB."""
 
 
 class PolicyNetwork(nn.Module):
@@ -321,9 +325,32 @@ class PolicyNetwork(nn.Module):
             conditioning: of B samples.
             guidance_scale: as for `forward`.
         """
+        rows = self._rows_at_a_time(x)
+        parts = [slice(first, first + rows) for first in range(0, max(1, len(x)), rows)]
+        per_sample = isinstance(guidance_scale, Tensor) and guidance_scale.ndim > 0
         with torch.no_grad():
-            packed = self(x, t, conditioning, student=False, guidance_scale=guidance_scale)
-        return self.family.velocity(packed, self.channels, *x.shape[-2:])
+            packed = [
+                self(
+                    x[part],
+                    t[part],
+                    conditioning if len(parts) == 1 else conditioning[part],
+                    student=False,
+                    guidance_scale=cast(Tensor, guidance_scale)[part] if per_sample else guidance_scale,
+                )
+                for part in parts
+            ]
+        return self.family.velocity(torch.cat(packed), self.channels, *x.shape[-2:])
+
+    def _rows_at_a_time(self, x: Tensor) -> int:
+        """Samples of a batch that a call without gradient computes at a time.
+
+        On a CPU as many as its cache has room for. They also reuse memory of the samples before them, where the
+        operating system would hand out and take back that of a large batch page by page at each operation. Elsewhere,
+        and where FSDP would gather the weights anew each time, all.
+        """
+        if x.device.type != "cpu" or isinstance(self, FSDPModule):
+            return max(1, len(x))
+        return max(1, PART_TOKENS // self.family.tokens(self.transformer, *x.shape[-2:]))
 
     def policy(
         self, x_src: Tensor, t_src: Tensor, conditioning: Any, guidance_scale: float | Tensor | None = None

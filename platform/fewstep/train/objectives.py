@@ -23,6 +23,7 @@ from fewstep.distill import (
 from fewstep.draws import uniform
 from fewstep.flow import SamplerConfig, TimeShift, euler, gaussian_noise, generate, guided_velocity
 from fewstep.models.conditioning import Conditioning, TextConditioning
+from fewstep.models.cpu_operations import compute_faster
 from fewstep.models.dual_stream import start_from_dual_stream
 from fewstep.models.family import Family, Transformer
 from fewstep.models.guided_teacher import GuidedTeacher
@@ -108,6 +109,9 @@ class Distillation:
             transformer, self.family, student.policy, student.lora, recipe.train.seed, student.full
         )
         self.model.lower(recipe.train.precision)
+        if recipe.train.compile is None:  # which computes products in its own way
+            for network in self.model.transformers():
+                compute_faster(self.family.trunk(network))
         if not sharded and self._weights is None:
             # A sharded model may be too large for one device: FSDP moves its parts.
             self.model.to(device)

@@ -245,17 +245,17 @@ def worker_environment(settings: TrainConfig) -> dict[str, str]:
     """Environment variables that a worker's process has to be started with.
 
     Threads that wait spin only for a short time: with other processes on the same cores (Ray's own, the data pipeline),
-    libgomp's default makes a step up to ten times slower. Freed memory is kept instead of being returned to the system
-    and mapped again at every operation, which takes 15 % of a small model's step; but not blocks of 16 MB and more, in
-    which FSDP gathers a large model: kept, they leave gaps of more than twice the model's size. Lines that a worker
-    prints are printed once, where Ray Train's print patch would repeat them.
+    libgomp's default makes a step up to ten times slower. Freed memory is kept, up to 1 GB, instead of being returned
+    to the system and mapped again at every operation, which takes 10 to 15 % of a small model's step; but not blocks of
+    16 MB and more, in which FSDP gathers a large model: kept, they leave gaps of more than twice the model's size.
+    Lines that a worker prints are printed once, where Ray Train's print patch would repeat them.
     """
     return {
         "OMP_NUM_THREADS": str(settings.threads),
         "GOMP_SPINCOUNT": "1000",
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 24),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 27),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     }
 
