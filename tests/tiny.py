@@ -1,4 +1,4 @@
-"""A teacher and a dataset small enough to train on in seconds."""
+"""A teacher, a dataset and a recipe small enough to train in seconds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch
 
 from fewstep.data.columns import condition_columns
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, bucket_folder, encode_table
+from fewstep.data.stream import ShardStream
 from fewstep.encoders import load_encoder
 from fewstep.models.registry import get_family
 from fewstep.models.teacher import TeacherCard, save_teacher
 from fewstep.storage import Storage
+from fewstep.train.learner import Learner
+from fewstep.train.progress import LossMeter
+from fewstep.train.recipe import DistillRecipe, load_recipe
 
 SHAPE = (3, 8, 8)
-SHARDS, ROWS = 4, 10
+SHARDS, ROWS = 2, 20
 
 
 def write_teacher(folder: Path) -> None:
@@ -48,3 +52,40 @@ def write_data(root: Path) -> None:
             pq.write_table(table, root / path)
             shards.append(Shard(path, split, SHAPE, ROWS))
     DatasetInfo(storage, encoding, "tests", True, tuple(shards)).save()
+
+
+def recipe(data: Path | str, teacher: Path, *overrides: str) -> DistillRecipe:
+    """A small distillation that logs every step and keeps a checkpoint of every fourth; overrides go before."""
+    small = [
+        f"data.path={data}", "data.batch_size=8", f"teacher.path={teacher}", "train.threads=1",
+        "train.cpus_per_worker=0.5", "train.log_every=1", "train.checkpoint_every=4", "train.keep_checkpoints=20",
+        "train.sample_every=0", "student.lora={rank: 4, dropout: 0.1}", "imitation.window=2",
+        "student.policy={type: gmflow, components: 3, logstd_width: 16}",
+        "data.reading=threads",  # Ray Data's tasks would start processes of their own
+    ]  # fmt: skip
+    return load_recipe(DistillRecipe, None, [*small, *overrides])
+
+
+def train_here(recipe: DistillRecipe, folder: Path) -> list[dict[str, float]]:
+    """Take a recipe's steps in this process, as a run's only worker does, and export the student to a folder.
+
+    For tests that are about the learning and not about the run: the processes of a run take longer to start.
+
+    Returns:
+        The metrics of each step.
+    """
+    encoding = DatasetInfo.open(recipe.data.path).encoding
+    encoder = load_encoder(encoding.text_encoder, max_tokens=encoding.max_tokens)
+    learner, metrics = Learner(recipe, encoder.null(), torch.device("cpu")), []
+    size, seed = recipe.data.batch_size, recipe.train.seed
+    stream = ShardStream(
+        recipe.data.path, "train", batch_size=size, seed=seed, parts=learner.share.parts, reading="threads"
+    )
+    batches = iter(stream)
+    for step in range(1, recipe.train.steps + 1):
+        learner.set_lr(step)
+        learner.step(step, batches, meter := LossMeter(learner.device))
+        metrics.append(meter.read(size, 0.0))
+    batches.close()
+    learner.objective.export(folder, learner.ema.state_dict())
+    return metrics

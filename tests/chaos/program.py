@@ -22,10 +22,10 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
+import tiny
 from fewstep.errors import UserError
 from fewstep.tracking.address import connect
 from fewstep.train import trainer
-from fewstep.train.recipe import DistillRecipe, load_recipe
 
 DATA, TEACHER, PLAN = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -35,13 +35,10 @@ trainer.RESIZE_SECONDS = 1
 cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
 nodes = [cluster.add_node(**NODE, resources={"worker": 1}) for _ in range(PLAN["nodes"])]
 ray.init(address=cluster.address)
-recipe = load_recipe(DistillRecipe, None, [
-    f"data.path={DATA}", "data.batch_size=8", f"teacher.path={TEACHER}", f"train.steps={PLAN['steps']}",
-    "train.threads=1", "train.log_every=1", "train.checkpoint_every=10", "train.sample_every=0",
-    "train.keep_checkpoints=50", "student.lora={rank: 4, dropout: 0.1}", "imitation.window=2",
-    "student.policy={type: gmflow, components: 3, logstd_width: 16}", f"train.workers={PLAN['workers']}",
-    "train.cpus_per_worker=1", *PLAN.get("overrides", ()),
-])  # fmt: skip
+recipe = tiny.recipe(
+    Path(DATA), Path(TEACHER), f"train.steps={PLAN['steps']}", "train.checkpoint_every=10", "train.keep_checkpoints=50",
+    f"train.workers={PLAN['workers']}", "train.cpus_per_worker=1", "data.reading=tasks", *PLAN.get("overrides", ()),
+)  # fmt: skip
 
 
 def reached(step: int) -> bool:

@@ -21,12 +21,12 @@ STEPS = 120
 def run(home: Path, data: Path, teacher: Path, **plan: object) -> str:
     """What a run of `program.py` printed."""
     home.mkdir()
-    start_seconds = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}
+    settings = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30", "PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # short: Ray's sockets lie below it
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         done = subprocess.run(
             [sys.executable, str(PROGRAM), str(data), str(teacher), json.dumps({"steps": STEPS, **plan})],
-            cwd=home, env={**environment, **start_seconds, "RAY_TMPDIR": folder}, capture_output=True, text=True,
+            cwd=home, env={**environment, **settings, "RAY_TMPDIR": folder}, capture_output=True, text=True,
             timeout=500,
         )  # fmt: skip
     return done.stdout + done.stderr

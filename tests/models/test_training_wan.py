@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from pipelines import wan
 
+import tiny
 from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
 from fewstep.data.schema import DatasetInfo
@@ -66,35 +68,42 @@ def recipe(data: Path, teacher: Path, *overrides: str) -> DistillRecipe:
         "teacher.guidance_scale=2", "train.steps=4", "train.threads=1", "train.cpus_per_worker=0.5",
         "train.sample_every=2", "train.activation_checkpointing=true", "student.lora={rank: 4}",
         "student.policy={type: gmflow, components: 3, logstd_width: 16}", "sampler.nfe=2",
+        "data.reading=threads",
     ]  # fmt: skip
     return load_recipe(DistillRecipe, None, [*fixed, *overrides])
 
 
-@pytest.mark.parametrize("source", ["videos", "prompts"])
-def test_a_student_of_videos(
-    source: str, videos: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    data, more = videos, ["train.workers=2"]  # sharded
-    if source == "prompts":
-        (tmp_path / "prompts.txt").write_text("\n".join(f"video {index}" for index in range(12)))
-        prepare(
-            prompts([str(tmp_path / "prompts.txt")], held_out=0.3),
-            data := tmp_path / "data",
-            settings(teacher),
-        )
-        more = ["imitation.data_free=true"]
-    info = DatasetInfo.open(data)
-    assert {shard.shape for shard in info.shards} == {SHAPE}
-
-    trained = fit(recipe(data, teacher, *more))
-    client = connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
+def from_videos(videos: Path, teacher: Path, folder: Path) -> Path:
+    """A student's folder, of a run of two workers, sharded."""
+    trained = fit(recipe(videos, teacher, "train.workers=2"))
+    client = connect(f"sqlite:///{folder / 'mlflow.db'}")
     preview = Image.open(
-        client.download_artifacts(trained.mlflow_run, "samples/step-000002.png", str(tmp_path))
+        client.download_artifacts(trained.mlflow_run, "samples/step-000002.png", str(folder))
     )
     assert preview.height > PICTURES * SIDE, "film strips"
+    return trained.folder
 
-    pipe = FewStepPipeline.from_pretrained(trained.folder)
+
+def from_prompts(_: Path, teacher: Path, folder: Path) -> Path:
+    """A student's folder, trained without data."""
+    (folder / "prompts.txt").write_text("\n".join(f"video {index}" for index in range(12)))
+    info = prepare(prompts([str(folder / "prompts.txt")], held_out=0.3), folder / "data", settings(teacher))
+    assert {shard.shape for shard in info.shards} == {SHAPE}
+    tiny.train_here(recipe(folder / "data", teacher, "imitation.data_free=true"), folder / "student")
+    return folder / "student"
+
+
+@pytest.mark.parametrize("student", [from_videos, from_prompts])
+def test_a_student_of_videos(
+    student: Callable[[Path, Path, Path], Path],
+    videos: Path,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert {shard.shape for shard in DatasetInfo.open(videos).shards} == {SHAPE}
+    pipe = FewStepPipeline.from_pretrained(student(videos, teacher, tmp_path))
     assert pipe.card.teacher.family == f"wan:{FRAMES}"
     assert pipe.card.latent_shape == SHAPE
     assert pipe.size == (STRIP.height, STRIP.width)

@@ -28,6 +28,7 @@ EXAMPLE = ROOT / "jobs" / "examples" / "own_teacher.py"
 CONFIG = {"width": 16, "depth": 2}
 SHORT = [
     "data.batch_size=8", "train.steps=4", "train.threads=1", "train.cpus_per_worker=0.5", "train.sample_every=2",
+    "data.reading=threads",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

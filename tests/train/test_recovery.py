@@ -18,11 +18,12 @@ from ray.train import CheckpointConfig
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 
+import tiny
 from fewstep.cli.common import chosen_recipe
 from fewstep.errors import UserError
 from fewstep.storage import Storage
 from fewstep.train.checkpoint import saved_checkpoints
-from fewstep.train.recipe import DistillRecipe, load_recipe
+from fewstep.train.recipe import DistillRecipe
 from fewstep.train.recovery import RAYS_LIST, recover
 from fewstep.train.runs import RECORDS, RunRecord, last_state
 from fewstep.train.trainer import _mlflow_run, fit
@@ -34,13 +35,7 @@ Damage = Callable[[Storage, str], None]
 
 
 def recipe(data: Path, teacher: Path, *overrides: str) -> DistillRecipe:
-    fixed = [
-        f"data.path={data}", "data.batch_size=8", f"teacher.path={teacher}", "train.steps=3", "train.threads=1",
-        "train.cpus_per_worker=0.5", "train.log_every=1", "train.checkpoint_every=1", "train.sample_every=0",
-        "train.keep_checkpoints=20", "student.lora={rank: 4}", "imitation.window=2",
-        "student.policy={type: gmflow, components: 3, logstd_width: 16}",
-    ]  # fmt: skip
-    return load_recipe(DistillRecipe, None, [*fixed, *overrides])
+    return tiny.recipe(data, teacher, "train.steps=3", "train.checkpoint_every=1", *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import tiny
 from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.sources import image_folder
 from fewstep.tracking.address import connect
-from fewstep.train.recipe import DistillRecipe, load_recipe
 from fewstep.train.trainer import fit
 from processes import ENCODER, kill_one
 
@@ -51,12 +51,7 @@ def train(
     """Train in a folder; returns the loss of each step, and the model."""
     home.mkdir()
     monkeypatch.chdir(home)
-    recipe = load_recipe(DistillRecipe, None, [
-        f"data.path={info.root}", "data.batch_size=8", f"teacher.path={teacher}", f"train.steps={STEPS}",
-        "train.threads=1", "train.cpus_per_worker=0.5", "train.log_every=1", "train.checkpoint_every=4",
-        "train.keep_checkpoints=20", "train.sample_every=0", "student.lora={rank: 4, dropout: 0.1}",
-        "student.policy={type: gmflow, components: 3, logstd_width: 16}", "imitation.window=2", *overrides,
-    ])  # fmt: skip
+    recipe = tiny.recipe(info.root, teacher, f"train.steps={STEPS}", *overrides)
     trained = fit(recipe)
     points = connect(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(trained.mlflow_run, "train/loss")
     assert len(points) == STEPS

@@ -31,6 +31,7 @@ NETWORK = (
 )
 FIXED = [
     "data.batch_size=8", "train.threads=1", "train.cpus_per_worker=0.5", "train.log_every=50", "train.sample_every=0",
+    "data.reading=threads",
 ]  # fmt: skip
 
 
