@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,19 +55,39 @@ def both(ray_cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset
     )
 
 
+def start(info: DatasetInfo, size: int = 1) -> EncoderPool:
+    """Encoders of a raw dataset, `size` of each kind."""
+    config = EncodersConfig.model_validate({"text": {"size": size}, "images": {"size": size}})
+    return EncoderPool.start(info, config)
+
+
+@pytest.fixture(scope="module")
+def encoders(both: tuple[DatasetInfo, DatasetInfo]) -> Iterator[EncoderPool]:
+    """Encoders of the raw dataset, for all tests: the start of a process takes longer than what it encodes here."""
+    pool = start(both[1], size=2)
+    yield pool
+    pool.stop()
+
+
 @pytest.fixture
-def pool(both: tuple[DatasetInfo, DatasetInfo]):
-    """Starts pools of encoders of the raw dataset, which end with the test."""
+def pool(ray_cluster: str) -> Iterator[Callable[[DatasetInfo], EncoderPool]]:
+    """Starts encoders of other datasets, which end with the test."""
     pools: list[EncoderPool] = []
 
-    def start(info: DatasetInfo = both[1], cache: CacheConfig | None = None, size: int = 1) -> EncoderPool:
-        config = EncodersConfig.model_validate({"text": {"size": size}, "images": {"size": size}})
-        pools.append(EncoderPool.start(info, config, cache))
+    def started(info: DatasetInfo) -> EncoderPool:
+        pools.append(start(info))
         return pools[-1]
 
-    yield start
+    yield started
     for one in pools:
         one.stop()
+
+
+@pytest.fixture(scope="module")
+def nothing_whole(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> DatasetInfo:
+    """A raw dataset of images that are all broken."""
+    home = tmp_path_factory.mktemp("broken")
+    return prepare(_photos(home / "photos", broken=tuple(range(40))), home / "raw", SMALL, encode=False)
 
 
 def batches(info: DatasetInfo, count: int = BATCHES, start: int = 0, reader: Any = None) -> list[Batch]:
@@ -93,8 +114,7 @@ def from_shards(both: tuple[DatasetInfo, DatasetInfo]) -> list[Batch]:
     return batches(both[0])
 
 
-def test_batches_are_those_of_the_shards_bit_for_bit(both, pool, from_shards, monkeypatch) -> None:
-    encoders = pool(size=2)
+def test_batches_are_those_of_the_shards_bit_for_bit(both, encoders, from_shards, monkeypatch) -> None:
     assert_equal(batches(both[1], reader=encoders), from_shards)
     monkeypatch.setattr("fewstep.data.encode.PIECE", 2)  # of shards of five rows
     assert_equal(batches(both[1], reader=encoders), from_shards)
@@ -114,7 +134,7 @@ def test_held_out_rows_are_those_of_the_shards(both) -> None:
     assert_equal(*([read_split(info.root, "held_out", 3, shape=shape)] for info in reversed(both)))
 
 
-def test_prompts_without_images(ray_cluster, tmp_path: Path, pool) -> None:
+def test_prompts_without_images(tmp_path: Path, pool) -> None:
     (tmp_path / "prompts.txt").write_text(
         "".join(f"{'very ' * (n % 4)}short prompt {n}\n" for n in range(40))
     )
@@ -129,12 +149,12 @@ def test_prompts_without_images(ray_cluster, tmp_path: Path, pool) -> None:
 
 
 def test_an_encoder_that_is_killed_again_and_again_changes_nothing(
-    both, pool, from_shards, monkeypatch
+    both, encoders, from_shards, monkeypatch
 ) -> None:
     monkeypatch.setattr(
         "fewstep.data.stream.QUEUED_BATCHES", 1
     )  # so that there is always something to encode
-    stream = iter(ShardStream(both[1].root, "train", batch_size=6, seed=1, open_shards=3, reader=pool()))
+    stream = iter(ShardStream(both[1].root, "train", batch_size=6, seed=1, open_shards=3, reader=encoders))
     ours, killed = [], 0
     # At its progress, not by the clock: it has to come to something between two kills.
     for number, batch in enumerate(itertools.islice(stream, BATCHES)):
@@ -146,9 +166,7 @@ def test_an_encoder_that_is_killed_again_and_again_changes_nothing(
     assert_equal(ours, from_shards)
 
 
-def test_rows_that_cannot_be_encoded_are_replaced_by_others_of_their_shard(
-    ray_cluster, tmp_path, pool
-) -> None:
+def test_rows_that_cannot_be_encoded_are_replaced_by_others_of_their_shard(tmp_path, pool) -> None:
     source = _photos(tmp_path / "photos", broken=(4, 5, 11))
     info = prepare(source, tmp_path / "stream", SMALL, encode=False)
     seen = batches(info, 30, reader=pool(info))
@@ -157,21 +175,15 @@ def test_rows_that_cannot_be_encoded_are_replaced_by_others_of_their_shard(
     assert all(len(batch) == 6 for batch in seen)
 
 
-def test_whoever_wants_no_latents_reads_no_image(ray_cluster, tmp_path, pool) -> None:
-    info = prepare(
-        _photos(tmp_path / "photos", broken=tuple(range(40))), tmp_path / "raw", SMALL, encode=False
-    )
-    for batch in batches(info, 5, reader=pool(replace(info, has_latents=False))):
+def test_whoever_wants_no_latents_reads_no_image(nothing_whole, pool) -> None:
+    for batch in batches(nothing_whole, 5, reader=pool(replace(nothing_whole, has_latents=False))):
         assert batch.latent is None
         assert len(batch.conditioning) == 6
 
 
-def test_a_shard_of_which_nothing_can_be_encoded_is_named(ray_cluster, tmp_path, pool) -> None:
-    info = prepare(
-        _photos(tmp_path / "photos", broken=tuple(range(40))), tmp_path / "raw", SMALL, encode=False
-    )
+def test_a_shard_of_which_nothing_can_be_encoded_is_named(nothing_whole, pool) -> None:
     with pytest.raises(UserError, match=r"not one of \d+ rows of train/\S+ can be encoded \(.*broken image"):
-        batches(info, 1, reader=pool(info))
+        batches(nothing_whole, 1, reader=pool(nothing_whole))
 
 
 # --- the cache
@@ -181,9 +193,13 @@ def cached_files(folder: Path) -> dict[str, float]:
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*.parquet")}
 
 
-def test_what_was_encoded_is_read_and_not_encoded_again(both, pool, from_shards, tmp_path) -> None:
+def cached(encoders: EncoderPool, config: CacheConfig, info: DatasetInfo) -> EncoderPool:
+    return replace(encoders, cache=ShardCache.of(config, info))
+
+
+def test_what_was_encoded_is_read_and_not_encoded_again(both, encoders, from_shards, tmp_path) -> None:
     cache = CacheConfig(path=str(tmp_path / "cache"), max_gb=1)
-    assert_equal(batches(both[1], reader=pool(cache=cache)), from_shards)
+    assert_equal(batches(both[1], reader=cached(encoders, cache, both[1])), from_shards)
     kept = cached_files(tmp_path / "cache")
     shards = sum(shard.split == "train" for shard in both[1].shards)
     assert len(kept) == shards
@@ -193,11 +209,11 @@ def test_what_was_encoded_is_read_and_not_encoded_again(both, pool, from_shards,
 
 
 def test_a_cache_that_is_deleted_or_broken_on_the_way_changes_nothing(
-    both, pool, from_shards, tmp_path
+    both, encoders, from_shards, tmp_path
 ) -> None:
     folder = tmp_path / "cache"
-    encoders = pool(cache=CacheConfig(path=str(folder), max_gb=1))
-    stream = iter(ShardStream(both[1].root, "train", batch_size=6, seed=1, open_shards=3, reader=encoders))
+    reader = cached(encoders, CacheConfig(path=str(folder), max_gb=1), both[1])
+    stream = iter(ShardStream(both[1].root, "train", batch_size=6, seed=1, open_shards=3, reader=reader))
     ours = []
     for number, batch in enumerate(itertools.islice(stream, BATCHES)):
         ours.append(batch)
@@ -219,17 +235,18 @@ def test_a_cache_that_cannot_be_written_is_said(both, tmp_path, capfd) -> None:
     assert capfd.readouterr().out.count("data.cache: nothing can be kept") == 1
 
 
-def test_the_cache_is_bounded_and_other_datasets_make_room(both, pool, tmp_path) -> None:
+def test_the_cache_is_bounded_and_other_datasets_make_room(both, encoders, tmp_path) -> None:
     folder = tmp_path / "cache"
     other = folder / "of-another-dataset" / "train" / "part-00000.parquet"
     other.parent.mkdir(parents=True)
     other.write_bytes(bytes(60_000))
     limit = 100_000
-    batches(both[1], reader=pool(cache=CacheConfig(path=str(folder), max_gb=limit / 1e9)))
+    bounded = cached(encoders, CacheConfig(path=str(folder), max_gb=limit / 1e9), both[1])
+    batches(both[1], reader=bounded)
     sizes = {file: file.stat().st_size for file in folder.rglob("*.parquet")}
     assert other not in sizes
     assert 0 < len(sizes) < sum(shard.split == "train" for shard in both[1].shards)
     assert sum(sizes.values()) <= limit
     kept = cached_files(folder)
-    batches(both[1], reader=pool(cache=CacheConfig(path=str(folder), max_gb=limit / 1e9)))
+    batches(both[1], reader=bounded)
     assert set(cached_files(folder)) == set(kept), "what is kept stays: an epoch needs all of it again"

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ from fewstep.errors import UserError
 from fewstep.storage import Storage
 
 COUNT = 12
-SMALL = PreparationConfig(sizes=(Size(8, 8),), shard_rows=4, least_shards=1)
+CAPTIONS = [f"{kind} {number}" for kind in ("picture", "photo", "art", "old") for number in range(COUNT)]
+# Captions are classes here: a text encoder takes longer to load than all else.
+SMALL = PreparationConfig(
+    sizes=(Size(8, 8),), text_encoder=f"labels:{','.join(CAPTIONS)}", shard_rows=4, least_shards=1
+)
 
 
 def picture(number: int, width: int = 20, height: int = 12) -> Image.Image:
@@ -228,9 +233,8 @@ def test_rows_of_parquet_files_that_can_not_be_used(tmp_path: Path, ray_cluster:
         {"bytes": b"x", "path": "c"},
         None,
     ]
-    captions = ["one", "two", "three", "four"]
-    pq.write_table(pa.table({"image": images, "text": captions}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"image": images[:2], "text": ["five", None]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"image": images, "text": CAPTIONS[:4]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": images[:2], "text": [CAPTIONS[4], None]}), tmp_path / "b.parquet")
     source = image_parquet([str(tmp_path)], held_out=0.0)
     assert [r.where for r in source.rejected] == ["b.parquet row 2"]
     info = prepare(source, tmp_path / "out", SMALL)
@@ -465,8 +469,7 @@ old: {{source: parquet, path: "{tmp_path}/*.parquet", weight: 1.5, held_out: 0}}
     assert [(r.where, r.reason) for r in source.rejected] == [("photos: metadata.jsonl:13", "no file")]
     assert source.digest() == mixture(str(sources), held_out=0.0).digest()
     assert source.digest() != mixture(str(sources), held_out=0.0, seed=1).digest()
-    sizes = (Size(8, 8), Size(16, 8))
-    info = prepare(source, tmp_path / "out", PreparationConfig(sizes=sizes, least_shards=1))
+    info = prepare(source, tmp_path / "out", replace(SMALL, sizes=(Size(8, 8), Size(16, 8)), shard_rows=256))
     assert sum(info.rows(split) for split in info.splits) == len(source.rows)
 
 
@@ -519,7 +522,7 @@ def test_images_that_are_too_small_are_rejected(
     (tmp_path / "metadata.csv").write_text(
         "file,text\n" + "".join(f"{n}.png,picture {n}\n" for n in range(4))
     )
-    settings = PreparationConfig(sizes=sizes, min_size=12, least_shards=1)
+    settings = replace(SMALL, sizes=sizes, min_size=12)
     info = prepare(image_folder(str(tmp_path), held_out=0.0), tmp_path / "out", settings)
     assert (info.rows("train"), info.rejected) == (2, {"small image": 2})
     listed = [

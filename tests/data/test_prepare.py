@@ -23,11 +23,14 @@ from fewstep.data.prepare import EncodeImages, EncodeText, PreparationConfig, cl
 from fewstep.data.schema import DatasetInfo, Encoding
 from fewstep.data.sources import Source, image_folder, prompts
 from fewstep.data.stream import read_split
+from fewstep.encoders import encoder_widths
 from fewstep.errors import UserError
 from fewstep.storage import Storage
 
 JOB = Path(__file__).parents[2] / "jobs" / "prepare_data.py"
 SMALL = PreparationConfig(sizes=(Size(8, 8),), shard_rows=4, least_shards=1)
+CLASSES = replace(SMALL, text_encoder="labels:a cat,a very long and winding caption about a cat")
+"""For tests that are not about texts: a text encoder takes longer to load than all else."""
 
 
 @pytest.fixture
@@ -60,7 +63,8 @@ text_stage = functools.cache(EncodeText)
 
 def encoded_here(source: Source, settings: PreparationConfig, root: Path) -> dict[str, bytes]:
     """The shards of a source, made one after the other in this process."""
-    encoding = Encoding(settings.text_encoder, 384, settings.autoencoder)
+    width, _ = encoder_widths(settings.text_encoder)
+    encoding = Encoding(settings.text_encoder, width, settings.autoencoder)
     images = EncodeImages(settings, encoding, source.storage, Storage.at(root), source.name != "prompts")
     for shard in plan(source, settings)[0]:
         images(text_stage(settings)(shard.as_item()))
@@ -107,16 +111,16 @@ def test_a_folder_becomes_a_dataset_and_what_is_broken_is_counted_listed_and_ski
 
 def test_a_rerun_makes_only_missing_shards_and_the_same_bytes(photos, tmp_path, ray_cluster):
     source, out = image_folder(str(photos), held_out=0.0), tmp_path / "out"
-    before = encoded_here(source, SMALL, out)
+    before = encoded_here(source, CLASSES, out)
     times = {name: (out / name).stat().st_mtime_ns for name in before}
     lost = sorted(before)[1]
     (out / lost).unlink()
     lines: list[str] = []
-    manifest = prepare(source, out, SMALL, report=lines.append).storage.read("dataset.json")
+    manifest = prepare(source, out, CLASSES, report=lines.append).storage.read("dataset.json")
     assert "2 of 3 shards are finished already and are skipped" in lines
     assert shard_files(out) == before
     assert {name for name in before if (out / name).stat().st_mtime_ns != times[name]} == {lost}
-    assert prepare(source, out, SMALL).storage.read("dataset.json") == manifest
+    assert prepare(source, out, CLASSES).storage.read("dataset.json") == manifest
 
 
 def test_other_settings_or_rows_in_the_same_folder_are_refused(photos, tmp_path):
@@ -175,12 +179,13 @@ def test_prompts_alone_become_a_dataset_without_latents(tmp_path, ray_cluster):
     assert info.rejected == {"caption too long": 1, "no caption": 1, "repeated prompt": 1}
 
 
-def test_a_student_takes_prompts_as_long_as_the_captions_it_learned_from(tmp_path, ray_cluster):
+def test_a_student_takes_prompts_as_long_as_the_captions_it_learned_from(tmp_path):
     text = tmp_path / "prompts.txt"
     text.write_text("very " * 80 + "long\nshort\n")
-    info = prepare(prompts([str(text)], held_out=0.0), tmp_path / "out", replace(SMALL, max_tokens=128))
-    assert not info.rejected
+    settings = replace(SMALL, max_tokens=128)
+    prepare(prompts([str(text)], held_out=0.0), tmp_path / "out", settings, encode=False)
     assert DatasetInfo.open(tmp_path / "out").encoding.max_tokens == 128
+    assert read_split(tmp_path / "out", "train").conditioning.mask.sum(1).max() > SMALL.max_tokens
 
 
 def test_images_and_shards_may_lie_on_s3(photos, tmp_path, s3_bucket, ray_cluster):
@@ -190,13 +195,13 @@ def test_images_and_shards_may_lie_on_s3(photos, tmp_path, s3_bucket, ray_cluste
     for file in photos.iterdir():
         client.upload_file(str(file), s3_bucket.removeprefix("s3://"), f"photos/{file.name}")
     out = f"{s3_bucket}/out"
-    prepare(image_folder(f"{s3_bucket}/photos", held_out=0.0), out, SMALL)
-    local, remote = encoded_here(image_folder(str(photos), held_out=0.0), SMALL, tmp_path), Storage.at(out)
+    prepare(image_folder(f"{s3_bucket}/photos", held_out=0.0), out, CLASSES)
+    local, remote = encoded_here(image_folder(str(photos), held_out=0.0), CLASSES, tmp_path), Storage.at(out)
     assert {path: remote.read(path) for path in remote.list() if path.endswith(".parquet")} == local
 
     listed = client.list_objects_v2(Bucket=s3_bucket.removeprefix("s3://"), Prefix="out/train")["Contents"]
     lines: list[str] = []
-    prepare(image_folder(f"{s3_bucket}/photos", held_out=0.0), out, SMALL, report=lines.append)
+    prepare(image_folder(f"{s3_bucket}/photos", held_out=0.0), out, CLASSES, report=lines.append)
     again = client.list_objects_v2(Bucket=s3_bucket.removeprefix("s3://"), Prefix="out/train")["Contents"]
     assert "3 of 3 shards are finished already and are skipped" in lines
     assert [(o["Key"], o["LastModified"]) for o in again] == [(o["Key"], o["LastModified"]) for o in listed]
@@ -206,7 +211,7 @@ def test_a_killed_run_leaves_whole_shards_only_and_a_rerun_completes_them(tmp_pa
     import ray
 
     text, out = tmp_path / "prompts.txt", tmp_path / "out"
-    text.write_text("".join(f"prompt number {number}\n" for number in range(240)))
+    text.write_text("".join(f"prompt number {number}\n" for number in range(120)))
     command = [sys.executable, str(JOB), "--source", "prompts", str(text), "--out", str(out)]
     command += ["--size", "8", "--shard-rows", "4", "--held-out", "0"]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -217,7 +222,7 @@ def test_a_killed_run_leaves_whole_shards_only_and_a_rerun_completes_them(tmp_pa
     assert job.wait() == -signal.SIGKILL
 
     whole = {name: (out / name).stat().st_mtime_ns for name in shard_files(out)}
-    assert 3 <= len(whole) < 60
+    assert 3 <= len(whole) < 30
     assert all(pq.read_table(out / name).num_rows == 4 for name in whole)
     with pytest.raises(UserError, match="did not finish: run the same"):
         DatasetInfo.open(out)

@@ -115,10 +115,10 @@ def test_the_bundled_images_are_what_the_bundled_teacher_draws(ray_cluster: str)
         assert images is not None, "the main job's evaluation has changed: see the module"
         assert images.shape == (len(held_out), 16, 16, 3)
     first = replace(
-        held_out, conditioning=held_out.conditioning[slice(6)], captions=held_out.captions[:6], keys=held_out.keys[:6],
+        held_out, conditioning=held_out.conditioning[slice(2)], captions=held_out.captions[:2], keys=held_out.keys[:2],
         latent=None,
     )  # fmt: skip
     drawn = generate_images(student, first, [Method("euler_4", 4), Method("other", 64, noise=1)])
     for method, (steps, noise) in {"euler_4": (4, 0), "other": (64, 1)}.items():
         # Another processor may round to the next of 256 levels.
-        assert np.abs(drawn[method].astype(int) - kept.load(steps, noise)[:6]).max() <= 1
+        assert np.abs(drawn[method].astype(int) - kept.load(steps, noise)[:2]).max() <= 1

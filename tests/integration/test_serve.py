@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -601,18 +601,9 @@ def test_a_slow_or_wrong_configuration_never_takes_the_service_down_not_even_wit
     serve.delete("steady")
 
 
-def test_by_default_a_huge_image_is_refused_before_it_costs_anything(address: str) -> None:
-    from ray import serve
-
-    deploy(address, {}, name="usual", prefix="/usual", ray_actor_options=SMALL)
-    status, body = post(f"{address}/usual", prompt="x", size="384x384")
-    assert status == 400
-    assert "at most 4 times the 16x16 pixels that 'emoji-student' was trained at" in body["error"]["message"]
-    assert post(f"{address}/usual", prompt="x", size="32x32")[0] == 200
-    serve.delete("usual")
-
-
-def test_an_idle_service_may_have_no_replica_and_a_request_starts_one(address: str) -> None:
+@pytest.fixture(scope="module")
+def idle(address: str) -> Iterator[str]:
+    """A service with all defaults that has no replica yet."""
     from ray import serve
 
     from fewstep_serve.app import assemble
@@ -621,13 +612,24 @@ def test_an_idle_service_may_have_no_replica_and_a_request_starts_one(address: s
     scaling = {"min_replicas": 0, "max_replicas": 1}
     application = assemble(ServeConfig(), autoscaling_config=scaling, ray_actor_options=SMALL)
     serve.run(application, name="idle", route_prefix="/idle")
-    with pytest.raises(urllib.error.HTTPError) as unready:
-        urllib.request.urlopen(f"{address}/idle/healthz")
-    assert unready.value.code == 503
-    assert post(f"{address}/idle", prompt=PROMPT)[0] == 200
-    with urllib.request.urlopen(f"{address}/idle/healthz") as response:
-        assert json.load(response) == {"status": "ok", "replicas": 1, "offer": "current"}
+    yield f"{address}/idle"
     serve.delete("idle")
+
+
+def test_an_idle_service_may_have_no_replica_and_a_request_starts_one(idle: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as unready:
+        urllib.request.urlopen(f"{idle}/healthz")
+    assert unready.value.code == 503
+    assert post(idle, prompt=PROMPT)[0] == 200
+    with urllib.request.urlopen(f"{idle}/healthz") as response:
+        assert json.load(response) == {"status": "ok", "replicas": 1, "offer": "current"}
+
+
+def test_by_default_a_huge_image_is_refused_before_it_costs_anything(idle: str) -> None:
+    status, body = post(idle, prompt="x", size="384x384")
+    assert status == 400
+    assert "at most 4 times the 16x16 pixels that 'emoji-student' was trained at" in body["error"]["message"]
+    assert post(idle, prompt="x", size="32x32")[0] == 200
 
 
 def test_fuzzing_from_the_schema_finds_no_server_error(service: str, tmp_path: Path) -> None:
