@@ -28,10 +28,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+LONGEST = (
+    "train/test_training.py",
+    "integration/test_serve.py",
+    "train/test_recovery.py",
+    "data/test_encode.py",
+)
+"""Files that take minutes, the longest first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that need the Ray node come first: they take minutes, and as the last would leave a core idle."""
+    """The longest files come first, then others that need the Ray node: as the last, they would leave a core idle."""
     slow = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path not in slow)
+    first = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (first.get(item.path, len(first)), item.path not in slow))
 
 
 @pytest.fixture(scope="session")
