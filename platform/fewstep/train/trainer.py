@@ -213,7 +213,7 @@ def _ray_trainer(
     return TorchTrainer(
         # As a part of the function, which only workers unpickle. Its configuration would be unpickled by Ray Train's
         # controller, too, which would import all that the workers need before it starts them.
-        partial(train_worker, job),
+        cast(Any, partial(train_worker, job)),  # Ray's annotations know no function that returns something
         scaling_config=cast(Any, ray.train.ScalingConfig)(
             num_workers=settings.workers,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
