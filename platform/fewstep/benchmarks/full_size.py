@@ -16,9 +16,9 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine, wait
-from fewstep.cli.common import number
 from fewstep.config import PRECISIONS, Precision, Shape
 from fewstep.distill import imitation_loss
+from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, gaussian_noise, generate
 from fewstep.models.architecture import network_config
 from fewstep.models.conditioning import TextConditioning
@@ -89,12 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: bfloat16 int8",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument(
-        "--size", type=number(int, 64), default=1024, help="of images, in pixels; default: %(default)s"
-    )
-    parser.add_argument(
-        "--repeats", type=number(int, 1), default=3, help="of each measurement; default: %(default)s"
-    )
+    parser.add_argument("--size", type=int, default=1024, help="of images, in pixels; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement; default: %(default)s")
     parser.add_argument("--no-training", action="store_true", help="generate only")
     parser.add_argument("--small", action="store_true", help="tiny networks of the same classes")
     parser.add_argument("--tracking", metavar="URI", help="also log the table to this MLflow address")
@@ -104,8 +100,11 @@ def run(options: argparse.Namespace) -> None:
     """Measure, and print the table.
 
     Raises:
-        UserError: there is no such device, or it or the installed libraries can't do a precision.
+        UserError: there is no such device, it or the installed libraries can't do a precision, or a number is too
+            small.
     """
+    if options.size < 64 or options.repeats < 1:
+        raise UserError("--size must be at least 64, and --repeats at least 1.")
     check_device(options.device)
     device = torch.device(options.device)
     for precision in options.precisions:

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.models.lora import FoldedLoRALinear
-
 
 def compute_faster(modules: Iterable[nn.Module]) -> None:
     """Have the layers of modules compute `linear` and `gelu` in place of torch's functions, in place.
@@ -37,7 +35,8 @@ def compute_faster(modules: Iterable[nn.Module]) -> None:
         for layer in module.modules():
             if type(layer) is nn.Linear and onednn_is_faster():
                 layer.__class__ = FasterLinear
-            elif isinstance(layer, FoldedLoRALinear) and onednn_is_faster():
+            # FoldedLoRALinear, without importing peft where there are no adapters
+            elif hasattr(layer, "product") and onednn_is_faster():
                 layer.product = linear
             elif getattr(layer, "approximate", None) == "tanh":
                 # diffusers' layers are a projection and then their `gelu`; torch's are GELU alone.
