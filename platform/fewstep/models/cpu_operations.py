@@ -25,8 +25,7 @@ from torch.nn import functional as F
 def compute_faster(modules: Iterable[nn.Module]) -> None:
     """Have the layers of modules compute `linear` and `gelu` in place of torch's functions, in place.
 
-    Layer by layer rather than by a mode of torch, which would be asked at each of the many operations in between: a
-    tenth of a small network's time.
+    Layer by layer rather than by a mode of torch, which would be asked at each of the many operations in between.
 
     Args:
         modules: transformer blocks. What they compute on other devices stays as it is.
