@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Distil a frozen text-to-image teacher into a student that generates in a few network evaluations (π-Flow), on the
 connected Ray cluster. Tracks to MLflow; ends with a comparison against the teacher, a picture and a registered model.
-Without options it distils the bundled emoji teacher to 4 evaluations, in some 20 minutes on two CPU cores."""
+Without options it distils the bundled emoji teacher to 4 evaluations, in 8 to 20 minutes on two CPU cores."""
 EXAMPLES = """\
 examples
   ray job submit -- {program}

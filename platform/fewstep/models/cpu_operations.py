@@ -15,7 +15,7 @@ import functools
 import math
 import platform
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def compute_faster(modules: Iterable[nn.Module]) -> None:
                 layer.__class__ = FasterLinear
             # FoldedLoRALinear, without importing peft where there are no adapters
             elif hasattr(layer, "product") and onednn_is_faster():
-                layer.product = linear
+                cast(Any, layer).product = linear
             elif getattr(layer, "approximate", None) == "tanh":
                 # diffusers' layers are a projection and then their `gelu`; torch's are GELU alone.
                 setattr(layer, "gelu" if hasattr(layer, "gelu") else "forward", gelu)
