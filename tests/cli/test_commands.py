@@ -227,11 +227,66 @@ def test_old_names_of_options_are_accepted(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
+    ("command", "unread"),
+    [
+        ("generate --prompt owl", "--batch 4"),
+        ("generate --prompt owl", "--cpu"),
+        ("generate --prompt owl", "--recipe qwen_image_4nfe"),
+        ("generate --prompt owl", "--set train.steps=3"),
+        ("serve", "--gpu-memory 24"),
+        ("serve", "--encoder-precision int8"),
+        ("distill", "--gpus 8"),
+        ("distill", "--infiniband 25"),
+    ],
+)
+def test_options_of_dry_runs_are_not_ignored_without_one(
+    command: str, unread: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), *unread.split()])
+    option = unread.split()[0]
+    assert f"{option} is of dry runs: add --dry-run, or leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "distill"])
+@pytest.mark.parametrize(
+    "option",
+    ["--gpu-memory 0", "--gpu-memory nan", "--gpu-tflops 0", "--utilisation 3", "--utilisation 0", "--tokens 0",
+     "--latent-size 0", "--gpu-bandwidth 0"],
+)  # fmt: skip
+def test_dry_runs_refuse_numbers_that_can_not_be(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--dry-run", *option.split()])
+    name, value = option.split()
+    assert f"argument {name}: {value!r} is not a" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_settings_of_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--dry-run", "--set", "train.steps=3"])
+    assert "--set changes a recipe: name it with --recipe" in capsys.readouterr().err
+
+
+def test_generate_takes_precisions_of_the_parts(tmp_path: Path) -> None:
+    pictures = []
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / f"{precision}.png"
+        arguments = ["--prompt", "owl, noto style", "--out", str(out), "--encoder-precision", precision]
+        assert main(["generate", *arguments]) == 0
+        pictures.append(Image.open(out).convert("RGB").tobytes())
+    different = sum(a != b for a, b in zip(*pictures, strict=True))
+    assert 0 < different < len(pictures[0]), "another precision of the same picture"
+    assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) < 64
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nfe", "0"], "--nfe must be 1 or more"),
-        (["--count", "0"], "--count must be 1 or more"),
-        (["--teacher-steps", "-1"], "--teacher-steps must be 1 or more"),
+        (["--nfe", "0"], "argument --nfe/--steps: '0' is not a whole number of at least 1"),
+        (["--count", "0"], "argument --count: '0' is not a whole number of at least 1"),
+        (["--teacher-steps", "-1"], "argument --teacher-steps: '-1' is not a whole number of at least 1"),
         (["--out", "x.gif"], "its name must end in .png, .jpg or .webp"),
     ],
 )
@@ -247,7 +302,7 @@ def test_generate_refuses_before_it_loads(
     ("arguments", "message"),
     [
         (["generate", "--prompt", "x", "--device", "cuda:99"], "device cuda:99 can't be used here"),
-        (["generate", "--prompt", "x", "--device", "nonsense"], "device nonsense can't be used here"),
+        (["generate", "--prompt", "x", "--device", "nonsense"], "device nonsense is not known: give cpu, cuda or cuda:N"),
         (["generate", "--prompt", "x", "--out", "file/x.png"], "--out: can't write to the folder file"),
         (["export", "--out", "file"], "--out: can't write to the folder file"),
         (["generate", "--prompt", "x", "--model", "pipeline"], "pipeline is a diffusers pipeline"),

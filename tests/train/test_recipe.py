@@ -238,3 +238,23 @@ def test_a_section_of_another_type_takes_the_place_of_the_bases() -> None:
     assert polynomial.policy == DXConfig(points=10, mode="polynomial")
     assert polynomial.lora is not None
     assert polynomial.lora.rank == 256
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (
+            DistillRecipe,
+            "fashion_teacher",
+            r"recipe of a teacher \(it has network\): give it to fewstep train-teacher",
+        ),
+        (
+            TeacherRecipe,
+            "fashion_dit_1nfe",
+            r"recipe of a student \(it has student\): give it to fewstep distill",
+        ),
+    ],
+)
+def test_a_recipe_of_the_other_kind_is_told(kind: type, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(kind, name)
