@@ -428,8 +428,8 @@ def test_what_does_not_fit_is_known_before_a_weight_is_read(monkeypatch: pytest.
     monkeypatch.setattr(devices, "free_on_host", lambda: 500_000)
     monkeypatch.setattr(network, "stream_weights", lambda folder: pytest.fail("weights are read"))
     message = (
-        r"the student in .* in bfloat16 takes \d\.\d MB, and 0\.5 MB of this machine's memory are free: choose a lower "
-        r"precision \(int8 or int4\), or a device with more"
+        r"the student in .* in bfloat16 takes \d+\.\d MB, and 0\.5 MB of this machine's memory are free: "
+        r"choose a lower precision \(int8 or int4\), or a device with more"
     )
     with pytest.raises(UserError, match=message):
         FewStepPipeline.from_pretrained("emoji-student", dtype=torch.bfloat16)

@@ -136,10 +136,16 @@ def _as_it_is(network: PolicyNetwork, conditioning: Any, **role: bool) -> Any:
 
 
 def _operations(run: Callable[[], object]) -> int:
-    # torch counts matrix products, and no fused attention on CPUs.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # torch counts matrix products, but no fused attention on CPUs, and not oneDNN's.
+    onednn = {torch.ops.mkldnn._linear_pointwise: _linear_operations}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=onednn) as counter:
         run()
     return counter.get_total_flops()
+
+
+def _linear_operations(x: torch.Size, weight: torch.Size, *others: object, **named: object) -> int:
+    """Operations of oneDNN's linear layer by the shapes of its arguments, a multiply-add being two."""
+    return 2 * math.prod(x) * weight[0]
 
 
 def step_from_data(objective: Distillation, batch: Batch) -> list[Tensor]:

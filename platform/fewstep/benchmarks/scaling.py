@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fewstep.benchmarks.measure import aligned, interleaved, log_to_mlflow, machine
-from fewstep.plan.scaling import Messages, Workload, nothing, step_seconds
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
 DESCRIPTION = """\
@@ -154,6 +153,7 @@ def measured_steps(recipe: DistillRecipe, repeats: int) -> dict[str, float]:
     from fewstep.data.stream import read_split
     from fewstep.encoders import load_encoder
     from fewstep.models.conditioning import TextConditioning
+    from fewstep.plan.scaling import Messages, Workload, nothing, step_seconds
     from fewstep.plan.training import measure, new_student
     from fewstep.train import parallel
     from fewstep.train.learner import Learner

@@ -420,7 +420,7 @@ def load_autoencoder(
         UserError: nothing loads under that name, or the precision is none of autoencoders.
     """
     if precision is not None:
-        check_precision(precision, "the autoencoder's precision")
+        check_precision(precision)
     if name in (PIXEL, GREY):
         return PixelAutoencoder(name)
     if precision in LIBRARIES:

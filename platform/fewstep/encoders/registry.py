@@ -38,7 +38,7 @@ def load_encoder(
         UserError: nothing loads under that name, it does not fit the device, or there is no such precision.
     """
     if precision is not None:
-        check_precision(precision, "the text encoder's precision")
+        check_precision(precision)
     if name.startswith(LABELS):
         return LabelEncoder(name)
     encoder = (

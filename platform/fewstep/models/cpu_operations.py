@@ -97,21 +97,25 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        to_x, to_weight, _ = ctx.needs_input_grad
+        # As torch's own: the input is kept for the weight's gradient alone, so not by frozen layers.
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
+        ctx.sizes = weight.shape
         return _product(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # a second derivative raises an error instead of being wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        out_size, in_size = ctx.sizes
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
             to_x = _product(grad, weight.T)
-        rows = grad.reshape(-1, len(weight))
+        rows = grad.reshape(-1, out_size)
         if ctx.needs_input_grad[1]:
-            inputs = x.reshape(-1, weight.shape[1])
+            inputs = x.reshape(-1, in_size)
             # oneDNN copies its first argument to rows, so that should be the smaller one.
-            swapped = len(weight) > weight.shape[1]
+            swapped = out_size > in_size
             to_weight = _product(inputs.T, rows.T).T if swapped else _product(rows.T, inputs.T)
         if ctx.needs_input_grad[2]:
             to_bias = rows.sum(0)
@@ -119,17 +123,16 @@ class _Linear(torch.autograd.Function):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`F.gelu` in its tanh form, by sigmoid on a CPU, and torch's own elsewhere; x of any shape."""
-    if x.device.type != "cpu":
+    """`F.gelu` in its tanh form, by sigmoid for float32 on a CPU, and torch's own elsewhere; x of any shape."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.gelu(x, approximate="tanh")
     return _GELU.apply(x) if torch.is_grad_enabled() and x.requires_grad else _gelu(x)
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """x·sigmoid(2·√(2/π)·(x + 0.044715·x³)), computed in float32."""
-    wide = x.float()
-    inner = torch.addcmul(wide, wide * wide, wide, value=0.044715)
-    return inner.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(wide).to(x.dtype)
+    """x·sigmoid(2·√(2/π)·(x + 0.044715·x³)), with no tensor beside x and the result."""
+    factor = 2 * math.sqrt(2 / math.pi)
+    return x.square().mul_(0.044715 * factor).add_(factor).mul_(x).sigmoid_().mul_(x)
 
 
 class _GELU(torch.autograd.Function):
