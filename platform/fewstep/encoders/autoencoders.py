@@ -419,10 +419,10 @@ def load_autoencoder(
     Raises:
         UserError: nothing loads under that name, or the precision is none of autoencoders.
     """
-    if precision is not None:
-        check_precision(precision)
     if name in (PIXEL, GREY):
         return PixelAutoencoder(name)
+    if precision is not None:
+        check_precision(precision)
     if precision in LIBRARIES:
         raise UserError(
             f"the autoencoder {name!r} can't be held in {precision}, because convolutions aren't quantised: "

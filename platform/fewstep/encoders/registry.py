@@ -37,10 +37,10 @@ def load_encoder(
     Raises:
         UserError: nothing loads under that name, it does not fit the device, or there is no such precision.
     """
-    if precision is not None:
-        check_precision(precision)
     if name.startswith(LABELS):
         return LabelEncoder(name)
+    if precision is not None:
+        check_precision(precision)
     encoder = (
         load_pipeline_encoder(name, max_tokens, device, precision)
         if of_pipeline(name)
