@@ -66,11 +66,9 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: the recipe can't be run here.
     """
-    from fewstep.data.datasets.bundled import open_data
+    from fewstep.benchmarks.train_step import prepared_recipe
 
-    recipe = load_recipe(DistillRecipe, options.recipe, options.set)
-    data = recipe.data.model_copy(update={"path": open_data(recipe.data.path).root})
-    recipe = recipe.model_copy(update={"data": data})
+    recipe = prepared_recipe(options)
     measured = {
         workers: in_processes(recipe, workers, options.samples, options.repeats)
         for workers in options.workers

@@ -83,6 +83,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def prepared_recipe(options: argparse.Namespace) -> DistillRecipe:
+    """The recipe of `--recipe` and `--set`, with its data prepared.
+
+    Raises:
+        UserError: there is no such recipe, or its data are not there.
+    """
+    from fewstep.data.datasets.bundled import open_data
+
+    recipe = load_recipe(DistillRecipe, options.recipe, options.set)
+    data = recipe.data.model_copy(update={"path": open_data(recipe.data.path).root})
+    return recipe.model_copy(update={"data": data})
+
+
 def run(options: argparse.Namespace) -> None:
     """Take the steps in both ways, and print the table.
 
@@ -90,11 +103,8 @@ def run(options: argparse.Namespace) -> None:
         UserError: the recipe can't be run here.
     """
     from fewstep.cluster import connect_ray
-    from fewstep.data.datasets.bundled import open_data
 
-    recipe = load_recipe(DistillRecipe, options.recipe, options.set)
-    data = recipe.data.model_copy(update={"path": open_data(recipe.data.path).root})
-    recipe = recipe.model_copy(update={"data": data})
+    recipe = prepared_recipe(options)
     torch.set_num_threads(recipe.train.threads)
     if options.profile is not None:
         draw_profile(recipe, options.steps, options.profile)

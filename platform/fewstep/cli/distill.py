@@ -82,10 +82,6 @@ def _add_scaling_options(group: argparse._ArgumentGroup) -> None:
         "--link-utilisation", type=number(float, 0.001, 1), default=0.8, metavar="F",
         help="share of these rates that messages reach; default: %(default)s",
     )  # fmt: skip
-    group.add_argument(
-        "--gpu-bandwidth", type=number(float, 0.001), default=3.35, metavar="TB",
-        help="of its memory, per second; default: %(default)s, an H100",
-    )  # fmt: skip
     group.add_argument("--plot", metavar="FILE", help="also draw the steps of --scaling into this picture")
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_machine_options(group: argparse._ArgumentGroup) -> None:
-    """Declare what a run is planned for: memory and rate of each GPU, and sizes of images and captions."""
+    """Declare what a run is planned for: memory of each GPU, and its rates."""
     group.add_argument(
         "--gpu-memory",
         type=number(float, 0.01),
@@ -25,6 +25,10 @@ def add_machine_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gpu-tflops", type=number(float, 0.01), default=989.0, metavar="T",
         help="peak of each in bfloat16; default: %(default)s, an H100",
+    )  # fmt: skip
+    group.add_argument(
+        "--gpu-bandwidth", type=number(float, 0.001), default=3.35, metavar="TB",
+        help="of its memory, per second; default: %(default)s, an H100",
     )  # fmt: skip
     group.add_argument(
         "--utilisation",
@@ -52,10 +56,6 @@ def add_serving_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group.add_argument(
         "--gpu-float32-tflops", type=number(float, 0.01), default=67.0, metavar="T",
         help="peak in float32; default: %(default)s, an H100",
-    )  # fmt: skip
-    group.add_argument(
-        "--gpu-bandwidth", type=number(float, 0.001), default=3.35, metavar="TB",
-        help="of its memory, per second; default: %(default)s, an H100",
     )  # fmt: skip
     group.add_argument("--cpu", action="store_true", help="plan for a CPU with that memory")
     group.add_argument(
