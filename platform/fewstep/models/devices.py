@@ -80,7 +80,7 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        reason = str(error).strip().partition(".")[0].partition("\n")[0]
+        reason = str(error).strip().partition(". ")[0].partition("\n")[0]
         raise UserError(
             f"device {device} can't be used here ({reason}): choose cpu, or install what it needs."
         ) from error

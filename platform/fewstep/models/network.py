@@ -339,7 +339,8 @@ class PolicyNetwork(nn.Module):
                 )
                 for part in parts
             ]
-        return self.family.velocity(torch.cat(packed), self.channels, *x.shape[-2:])
+        whole = packed[0] if len(packed) == 1 else torch.cat(packed)  # which would copy one, too
+        return self.family.velocity(whole, self.channels, *x.shape[-2:])
 
     def _rows_at_a_time(self, x: Tensor) -> int:
         """Samples of a batch that a call without gradient computes at a time.

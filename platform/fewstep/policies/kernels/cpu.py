@@ -114,10 +114,10 @@ def _run(
     (samples, components, channels, *space), steps = policy.means.shape, len(sigmas) - 1
     tensors = {
         "means": _flat(policy.means),
-        "logstds": _per_sample(policy.logstds, samples),
+        "logstds": _one_each(policy.logstds, samples),
         "logweights": _weights(policy),
         "x_src": _flat(policy.x_src),
-        "sigma_src": _per_sample(policy.sigma_src, samples),
+        "sigma_src": _one_each(policy.sigma_src, samples),
         "x_from": _flat(x),
         "sigmas": _flat(sigmas),
         **others,
@@ -170,7 +170,7 @@ def _weights(policy: GMFlowPolicy) -> Tensor:
     return _flat(weights if weights.shape == shape else weights.expand(shape))
 
 
-def _per_sample(scalars: Tensor, samples: int) -> Tensor:
+def _one_each(scalars: Tensor, samples: int) -> Tensor:
     """As many numbers as samples, contiguous in float32, of so many or a single one."""
     return _flat(scalars if scalars.numel() == samples else scalars.reshape(-1).expand(samples))
 
