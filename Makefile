@@ -1,9 +1,10 @@
 # make distill   from nothing to a distilled, measured, registered 4-step model
-# make test      everything that is promised, checked
+# make test      what is promised, checked; make test-slow adds larger cases of the same
 # make serve     the bundled student behind HTTP: page, API, OpenAI's client (serve/config.yaml)
 # make ui        the MLflow pages of what was run        make stop   end the local Ray node
-# make chaos     what is promised of machines that die, for ten minutes
+# make chaos     what is promised of machines, storage and MLflow that fail (docs/chaos.md)
 # make lint      ruff       make types   mypy and declared dependencies       make docs   the documentation, in site/
+# make sbom      the bill of materials of an image, in out/       make audit   its packages against published advisories
 # make help      all of them
 
 PYTHON ?= python3
@@ -20,11 +21,16 @@ export PATH := $(BIN):$(PATH)
 export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S ?= 120
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
+# Serve starts a dead proxy again after three health checks that failed; by default they are 10 seconds apart.
+export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 1
 # The local node listens on loopback alone, and without a token: Ray 2.60's `ray start` turns tokens on as soon as
 # one lies in ~/.ray, and its `ray job submit` then does not send it unless RAY_AUTH_MODE says so.
 export RAY_AUTH_MODE ?= disabled
+# Ray takes --node-ip-address=127.0.0.1 for a slip on Linux and listens on the machine's own address instead, unless it
+# is told, by this variable, that it can't be part of a cluster of several machines.
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER ?= 0
 
-.PHONY: help setup node distill teacher serve test chaos lint types docs ui stop clean
+.PHONY: help setup node distill teacher serve test test-slow chaos lint types docs ui sbom audit stop clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -54,6 +60,9 @@ serve: node
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-slow: setup
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
+
 chaos: setup
 	$(BIN)/python -m pytest -m "" tests/chaos $(ARGS)
 
@@ -70,6 +79,18 @@ docs: setup
 
 ui: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+# Apart from .venv: it brings a validator of addresses that jsonschema, and so every process of Ray, would load at its
+# start if it were there, which takes longer than all the rest of Ray (findings/ray_import_rfc3987.sh).
+sbom: setup
+	@mkdir -p out
+	$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py requirements infra/lock.txt --output-format JSON --output-file out/sbom.json
+
+# Strict: without the network no package can be looked up, which must not look like "nothing found".
+audit: setup
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r infra/lock.txt || { \
+	  echo "error: advisories were found, or could not be asked for: see above, and run it where the network is open" >&2; \
+	  exit 1; }
 
 stop:
 	ray stop

@@ -7,4 +7,4 @@ The same as `fewstep distill`.
 from fewstep.cli import run_job
 
 if __name__ == "__main__":
-    run_job("distill", recipe="emoji_qwen_4nfe")
+    run_job("distill", recipe="emoji64_qwen_4nfe")

@@ -1,10 +1,11 @@
-"""Processes of this test session's Ray node."""
+"""Processes of this test session: those of its Ray node, and ports for new ones."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import socket
 
 import psutil
 
@@ -21,3 +22,10 @@ def kill_one(title: str) -> int:
 
 ENCODER = "ray::ShardEncoder"
 """Title of the actors that encode raw rows."""
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +16,8 @@ import pyarrow as pa
 import pytest
 
 from fewstep.data.tables import table_rows
-from fewstep.errors import UserError
-from fewstep.storage import Storage
+from fewstep.errors import UnreachableError, UserError
+from fewstep.storage import Storage, through_outages
 
 MB = 2**20
 
@@ -91,6 +93,57 @@ def test_a_file_address_names_the_folder_s_own_storage(name: str, tmp_path: Path
 def test_a_file_address_without_an_absolute_path_of_this_machine_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="write an absolute path of this machine"):
         Storage.at(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://AKIA:secret+/key@bucket/data", "s3://AKIA:secret@bucket", "gs://me:secret@bucket"]
+)
+def test_an_address_with_a_password_is_refused_and_the_password_not_repeated(address: str) -> None:
+    with pytest.raises(UserError, match=r"holds a password.*set AWS_ACCESS_KEY_ID") as refused:
+        Storage.at(address)
+    assert "secret" not in str(refused.value)
+    Storage.at("s3://bucket/a:b@c")  # a key may hold such characters
+
+
+def test_a_folder_is_copied_to_this_machine_and_deleted(s3_bucket: str, tmp_path: Path) -> None:
+    for number, root in enumerate((f"{s3_bucket}/run", str(tmp_path / "run"))):
+        run, here = Storage.at(root), tmp_path / f"copy-{number}"
+        for path in ("best-1/card.json", "best-1/sub/w", "best-10/card.json"):
+            run.write(path, path.encode())
+        assert run.copy_to(here, "best-1")
+        assert (here / "card.json").read_bytes() == b"best-1/card.json"
+        assert (here / "sub" / "w").read_bytes() == b"best-1/sub/w"
+        assert len([*here.rglob("*")]) == 3
+        run.delete(["best-1/card.json", "best-1/sub/w"])
+        assert not run.copy_to(here, "best-1")
+        assert [*run.list()] == ["best-10/card.json"]
+
+
+def test_an_object_is_created_once_whoever_else_tries(s3_bucket: str, tmp_path: Path) -> None:
+    for root in (f"{s3_bucket}/run", str(tmp_path / "run")):
+        writers = [Storage.at(root) for _ in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            for turn in range(5):
+                created = [
+                    *threads.map(
+                        lambda one, turn=turn, writers=writers: writers[one].create(
+                            f"a/{turn}", bytes([one])
+                        ),
+                        range(4),
+                    )
+                ]
+                assert sorted(created) == [False, False, False, True]
+                assert writers[0].read(f"a/{turn}") == bytes([created.index(True)])
+        assert writers[0].list("a") == {f"a/{turn}": 1 for turn in range(5)}
+    assert not [*tmp_path.rglob("*.partial")]
+
+
+def test_what_can_not_be_created_says_why(flaky_s3: FlakyS3, s3_bucket: str) -> None:
+    flaky_s3.refuses = lambda method, query: method == "PUT"
+    with pytest.raises(UnreachableError, match=r"can't be reached or used \(.*AccessDenied"):
+        Storage.at(s3_bucket).create("o", b"1")
+    with pytest.raises(UserError, match=r"mock://.* use a local folder or s3://"):
+        Storage.at("mock://somewhere").create("o", b"1")
 
 
 def test_a_link_is_written_through_and_stays(tmp_path: Path) -> None:
@@ -175,3 +228,35 @@ def test_pyarrow_publishes_what_a_stream_held_when_an_exception_left_it(s3_bucke
         stream.write(b"the first half")
         raise pa.ArrowInvalid("the second half could not be made")
     assert storage.read("o") == b"the first half"
+
+
+def test_a_run_waits_for_an_s3_that_is_away_and_says_so_once(s3_bucket, monkeypatch, capsys) -> None:
+    from moto.server import ThreadedMotoServer
+
+    Storage.at(f"{s3_bucket}/data").write("x", b"content")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")  # where nobody listens yet
+    storage = Storage.at(f"{s3_bucket}/data")
+    with pytest.raises(UnreachableError, match="can't be reached"):
+        through_outages(lambda: storage.read("x"), "reading x", seconds=0.1)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)  # with the same buckets
+    threading.Timer(1.5, server.start).start()
+    capsys.readouterr()
+    assert through_outages(lambda: storage.read("x"), "reading x", seconds=120) == b"content"
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("reading x waits for the storage, up to 2 minutes: s3://")
+    server.stop()
+
+
+def test_a_file_that_is_not_there_is_no_outage(tmp_path) -> None:
+    attempts = []
+
+    def attempt() -> None:
+        attempts.append(1)
+        raise FileNotFoundError("x")
+
+    with pytest.raises(FileNotFoundError):
+        through_outages(attempt, "reading x")
+    assert len(attempts) == 1

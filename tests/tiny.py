@@ -9,13 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fewstep.data.columns import condition_columns
+from fewstep.data.columns import condition_columns, latent_column
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, bucket_folder, encode_table
 from fewstep.data.stream import ShardStream
 from fewstep.encoders import load_encoder
+from fewstep.flow import SamplerConfig, TeacherSamplerConfig
+from fewstep.models.adapters import LoRAConfig
+from fewstep.models.heads import GMFlowConfig
+from fewstep.models.network import PolicyNetwork
 from fewstep.models.registry import get_family
-from fewstep.models.teacher import TeacherCard, save_teacher
+from fewstep.models.teacher import TeacherCard, load_teacher, save_teacher
 from fewstep.storage import Storage
+from fewstep.student import StudentCard, save_student
 from fewstep.train.learner import Learner
 from fewstep.train.progress import LossMeter
 from fewstep.train.recipe import DistillRecipe, load_recipe
@@ -35,10 +40,14 @@ def write_teacher(folder: Path) -> None:
     save_teacher(transformer, card, folder, transformer.state_dict())
 
 
-def write_data(root: Path) -> None:
-    """SHARDS training shards of ROWS rows and one held-out shard, real captions, random images."""
-    storage, rng = Storage.at(root), np.random.default_rng(0)
-    encoding, encoder, shards = Encoding("minilm", 384, "pixel"), load_encoder("minilm"), []
+def write_data(root: Path, references: int = 0, seed: int = 0) -> None:
+    """SHARDS training shards of ROWS rows and one held-out shard, real captions, random images and references."""
+    storage, rng, noise = Storage.at(root), np.random.default_rng(0), torch.Generator().manual_seed(seed)
+    encoding, encoder, shards = (
+        Encoding("minilm", 384, "pixel", references=references),
+        load_encoder("minilm"),
+        [],
+    )
     for split, count in (("train", SHARDS), ("held_out", 1)):
         for index in range(count):
             keys = [f"{split}-{index}-{row}" for row in range(ROWS)]
@@ -46,7 +55,10 @@ def write_data(root: Path) -> None:
             latents = rng.uniform(-1, 1, (ROWS, *SHAPE)).astype(np.float32)
             columns = condition_columns(encoder.encode(captions))
             rows = pa.table({"key": keys, "caption": captions, **columns})
-            table = encode_table(rows, latents, SHAPE, split).replace_schema_metadata(encoding.metadata())
+            images = torch.rand(ROWS, references, *SHAPE, generator=noise) * 2 - 1
+            column = latent_column(images, "float32") if references else None
+            table = encode_table(rows, latents, SHAPE, split, column)
+            table = table.replace_schema_metadata(encoding.metadata())
             path = f"{bucket_folder(split, SHAPE)}/part-{index:05d}.parquet"
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table, root / path)
@@ -89,3 +101,15 @@ def train_here(recipe: DistillRecipe, folder: Path) -> list[dict[str, float]]:
     batches.close()
     learner.objective.export(folder, learner.ema.state_dict())
     return metrics
+
+
+def write_editor(folder: Path) -> None:
+    """A student that takes one reference image, untrained, on the bundled teacher."""
+    transformer, family, reference = load_teacher("emoji", "qwen_image")
+    policy = GMFlowConfig(components=3, logstd_width=16)
+    network = PolicyNetwork(transformer, family, policy, LoRAConfig(rank=4))
+    card = StudentCard(
+        teacher=reference, text_encoder="minilm", autoencoder="pixel", latent_shape=(3, 16, 16), references=1,
+        sampler=SamplerConfig(nfe=4, shift=2.0, h=0.5), teacher_sampler=TeacherSamplerConfig(guidance_scale=2.0),
+    )  # fmt: skip
+    save_student(network, card, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,12 @@ ADDRESS = "RAY_ADDRESS"
 """Name of the environment variable with the address of the cluster that is meant."""
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 """Name of the environment variable with the address of the dashboard that is meant, which goes before the other."""
+ONLY_HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""The variable that makes Ray keep to loopback.
+
+Ray takes `--node-ip-address=127.0.0.1` for a slip on Linux, and listens on the machine's address in the network
+instead, unless it is told that this machine can be part of no cluster, as it assumes on macOS and Windows.
+"""
 NOBODY = "http://127.0.0.1:9"
 """An address that nobody serves."""
 
@@ -34,12 +41,14 @@ def connect_ray(*, show_logs: bool = True, keep_node: bool = False) -> str | Non
     import ray
 
     # Not public, but `address="auto"` would take any node whose processes it finds.
-    from ray._private.services import canonicalize_bootstrap_address
+    from ray._private.services import canonicalize_bootstrap_address, get_ray_address_from_environment
 
     if ray.is_initialized():
         return None
     try:
-        address = canonicalize_bootstrap_address(cast(Any, None))  # annotated as a str alone
+        if _is_only_here(get_ray_address_from_environment(cast(Any, None), None)):  # annotated as strs alone
+            _keep_to_loopback()
+        address = canonicalize_bootstrap_address(cast(Any, None))
         if address is None:
             raise ConnectionError("no node was started")
         context = ray.init(address=address, log_to_driver=show_logs)
@@ -47,7 +56,10 @@ def connect_ray(*, show_logs: bool = True, keep_node: bool = False) -> str | Non
         # On loopback alone, and so without the token that Ray would otherwise leave in ~/.ray: `ray start` would
         # find it there, demand it, and `ray job submit` would not send it.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        _keep_to_loopback()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to its authors
+        # Serve starts a dead proxy again after three of these checks, which are 10 seconds apart by default.
+        os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
         # Two logical CPUs more than there are: the data pipeline needs slots beside workers that hold all CPUs.
         cpus = (os.cpu_count() or 1) + 2
         if keep_node:
@@ -88,6 +100,29 @@ def told_own_cluster() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _is_only_here(address: str | None) -> bool:
+    """Whether a node's address is one of loopback, and its port can't be reached by this machine's other address."""
+    from ray._private.services import get_node_ip_address
+
+    host, _, port = (address or "").rpartition(":")
+    if host not in ("127.0.0.1", "localhost", "[::1]") or not port.isdigit():
+        return False
+    try:
+        with socket.create_connection((get_node_ip_address(), int(port)), timeout=1):
+            return False
+    except OSError:
+        return True
+
+
+def _keep_to_loopback() -> None:
+    """Let this process, and what it starts, be reached by loopback alone (see `ONLY_HERE`)."""
+    from ray._private import ray_constants
+
+    os.environ.update(ONLY_HERE)
+    # Ray has read the variable when it was imported, which others may have done long ago.
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _start_node(cpus: int) -> None:

@@ -9,6 +9,14 @@ class UserError(Exception):
     """
 
 
+class UnreachableError(UserError):
+    """A storage can't be reached or used now; that may pass without the user."""
+
+
+class DivergenceError(UserError):
+    """A training's loss became infinite, NaN or far too large, and it may not go back (once more)."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's message as one line of at most 200 characters, to stand in brackets within one of ours."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -20,22 +20,32 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
 from fewstep.assets import expanded
-from fewstep.errors import UserError, one_line
+from fewstep.errors import UnreachableError, UserError, one_line
+from fewstep.passwords import has_password, without_password
+
+Result = TypeVar("Result")
 
 # Time limits and attempts of S3's requests
 CONNECT_SECONDS = 4
 REQUEST_SECONDS = 20
 ATTEMPTS = 2
+OUTAGE_SECONDS = 600.0
+"""How long a run waits for its storage when that can't be reached any more."""
+LONGEST_PAUSE_SECONDS = 15.0
+"""Between two attempts to reach it."""
 PARTIAL_SUFFIX = ".partial"
 """End of the names of local files that are being written."""
 S3 = "s3://"
@@ -138,11 +148,16 @@ class Storage:
             raise FileNotFoundError(f"{self.root} has no {relative}")
         return size
 
-    def list(self) -> dict[str, int]:
-        """Relative path → size in bytes of every object below the root, without unfinished local files."""
+    def list(self, below: str = "") -> dict[str, int]:
+        """Relative path → size in bytes of every object below the root, without unfinished local files.
+
+        Args:
+            below: a folder, relative to the root, to list alone; paths are relative to the root nevertheless.
+        """
+        folder = self.path(below) if below else self.base
         with self.reachable():
             found = self.filesystem.get_file_info(
-                fs.FileSelector(self.base, allow_not_found=True, recursive=True)
+                fs.FileSelector(folder, allow_not_found=True, recursive=True)
             )
         return {
             info.path.removeprefix(self.base).lstrip("/"): info.size
@@ -160,16 +175,83 @@ class Storage:
                     # In one call: after an exception between two, pyarrow would publish the first part as the object.
                     stream.write(content)
                 return
-            folder, name = os.path.split(os.path.realpath(target))
-            self.filesystem.create_dir(folder)
-            # A random name, so that two writers of one object don't disturb each other: the last to finish wins.
-            partial = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
-            with self.filesystem.open_output_stream(partial) as stream:
-                stream.write(content)
-            # Before it gets its name, which would stand for an empty file after a power cut otherwise.
-            _to_disk(partial)
-            self.filesystem.move(partial, f"{folder}/{name}")
-            _to_disk(folder)
+            final = os.path.realpath(target)
+            # The last of several writers wins.
+            self.filesystem.move(self._write_partial(final, content), final)
+            _to_disk(os.path.dirname(final))
+
+    def create(self, relative: str, content: bytes) -> bool:
+        """Write an object unless there is one of its name, whole or not at all; of several writers at once, one does.
+
+        Where an answer of S3 is lost, the one that did is told False like the others.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            UserError: the storage is neither a local folder nor on S3.
+        """
+        self.require_create()
+        target = self.path(relative)
+        with self.reachable():
+            if self.root.startswith(S3):
+                return _create_on_s3(target, content)
+            partial = self._write_partial(target, content)
+            try:
+                os.link(partial, target)  # which, unlike a rename, replaces nothing
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(partial)
+            _to_disk(os.path.dirname(target))
+            return True
+
+    def require_create(self) -> None:
+        """Check that `create` can be used, before it is needed.
+
+        Raises:
+            UserError: the storage is neither a local folder nor on S3.
+        """
+        if not (self.root.startswith(S3) or isinstance(self.filesystem, fs.LocalFileSystem)):
+            raise UserError(
+                f"the address {self.root} can't be used here, as it has no writing that replaces nothing: use a local "
+                "folder or s3://bucket/prefix."
+            )
+
+    def _write_partial(self, target: str, content: bytes | memoryview) -> str:
+        """Write the hidden local file that is to become `target`; its path. It is on the disk then."""
+        folder, name = os.path.split(target)
+        self.filesystem.create_dir(folder)
+        # A random name, so that two writers of one object don't disturb each other.
+        partial = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
+        with self.filesystem.open_output_stream(partial) as stream:
+            stream.write(content)
+        # Before it gets its name, which would stand for an empty file after a power cut otherwise.
+        _to_disk(partial)
+        return partial
+
+    def delete(self, relatives: Iterable[str]) -> None:
+        """Delete objects, given relative to the root."""
+        with self.reachable():
+            for relative in relatives:
+                self.filesystem.delete_file(self.path(relative))
+
+    def copy_to(self, folder: Path, below: str = "") -> bool:
+        """Copy every object below the root, or below a folder there, to a folder of this machine.
+
+        Args:
+            folder: of this machine; made where it is missing.
+            below: a folder, relative to the root.
+
+        Returns:
+            Whether there was any.
+        """
+        paths = self.list(below)
+        for path in paths:
+            file = folder / path.removeprefix(f"{below}/" if below else "")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(self.read(path) or b"")
+        return bool(paths)
 
     def settle(self, relatives: Iterable[str]) -> None:
         """Wait until objects that others wrote here are on the disk; on S3 they are when they can be seen."""
@@ -193,7 +275,7 @@ class Storage:
         """A context in which errors of the storage (no connection, no bucket, no permission) become UserErrors.
 
         Raises:
-            UserError: in place of an error of the file system; FileNotFoundError is raised as it is.
+            UnreachableError: in place of an error of the file system; FileNotFoundError is raised as it is.
         """
         try:
             yield
@@ -207,7 +289,7 @@ class Storage:
                 raise self._unreachable(error) from error
             raise
 
-    def _unreachable(self, error: Exception) -> UserError:
+    def _unreachable(self, error: Exception) -> UnreachableError:
         if self.root.startswith(S3):
             remedy = (
                 f"check that the bucket exists, AWS_ENDPOINT_URL (now {_endpoint() or 'unset: AWS itself'}), "
@@ -217,12 +299,48 @@ class Storage:
             remedy = "check that the folder exists, is writable and the disk isn't full"
         else:
             remedy = "check the address, the network and your right to read it"
-        return UserError(f"{self.root} can't be reached or used ({one_line(error)}): {remedy}.")
+        return UnreachableError(f"{self.root} can't be reached or used ({one_line(error)}): {remedy}.")
+
+
+def through_outages(attempt: Callable[[], Result], what: str, seconds: float = OUTAGE_SECONDS) -> Result:
+    """What an attempt returns, which is repeated while the storage can't be reached: for runs that are under way.
+
+    Args:
+        attempt: may be begun again at any time.
+        what: does it, for the line that is printed when it has to wait.
+        seconds: for how long it is repeated.
+
+    Raises:
+        OSError: what the last attempt raised, where it used the file system itself.
+        UnreachableError: likewise, where it used a `Storage`.
+    """
+    until, pause = time.monotonic() + seconds, 0.5
+    while True:
+        try:
+            return attempt()
+        except (OSError, UnreachableError) as error:
+            # A file that isn't there is no outage.
+            if isinstance(error, FileNotFoundError) or time.monotonic() + pause > until:
+                raise
+            if pause == 0.5:
+                print(
+                    f"{what} waits for the storage, up to {seconds / 60:g} minutes: {one_line(error)}",
+                    flush=True,
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def _endpoint() -> str | None:
     """S3's endpoint from the environment; None for AWS's own."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _region() -> str | None:
+    """S3's region from the environment; None for AWS's own to be looked up."""
+    # Other providers ignore the region, but requests are signed with one.
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return region or ("us-east-1" if _endpoint() else None)
 
 
 def _s3() -> fs.S3FileSystem:
@@ -236,19 +354,50 @@ def _s3() -> fs.S3FileSystem:
         options |= {"access_key": key, "secret_key": os.environ.get("AWS_SECRET_ACCESS_KEY", "")}
         if token := os.environ.get("AWS_SESSION_TOKEN"):
             options["session_token"] = token
-    # Other providers ignore the region, but requests are signed with one; AWS's own is looked up by pyarrow.
-    region = (
-        os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or (endpoint and "us-east-1")
-    )
     return fs.S3FileSystem(
         **options,
-        region=region or None,
+        region=_region(),
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
         # Objects of one part (10 MB) go in one request, of which nothing is left when the writer is killed.
         allow_delayed_open=True,
     )
+
+
+@cache
+def _s3_client(endpoint: str | None, region: str | None) -> Any:
+    """boto3's client, for what pyarrow's file system can't do; with the same settings."""
+    import boto3
+    from botocore.config import Config as BotoConfig
+
+    limits = BotoConfig(
+        connect_timeout=CONNECT_SECONDS, read_timeout=REQUEST_SECONDS, retries={"total_max_attempts": ATTEMPTS}
+    )  # fmt: skip
+    return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=limits)
+
+
+def _create_on_s3(path: str, content: bytes) -> bool:
+    """Write an object, given as `bucket/key`, unless there is one; whether it was written.
+
+    Raises:
+        OSError: it could not be.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    endpoint = _endpoint()
+    if endpoint and "://" not in endpoint:
+        endpoint = f"https://{endpoint}"
+    bucket, _, key = path.partition("/")
+    try:
+        _s3_client(endpoint, _region()).put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
+    except ClientError as error:
+        if error.response["Error"]["Code"] == "PreconditionFailed":
+            return False
+        raise OSError(one_line(error)) from error
+    except BotoCoreError as error:
+        raise OSError(one_line(error)) from error
+    return True
 
 
 def _refuse_unclear(address: str) -> None:
@@ -261,6 +410,11 @@ def _refuse_unclear(address: str) -> None:
         raise UserError(
             f"the address {address} can't be opened: it is a path of Windows; use a folder of this machine "
             "(on WSL, C:\\data is /mnt/c/data) or s3://bucket/prefix."
+        )
+    if has_password(address):
+        raise UserError(
+            f"the address {without_password(address)} holds a password, and addresses are written to recipes, runs and "
+            "logs: leave it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment."
         )
     local = f"if it is a folder of this machine, write ./{address}"
     if match := re.match(r"s3:/?(?!/)", address, re.IGNORECASE):

@@ -26,6 +26,7 @@ def deploy(
     *,
     name: str = "fewstep",
     prefix: str = "/",
+    ingress_replicas: int = 1,
     **generator_options: Any,
 ) -> None:
     """Run an application on a started Serve, and wait until it can generate.
@@ -35,12 +36,15 @@ def deploy(
         config: a `ServeConfig` as plain data.
         name: of the application.
         prefix: of its routes.
+        ingress_replicas: of the HTTP ingress.
         generator_options: of the generator's deployment, as `num_replicas`.
 
     Raises:
         UserError: it did not become ready.
     """
-    application = assemble(ServeConfig.model_validate(config), **generator_options)
+    application = assemble(
+        ServeConfig.model_validate(config), ingress_replicas=ingress_replicas, **generator_options
+    )
     serve.run(application, name=name, route_prefix=prefix, logging_config={"enable_access_log": False})
     deadline = time.monotonic() + READY_S
     # `serve.run` returns when replicas run, which is before the proxy knows their routes.

@@ -26,13 +26,28 @@ def write_variant(folder: Path, factor: float, base: str = "emoji-student") -> P
     return folder
 
 
-def register_variants(name: str, tracking_uri: str, folder: Path, factors: tuple[float, ...]) -> list[Path]:
-    """Register one version per factor, in order, without an alias; returns their folders."""
+def register_variants(
+    name: str, tracking_uri: str, folder: Path, factors: tuple[float, ...], artifacts: str | None = None
+) -> list[Path]:
+    """Register one version per factor, in order, without an alias.
+
+    Args:
+        name: of the registered model.
+        tracking_uri: of the registry.
+        folder: for the variants.
+        factors: see `write_variant`.
+        artifacts: where the versions' files lie; in `folder` by default.
+
+    Returns:
+        The variants' folders.
+    """
     from fewstep.tracking.address import connect
     from fewstep.tracking.registry import register
 
     client = connect(tracking_uri)
-    experiment = client.create_experiment(f"{name}-variants", artifact_location=str(folder / "artifacts"))
+    experiment = client.create_experiment(
+        f"{name}-variants", artifact_location=artifacts or str(folder / "artifacts")
+    )
     run = client.create_run(experiment).info.run_id
     folders = [write_variant(folder / f"variant-{factor:g}", factor) for factor in factors]
     for variant in folders:

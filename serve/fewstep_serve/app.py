@@ -50,11 +50,12 @@ def build(config: ServeConfig) -> Application:
     return assemble(config)
 
 
-def assemble(config: ServeConfig, **generator_options: Any) -> Application:
+def assemble(config: ServeConfig, *, ingress_replicas: int = 1, **generator_options: Any) -> Application:
     """The application for Python: `serve.run(assemble(ServeConfig(), num_replicas=2))`.
 
     Args:
         config: all settings.
+        ingress_replicas: of the HTTP ingress; the requests that are with one when it is killed are lost.
         generator_options: of the generators' deployment, as Ray Serve documents them.
     """
     # A type checker sees classes here; at run time the decorator has made deployments of them.
@@ -67,6 +68,12 @@ def assemble(config: ServeConfig, **generator_options: Any) -> Application:
     parts = config.engine.parts.model_dump(mode="json")
     stages = [encoder.bind(threads, parts), decoder.bind(threads, parts)] if apart else []
     generators = generator.options(user_config=offer, **generator_options).bind(
-        engine, config.limits.max_relative_pixels, *stages
+        engine,
+        config.limits.max_relative_pixels,
+        config.clients.size,
+        *stages,
+        image_check=config.safety.image,
     )
-    return ingress.bind(config.model_dump(mode="json", exclude={"offer"}), generators)
+    return ingress.options(num_replicas=ingress_replicas).bind(
+        config.model_dump(mode="json", exclude={"offer"}), generators
+    )

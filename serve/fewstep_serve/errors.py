@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -14,7 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from fewstep_serve.schema import ImageRequest, Refusal, Refused
+from fewstep_serve.audit import Exchange
+from fewstep_serve.schema import ErrorResponse, ImageRequest, Refusal, Refused
 from fewstep_serve.service import Service
 
 log = logging.getLogger("ray.serve")
@@ -38,6 +38,7 @@ SYNONYMS = {
         "temperature": "temp",
         "h": "eta stochasticity churn",
         "class_label": "label class class_id class_name class_labels",
+        "lora": "loras adapters adapter lora_weights lora_name lora_scale",
         "sampler": "scheduler sampler_name sampling_method use_teacher",
     }.items()
     for name in names.split()
@@ -45,6 +46,21 @@ SYNONYMS = {
 """What other APIs call our fields."""
 OF_GUIDANCE = {"cfg", "cfg_scale", "guidance", "guidance_scale", "true_cfg_scale", "negative_prompt"}
 """Fields of other APIs that have no counterpart, because guidance has been distilled into the student."""
+
+
+ERRORS = {
+    400: "The request is wrong; the message says what and how to mend it.",
+    401: "An API key is needed.",
+    403: "The address of an image is not as it was given.",
+    404: "No such model or job, or it has expired, as addresses of images do.",
+    409: "The `Idempotency-Key` was used with another body before.",
+    413: "The body is too large.",
+    429: "The service is full; `Retry-After` says when to come back.",
+    500: "An error of the service.",
+    503: "No replica can generate now.",
+    504: "The time limit is over.",
+}
+"""What the API's document says of errors, by HTTP status."""
 
 
 def add_error_handlers(api: FastAPI, service: Service) -> None:
@@ -59,11 +75,13 @@ def add_error_handlers(api: FastAPI, service: Service) -> None:
         return JSONResponse(error_body(refusal), refusal.status, headers)
 
     def unreadable(request: Request, refusal: Refusal) -> Response:
+        exchange = Exchange(request.headers.get("x-request-id", ""))
         try:
-            service.check_key(request)  # without a key nobody is told what the API takes
+            exchange.caller = service.check_key(request)  # without a key nobody is told what the API takes
         except Refused as unknown:
             refusal = unknown.refusal
-        service.answered(None, time.perf_counter(), refusal.status, None, refusal.code)
+        exchange.refuse(refusal)
+        service.answered(exchange)
         return answer(refusal)
 
     @api.exception_handler(Refused)
@@ -72,7 +90,7 @@ def add_error_handlers(api: FastAPI, service: Service) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return unreadable(request, _explain(error))
+        return unreadable(request, explained(error))
 
     @api.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -115,6 +133,11 @@ def error_body(refusal: Refusal) -> dict[str, Any]:
     return {"error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}}
 
 
+def error_responses(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """How the API's document describes errors of some statuses."""
+    return {code: {"model": ErrorResponse, "description": ERRORS[code]} for code in codes}
+
+
 def _explain_body(error: Exception) -> Refusal:
     """Why a body can't be read as JSON at all."""
     if isinstance(error, UnicodeDecodeError):
@@ -126,7 +149,7 @@ def _explain_body(error: Exception) -> Refusal:
     return Refusal(400, message, "invalid_json")
 
 
-def _explain(error: RequestValidationError) -> Refusal:
+def explained(error: RequestValidationError) -> Refusal:
     """The first of pydantic's complaints as one sentence with a remedy."""
     errors = error.errors()
     first = errors[0]  # a client mends one thing at a time
@@ -142,12 +165,13 @@ def _explain(error: RequestValidationError) -> Refusal:
             "invalid_json",
         )
     param = where[0]
-    if first["type"] == "extra_forbidden":
+    nested = any(isinstance(part, int) for part in first["loc"])  # in a list, as lora.0.scale
+    if first["type"] == "extra_forbidden" and not nested:
         # Cut short: the name is the client's own, and may be as long as a body.
         return Refusal(
             400, f"{param[:64]}: there is no such field; {_remedy(param)}", "unknown_parameter", param[:64]
         )
-    if first["type"] == "missing":
+    if first["type"] == "missing" and not nested:
         return Refusal(400, f"{param}: this field is needed; add it.", "missing_parameter", param)
     if first["type"] == "string_unicode":
         return Refusal(
@@ -155,7 +179,8 @@ def _explain(error: RequestValidationError) -> Refusal:
             "invalid_value", param,
         )  # fmt: skip
     reason = first["msg"][0].lower() + first["msg"][1:]
-    return Refusal(400, f"{param}: {reason}; /docs says what it may be.", "invalid_value", param)
+    name = ".".join(where)[:64] if nested else param
+    return Refusal(400, f"{name}: {reason}; /docs says what it may be.", "invalid_value", param)
 
 
 def _remedy(name: str) -> str:

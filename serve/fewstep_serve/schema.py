@@ -21,12 +21,24 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 OutputFormat = Literal["png", "webp", "jpeg"]
+Quality = Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"]
 MAX_SEED = 2**53 - 1
 """The largest integer that every JSON reader keeps exact."""
 
 
 SIZE = "[1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto"
 """How a size is written."""
+
+
+class LoRAChoice(BaseModel):
+    """A style LoRA that a request asks for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """One of the model's `loras` in `GET /v1/models`."""
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """How strongly it acts; 1 is as it was trained, and a negative one is its opposite."""
 
 
 class ImageRequest(BaseModel):
@@ -50,13 +62,15 @@ class ImageRequest(BaseModel):
     """What the images are to show: a text, or for class-conditional models the name or number of a class. May be left
     out where `class_label` says it."""
     model: str | None = None
-    """One of `GET /v1/models`; the first of them by default."""
+    """One of `GET /v1/models`; the first of them by default. Where one is served in two versions, NAME@stable,
+    NAME@canary and NAME@VERSION, with a response's `version`, name one of them."""
     n: Annotated[int, Field(ge=1)] | None = 1
     """How many images; image i is generated from `seed + i`."""
     size: Annotated[str, StringConstraints(pattern=f"^({SIZE})$")] | None = "auto"
     """WIDTHxHEIGHT in pixels, or "auto": as the model was trained."""
-    response_format: Literal["b64_json"] | None = "b64_json"
-    """Images travel in the response; there are no URLs."""
+    response_format: Literal["b64_json", "url"] | None = "b64_json"
+    """Whether images travel in the response, or are fetched from an address that expires (where the deployment has
+    it)."""
     output_format: OutputFormat | None = "png"
     """File format of the images; png and webp are lossless."""
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = 100
@@ -68,8 +82,9 @@ class ImageRequest(BaseModel):
     # OpenAI's client may send these five.
     user: str | None = None
     """The caller's own mark of an end user; accepted for OpenAI's sake, without effect."""
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = None
-    """Accepted for OpenAI's sake, without effect: `num_inference_steps` decides."""
+    quality: Quality | None = None
+    """Accepted for OpenAI's sake: the deployment may have numbers of evaluations for it, where `num_inference_steps` is
+    left out; otherwise without effect."""
     style: Literal["vivid", "natural"] | None = None
     """Accepted for OpenAI's sake, without effect."""
     background: Literal["auto", "opaque"] | None = None
@@ -91,6 +106,8 @@ class ImageRequest(BaseModel):
         Annotated[int, Field(ge=0)] | Annotated[str, StringConstraints(min_length=1, max_length=200)] | None
     ) = None
     """Number or name of a class, instead of the prompt, for class-conditional models."""
+    lora: Annotated[list[LoRAChoice], Field(max_length=64)] | None = None
+    """Style LoRAs of the model, each with its scale; they act on student and teacher."""
     sampler: Literal["student", "teacher"] = "student"
     """The few-step student, or its teacher's own guided sampler (where the deployment has it on)."""
 
@@ -101,6 +118,14 @@ class ImageRequest(BaseModel):
             return None
         width, height = map(int, self.size.split("x"))
         return height, width
+
+    @property
+    def caption(self) -> str:
+        """What the images are to show: the class by label, or else the prompt."""
+        if self.class_label is not None:
+            return str(self.class_label)
+        assert self.prompt is not None, "a request has one of both"
+        return self.prompt
 
     @property
     def seeds(self) -> range:
@@ -130,6 +155,30 @@ class ImageRequest(BaseModel):
         return body
 
 
+class EditRequest(ImageRequest):
+    """Form of `POST /v1/images/edits`."""
+
+    image: tuple[bytes, ...] = ()
+    """Files of reference images, png, jpeg or webp; in a form also as `image[]`. As many as the model takes."""
+    mask: bytes | None = None
+    """A file of the first image's size, whose fully transparent parts say where that image may change; elsewhere it
+    stays as it is. The whole image may change if it is left out."""
+    input_fidelity: Literal["high", "low"] | None = None
+    """Accepted for OpenAI's sake, without effect."""
+
+
+class LenientImageRequest(ImageRequest):
+    """The same with any other fields, which are ignored."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def plain(self) -> ImageRequest:
+        """The request without them."""
+        return ImageRequest.model_construct(
+            **{name: getattr(self, name) for name in ImageRequest.model_fields}
+        )
+
+
 class Timings(BaseModel):
     """Where the time of an image went, in milliseconds. The time of a batch counts in full for each of its images."""
 
@@ -152,8 +201,10 @@ class ImageData(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    b64_json: str
-    """The image file, base64."""
+    b64_json: str | None = None
+    """The image file, base64; None where it is at `url`."""
+    url: str | None = None
+    """Where the image file is, until the address expires; None where it is in the response."""
     seed: int
     """What its noise was drawn from: the same request with this seed gives the same image."""
     batch_size: float
@@ -183,6 +234,39 @@ class ImagesResponse(BaseModel):
     """Evaluations that each of them took."""
     sampler: Literal["student", "teacher"]
     """Which sampler made them."""
+    work: float
+    """What they count as, all together, where limits are in work: one is one pass of the network over one image of the
+    size that it was trained at."""
+
+
+class CanaryEntry(BaseModel):
+    """The second version of a model of `GET /v1/models`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    version: str | None
+    """The exact version; None while its source can't be reached."""
+    source: str
+    """Where it lies."""
+    stuck: str | None = None
+    """As of the model."""
+    share: float
+    """Of the requests that name no version."""
+    sticky: bool
+    """Whether all requests of a key get the same version."""
+
+
+class LoRAEntry(BaseModel):
+    """One style LoRA of a model."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    name: str
+    """What requests call it."""
+    source: str
+    """Where it lies."""
+    max_scale: float
+    """Largest scale that a request may give it, positive or negative."""
 
 
 class ModelEntry(BaseModel):
@@ -202,12 +286,20 @@ class ModelEntry(BaseModel):
     """The exact version that requests get now; None while its source can't be reached."""
     source: str
     """Where it lies."""
+    stuck: str | None = None
+    """Why it could not follow its alias to another version when it was last looked up; None where it could."""
+    canary: CanaryEntry | None = None
+    """A second version, which gets a share of the requests; None where there is none."""
     size: str | None
     """WIDTHxHEIGHT it was trained at; None until it is loaded."""
     num_inference_steps: int | None
     """Evaluations it was trained for; None until it is loaded."""
     max_teacher_steps: int
     """0: its teacher is not offered."""
+    loras: list[LoRAEntry] = []
+    """Style LoRAs that requests may ask for."""
+    max_loras: int
+    """Most of them in one request."""
 
 
 OfferState = Literal["current", "loading", "failed"]
@@ -259,6 +351,31 @@ class ErrorResponse(BaseModel):
     """OpenAI's error shape."""
 
     error: ErrorDetail
+
+
+JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+"""How a job stands; the last three are ends, after which it does not change."""
+
+
+class Job(BaseModel):
+    """A request that is answered later."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    """What it is called: `GET /v1/images/jobs/ID` tells how it stands."""
+    object: Literal["image.job"] = "image.job"
+    """What this is, as OpenAI has it of its objects."""
+    status: JobStatus
+    """How it stands; the last three are ends, after which it does not change."""
+    created: int
+    """Unix time."""
+    expires: int
+    """Unix time at which it is forgotten, its images included."""
+    result: ImagesResponse | None = None
+    """What `POST /v1/images/generations` would have answered, where it succeeded."""
+    error: ErrorDetail | None = None
+    """Why there are no images, where it failed."""
 
 
 class Health(BaseModel):

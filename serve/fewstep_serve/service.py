@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import ipaddress
 import logging
 import secrets
 import time
@@ -18,14 +15,20 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from fewstep.errors import UserError
+from fewstep.engine.caller import Caller
+from fewstep_serve.access import AccessControl, require_loopback
+from fewstep_serve.audit import AuditLog, Exchange
 from fewstep_serve.cluster import http_options, living_replicas
 from fewstep_serve.config import ServeConfig
+from fewstep_serve.files import ImageFiles
+from fewstep_serve.jobs import JobQueue
 from fewstep_serve.metrics import RequestMetrics
+from fewstep_serve.safety import SafetyCheck
 from fewstep_serve.schema import (
     Health,
     ImageRequest,
     ImagesResponse,
+    LenientImageRequest,
     ModelEntry,
     OfferState,
     OfferStatus,
@@ -52,41 +55,51 @@ class Service:
         generator: handle of the generators.
 
     Raises:
-        UserError: anybody beyond loopback could use it, and no key is set.
+        UserError: anybody beyond loopback could use it, and no key is set; or a setting of it can't be used.
     """
 
     def __init__(self, config: ServeConfig, generator: DeploymentHandle) -> None:
         self.limits, self.retry_after_s = config.limits, config.retry_after_s
+        self._clients = config.clients
+        self.files = None if config.urls is None else ImageFiles(config.urls)
+        self._prompt_check = SafetyCheck.of("prompt", config.safety.prompt)
+        self.jobs = None if config.jobs is None else JobQueue(config.jobs)
         self._generator = generator
-        self._keys = [_digest(key) for key in config.access.api_keys()]
-        if not self._keys and not config.access.open_to_all:
+        self._access = AccessControl(config.access)
+        if self._access.open and not config.access.open_to_all:
             options = http_options()
             assert options is not None, "an ingress runs inside Serve"
             require_loopback(str(options.host))
         self._metrics = RequestMetrics()
+        self._audit = None if config.audit_file is None else AuditLog(config.audit_file)
         self._health, self._health_known_at = Health(status="starting", replicas=0, offer=None), 0.0
         self._asking = asyncio.Lock()
 
-    def check_key(self, request: Request) -> None:
-        """Let a request pass that carries one of the keys, or any where none is set.
+    def check_key(self, request: Request) -> Caller:
+        """By whose key a request comes, see `AccessControl.who`.
 
         Raises:
             Refused: keys are set, and this request carries none of them.
         """
-        if not self._keys:
+        return self._access.who(request)
+
+    def caller(self, name: str) -> Caller:
+        """What holds for the key of a name now, see `AccessControl.caller`."""
+        return self._access.caller(name)
+
+    async def count(self, caller: Caller, checked: ImageRequest, request_id: str) -> None:
+        """Count the work of a checked request, see `AccessControl.count`.
+
+        Raises:
+            Refused: it is more than its key may ask for now, or can't be had at all.
+        """
+        if not self._access.has_rate(caller):
             return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        # All are compared, and each in constant time: how long it takes tells nothing of the keys.
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
-        if not any(matches):
-            raise Refused(
-                Refusal(
-                    401,
-                    "a valid API key is needed: send it as 'Authorization: Bearer KEY'.",
-                    "invalid_api_key",
-                )
-            )
+        # Asked of a replica, because sizes and evaluations that a request leaves out are the model's own.
+        work = await self._ask("work", checked, caller, request_id)
+        if isinstance(work, Refusal):
+            raise Refused(work)
+        self._access.count(caller, work)
 
     def check(self, body: ImageRequest) -> ImageRequest:
         """The request with its defaults filled in, ready for a generator.
@@ -98,6 +111,8 @@ class Service:
         """
         limits = self.limits
         n, steps = body.n or 1, body.num_inference_steps
+        if steps is None and body.sampler == "student" and body.quality is not None:
+            steps = self._clients.quality.get(body.quality)
 
         def refuse(param: str, message: str, code: str = "invalid_value") -> Refused:
             return Refused(Refusal(400, f"{param}: {message}", code, param))
@@ -108,6 +123,10 @@ class Service:
                 f"{len(body.prompt)} characters are too many, at most {limits.max_prompt_characters}: shorten it.",
                 "prompt_too_long",
             )
+        if body.response_format == "url" and self.files is None:
+            raise refuse("response_format", "images have no addresses here: ask for b64_json.")
+        if body.response_format == "url" and body.stream:
+            raise refuse("response_format", "a stream has its images in its events: ask for b64_json.")
         if n > limits.max_images:
             raise refuse("n", f"{n} images are too many, at most {limits.max_images}: send several requests.")
         most = (
@@ -132,42 +151,95 @@ class Service:
             "output_format": body.output_format or "png",
             "output_compression": 100 if body.output_compression is None else body.output_compression,
         }
-        return body.model_copy(update=defaults)
+        plain = body.plain() if isinstance(body, LenientImageRequest) else body
+        return plain.model_copy(update=defaults)
 
-    async def generate(self, request: ImageRequest, request_id: str) -> ImagesResponse:
+    async def check_prompt(self, checked: ImageRequest) -> None:
+        """Ask the operator's own check, if there is one, about the prompt and the class of a checked request.
+
+        Raises:
+            Refused: it refuses one of them, or fails.
+        """
+        if self._prompt_check is None:
+            return
+        for text in (checked.prompt, checked.class_label):
+            if text is not None and (refusal := await asyncio.to_thread(self._prompt_check, str(text))):
+                raise Refused(refusal)
+
+    @property
+    def lenient(self) -> bool:
+        """Whether fields that there are not are ignored."""
+        return self._clients.unknown_fields == "ignore"
+
+    @property
+    def body(self) -> type[ImageRequest]:
+        """What a request's body may be."""
+        return LenientImageRequest if self.lenient else ImageRequest
+
+    async def with_addresses(self, images: ImagesResponse, base: str) -> ImagesResponse:
+        """The images with addresses in place of their files.
+
+        Args:
+            images: with their files.
+            base: address of the service as the client wrote it.
+        """
+        assert self.files is not None, "`check` has refused such a request"
+        data = []
+        for image in images.data:
+            assert image.b64_json is not None
+            url = await self.files.put(image.b64_json, images.output_format, base)
+            data.append(image.model_copy(update={"b64_json": None, "url": url}))
+        return images.model_copy(update={"data": data})
+
+    async def generate(
+        self, request: ImageRequest, caller: Caller, request_id: str, *, time_limit_s: float | None = None
+    ) -> ImagesResponse:
         """The images of a checked request, within the time limit; sent once more where a replica dies.
 
         Args:
             request: what `check` gave.
-            request_id: for the log.
+            caller: who asks.
+            request_id: of the request, or of the job.
+            time_limit_s: in place of that of requests.
 
         Raises:
             Refused: they can't be had.
         """
-        messages = self.generate_stream(request, request_id, previews=False)
+        messages = self.generate_stream(
+            request, caller, request_id, previews=False, time_limit_s=time_limit_s
+        )
         images = [message async for message in messages][-1]
         assert isinstance(images, ImagesResponse)
         return images
 
     async def generate_stream(
-        self, request: ImageRequest, request_id: str, *, previews: bool = True
+        self,
+        request: ImageRequest,
+        caller: Caller,
+        request_id: str,
+        *,
+        previews: bool = True,
+        time_limit_s: float | None = None,
     ) -> AsyncGenerator[PreviewImage | ImagesResponse]:
         """Previews, then the images. Leaving the iteration cancels the request.
 
         Args:
             request: what `check` gave.
-            request_id: for the log.
+            caller: who asks.
+            request_id: of the request, or of the job.
             previews: whether to ask for previews.
+            time_limit_s: in place of that of requests.
 
         Raises:
             Refused: they can't be had.
         """
         shown: set[tuple[int, int]] = set()
+        time_limit_s = time_limit_s or self.limits.time_limit_s
         # One deadline for both attempts: the client's patience does not begin anew.
-        deadline = asyncio.get_running_loop().time() + self.limits.time_limit_s
+        deadline = asyncio.get_running_loop().time() + time_limit_s
         for attempt in (1, 2):
             try:
-                async for message in self._send(request, previews, deadline):
+                async for message in self._send(request, caller, request_id, previews, deadline):
                     if isinstance(message, Refusal):
                         raise Refused(message)
                     if isinstance(message, PreviewImage):
@@ -193,7 +265,7 @@ class Service:
                 raise Refused(
                     Refusal(
                         504,
-                        f"the images were not ready within {self.limits.time_limit_s:g} s: ask for fewer images or "
+                        f"the images were not ready within {time_limit_s:.3g} s: ask for fewer images or "
                         "steps, or try again later.",
                         "timeout",
                     )
@@ -212,19 +284,10 @@ class Service:
         Raises:
             Refused: no replica answers.
         """
-        for _ in range(2):
-            try:
-                async with asyncio.timeout(self.limits.time_limit_s):
-                    entries = await self._generator.models.remote()
-                return [
-                    entry.model_copy(update={"max_teacher_steps": self.limits.max_teacher_steps})
-                    for entry in entries
-                ]
-            except DEAD:
-                continue
-            except (TimeoutError, BackPressureError, DeploymentUnavailableError):
-                break
-        raise Refused(Refusal(503, "no replica answers: try again later.", "unavailable", retry_after_s=5))
+        entries: list[ModelEntry] = await self._ask("models")
+        return [
+            entry.model_copy(update={"max_teacher_steps": self.limits.max_teacher_steps}) for entry in entries
+        ]
 
     async def health(self) -> Health:
         """How many replicas can generate, as the controller knows it, and whether they serve what was set last."""
@@ -257,41 +320,48 @@ class Service:
         known = [answer for answer in answers if isinstance(answer, OfferStatus)]
         return max(known, key=lambda one: get_args(OfferState).index(one.state), default=None)
 
-    def answered(
-        self,
-        request: ImageRequest | None,
-        begin: float,
-        status: int,
-        images: ImagesResponse | None,
-        code: str | None,
-    ) -> None:
-        """Count an answered request, and write its line to the log (Serve adds the request id).
-
-        Args:
-            request: what `check` gave; None where the request did not come so far.
-            begin: when it came, by `time.perf_counter`.
-            status: of HTTP.
-            images: what it was answered with; None where it was not.
-            code: of the error, if it was one.
-        """
-        seconds = time.perf_counter() - begin
-        self._metrics.answered(images.model if images else "", status, seconds, code)
-        facts: dict[str, Any] = {"status": status, "milliseconds": round(seconds * 1000, 1)}
-        if code is not None:
-            facts["code"] = code
+    def answered(self, exchange: Exchange) -> None:
+        """Count an image request that has been answered, and write its line to the log (Serve adds the request id)."""
+        seconds = time.perf_counter() - exchange.begin
+        self._metrics.answered(exchange, seconds)
+        if self._audit is not None:
+            self._audit.write(exchange)
+        request, images = exchange.request, exchange.images
+        facts: dict[str, Any] = {"status": exchange.status, "milliseconds": round(seconds * 1000, 1)}
+        if exchange.code is not None:
+            facts["code"] = exchange.code
+        if exchange.caller is not None:
+            facts["key"] = exchange.key
         if request is not None:
             facts |= {"n": request.n, "seed": request.seed, "sampler": request.sampler}
         if images is not None:
             facts |= {"model": images.model, "version": images.version, "steps": images.num_inference_steps}
-            facts |= {"batch_size": images.data[0].batch_size} | images.data[0].timings.model_dump()
+            facts |= {"work": images.work, "batch_size": images.data[0].batch_size}
+            facts |= images.data[0].timings.model_dump()
         log.info("images %s", " ".join(f"{key}={value}" for key, value in facts.items()), extra=facts)
 
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """What a generator's method answers.
+
+        Raises:
+            Refused: no replica answers.
+        """
+        for _ in range(2):
+            try:
+                async with asyncio.timeout(self.limits.time_limit_s):
+                    return await getattr(self._generator, method).remote(*arguments)
+            except DEAD:
+                continue
+            except (TimeoutError, BackPressureError, DeploymentUnavailableError):
+                break
+        raise Refused(Refusal(503, "no replica answers: try again later.", "unavailable", retry_after_s=5))
+
     async def _send(
-        self, request: ImageRequest, previews: bool, deadline: float
+        self, request: ImageRequest, caller: Caller, request_id: str, previews: bool, deadline: float
     ) -> AsyncIterator[PreviewImage | ImagesResponse | Refusal]:
         """What a generator gives for a request; it is told to stop where the iteration is left early."""
         if not previews:
-            response = self._generator.generate.remote(request)
+            response = self._generator.generate.remote(request, caller, request_id)
             try:
                 async with asyncio.timeout_at(deadline):
                     result = await response
@@ -300,7 +370,7 @@ class Service:
                 raise
             yield result
             return
-        stream: Any = self._generator.options(stream=True).generate_stream.remote(request)
+        stream: Any = self._generator.options(stream=True).generate_stream.remote(request, caller, request_id)
         try:
             while True:
                 try:
@@ -311,28 +381,3 @@ class Service:
                 yield message
         finally:
             stream.cancel()
-
-
-def require_loopback(host: str) -> None:
-    """Refuse to serve the whole network unless somebody has decided so.
-
-    Args:
-        host: where HTTP listens, an address or a name.
-
-    Raises:
-        UserError: it is not this machine's loopback.
-    """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name: where it leads can't be told here
-        loopback = False
-    if not loopback:
-        raise UserError(
-            f"http_options.host is {host}, beyond loopback, and no API key is set: set access.api_keys_file, or "
-            "FEWSTEP_API_KEYS where the node starts, or access.open_to_all: true."
-        )
-
-
-def _digest(key: str) -> bytes:
-    # Digests have one length, which the comparison in constant time needs.
-    return hashlib.sha256(key.encode()).digest()

@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from fewstep.config import PartsConfig
+from fewstep.engine.caller import Caller
 from fewstep_serve.config import MAX_ONGOING_REQUESTS
 
 if TYPE_CHECKING:
@@ -43,13 +44,16 @@ class Encoder:
         self._loaded: dict[tuple[str, int], ConditionEncoder] = {}
         self._loading, self._prompts = InFlight(self._load), PromptEncoder()
 
-    async def encode(self, name: str, max_tokens: int, prompts: list[str]) -> list[Conditioning] | str:
+    async def encode(
+        self, name: str, max_tokens: int, prompts: list[str], caller: Caller
+    ) -> list[Conditioning] | str:
         """Each prompt encoded (B = 1), or the sentence that refuses one of them.
 
         Args:
             name: of the encoder.
             max_tokens: longest prompt.
             prompts: texts, or classes where the encoder is one of labels.
+            caller: for whom.
         """
         from fewstep.errors import UserError
 
@@ -57,7 +61,7 @@ class Encoder:
             # Requests that arrive while an encoder loads wait for that one load.
             if (key := (name, max_tokens)) not in self._loaded:
                 await self._loading(key)
-            return await self._prompts.encode(self._loaded[key], prompts)
+            return await self._prompts.encode(self._loaded[key], prompts, caller)
         except UserError as error:
             return str(error)  # not raised: Ray would wrap it in an exception of its own
 
@@ -100,9 +104,22 @@ class Decoder:
         async with self._one_at_a_time:
             return await asyncio.to_thread(self._decode, name, latents)
 
+    async def encode(self, name: str, images: np.ndarray) -> np.ndarray:
+        """(N, H', W', 3) uint8 → (N, C, H, W) float32 latents, by the autoencoder called `name`."""
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._encode, name, images)
+
     def _decode(self, name: str, latents: np.ndarray) -> np.ndarray:
         import torch
 
+        return self._autoencoder(name).decode(torch.tensor(latents)).numpy()
+
+    def _encode(self, name: str, images: np.ndarray) -> np.ndarray:
+        from fewstep.encoders import encode_each
+
+        return encode_each(self._autoencoder(name), images).numpy()
+
+    def _autoencoder(self, name: str) -> Autoencoder:
         from fewstep.encoders import load_autoencoder
 
         if name not in self._loaded:
@@ -112,7 +129,7 @@ class Decoder:
                 precision=self._parts.autoencoder_precision,
                 tiling=self._parts.autoencoder_tiling,
             )
-        return self._loaded[name].decode(torch.tensor(latents)).numpy()
+        return self._loaded[name]
 
 
 class RemoteStages:
@@ -126,7 +143,7 @@ class RemoteStages:
     def __init__(self, encoder: DeploymentHandle, decoder: DeploymentHandle) -> None:
         self._encoder, self._decoder = encoder, decoder
 
-    async def encode(self, model: LoadedModel, captions: Sequence[str]) -> list[Conditioning]:
+    async def encode(self, model: LoadedModel, captions: Sequence[str], caller: Caller) -> list[Conditioning]:
         """Each caption encoded, B = 1, on the CPU.
 
         Raises:
@@ -136,11 +153,18 @@ class RemoteStages:
 
         # A request for several images has one prompt: it is sent once.
         card, different = model.pipeline.card, list(dict.fromkeys(captions))
-        answer = await self._encoder.encode.remote(card.text_encoder, card.max_tokens, different)
+        answer = await self._encoder.encode.remote(card.text_encoder, card.max_tokens, different, caller)
         if isinstance(answer, str):
             raise UserError(answer)
         encoded = dict(zip(different, answer, strict=True))
         return [encoded[caption] for caption in captions]
+
+    async def encode_images(self, model: LoadedModel, images: np.ndarray) -> Tensor:
+        """Reference images (N, H', W', 3) uint8 → latents (N, C, H, W) on the CPU, each encoded by itself."""
+        import torch
+
+        latents = await self._decoder.encode.remote(model.pipeline.card.autoencoder, images)
+        return torch.tensor(latents)
 
     async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
         """(B, C, H, W) latents → (B, H', W', 3) uint8."""

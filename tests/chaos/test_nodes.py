@@ -16,6 +16,9 @@ pytestmark = pytest.mark.chaos
 
 PROGRAM = Path(__file__).with_name("program.py")
 STEPS = 120
+RESULTS = Path(os.environ.get("CHAOS_NODES_RESULTS", Path(__file__).with_name("nodes.jsonl")))
+LARGEST_DIFFERENCE = 1e-3
+"""Of the loss of a step, as sums of more or fewer workers are rounded differently."""
 
 
 def run(home: Path, data: Path, teacher: Path, **plan: object) -> str:
@@ -46,17 +49,30 @@ def undisturbed(tiny_data, tiny_teacher, tmp_path_factory) -> dict[int, float]:
     return {step: values[0] for step, values in losses.items()}
 
 
-def assert_same(losses: dict[int, list[float]], undisturbed: dict[int, float]) -> None:
+def largest_difference(losses: dict[int, list[float]], undisturbed: dict[int, float]) -> float:
+    """Of a step's loss from the undisturbed run's, relative to it; steps that were taken twice count twice."""
     assert set(losses) == set(undisturbed) == set(range(1, STEPS + 1))
-    for step, values in losses.items():
-        for value in values:  # of a step that was taken twice, as its node died before the next checkpoint
-            assert value == pytest.approx(undisturbed[step], rel=1e-3), step
+    return max(abs(value / undisturbed[step] - 1) for step, values in losses.items() for value in values)
+
+
+def keep(what: str, difference: float | None, said: str) -> None:
+    """Put what came of a test into the results, from which `page.py` makes its table."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    kept = {one["what"]: one for one in map(json.loads, lines)}
+    kept[what] = {"what": what, "difference": difference, "said": said}
+    RESULTS.write_text("".join(json.dumps(one) + "\n" for one in kept.values()))
 
 
 def test_two_workers_one_and_two_again_are_one_run(tiny_data, tiny_teacher, tmp_path, undisturbed) -> None:
     acts = [(20, "kill"), (40, "add")]
     said = run(tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=acts)
-    assert_same(losses_of(said), undisturbed)
+    difference = largest_difference(losses_of(said), undisturbed)
+    keep(
+        "two workers, a node killed at step 20, one worker, a node added at step 40, two workers",
+        difference,
+        "",
+    )
+    assert difference < LARGEST_DIFFERENCE
     assert said.count("resumed from the checkpoint") >= 2, said
 
 
@@ -64,8 +80,15 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_first(
     tiny_data, tiny_teacher, tmp_path, undisturbed
 ) -> None:
     said = run(tmp_path / "run", tiny_data, tiny_teacher, nodes=2, workers=[1, 2], acts=[(20, "drain")])
-    assert_same(losses_of(said), undisturbed)
-    assert "a node is about to go: the checkpoint of step" in said
+    difference = largest_difference(losses_of(said), undisturbed)
+    told = next((line for line in said.splitlines() if "a node is about to go: the checkpoint" in line), None)
+    assert told is not None, said[-6000:]
+    keep(
+        "two workers, a node told at step 20 that it has 20 s, one worker",
+        difference,
+        told[told.index("a node is") :],
+    )
+    assert difference < LARGEST_DIFFERENCE
 
 
 def test_a_run_whose_lost_node_nobody_replaces_ends_and_says_what_is_missing(
@@ -80,3 +103,4 @@ def test_a_run_whose_lost_node_nobody_replaces_ends_and_says_what_is_missing(
     assert "for 1 minutes the cluster had no room for 2 workers of 1 CPUs each" in message
     assert "--resume" in message
     assert time.monotonic() - began < 240
+    keep("two workers of two at least, a node killed, none comes", None, message.removeprefix("failed "))

@@ -17,13 +17,13 @@ from PIL import Image
 
 from fewstep.data.cache import ShardCache
 from fewstep.data.encode import EncoderPool
-from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
 from fewstep.data.schema import DatasetInfo, read_shard
 from fewstep.data.sources import Source, image_folder, prompts
 from fewstep.data.stream import Batch, ShardStream, read_split
 from fewstep.data.stream_config import CacheConfig, EncodersConfig
 from fewstep.errors import UserError
+from fewstep.images import Size
 from processes import ENCODER, kill_one
 
 SMALL = PreparationConfig(sizes=(Size(8, 8), Size(8, 16)), shard_rows=5, least_shards=1)

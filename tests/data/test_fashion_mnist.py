@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fewstep.data.datasets.fashion_mnist import PREPARATION, fashion_mnist
-from fewstep.data.images import fit, measure, open_image
 from fewstep.data.prepare import EncodeImages, EncodeText, plan
 from fewstep.data.schema import Encoding, read_shard
 from fewstep.data.sources import Source
@@ -19,6 +18,7 @@ from fewstep.data.stream import Batch
 from fewstep.encoders.autoencoders import load_autoencoder
 from fewstep.encoders.labels import FASHION_MNIST
 from fewstep.errors import UserError
+from fewstep.images import fit, measure, open_image
 from fewstep.storage import Storage
 
 COUNTS = {"train": 20, "t10k": 6}

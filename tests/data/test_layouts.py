@@ -19,7 +19,6 @@ from PIL import Image
 
 from fewstep.data.addresses import find_files, in_braces
 from fewstep.data.image_parquet import image_parquet
-from fewstep.data.images import Size, open_image
 from fewstep.data.members import image_bytes, rows_with_cells
 from fewstep.data.mixture import mixture
 from fewstep.data.prepare import PreparationConfig, plan, prepare
@@ -29,6 +28,7 @@ from fewstep.data.stream import read_split
 from fewstep.data.tables import Columns
 from fewstep.data.webdataset import webdataset
 from fewstep.errors import UserError
+from fewstep.images import Size, open_image
 from fewstep.storage import Storage
 
 COUNT = 12

@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.data.images import Size
 from fewstep.data.prepare import EncodeImages, EncodeText, PreparationConfig, claim, plan, prepare
 from fewstep.data.schema import DatasetInfo, Encoding
 from fewstep.data.sources import Source, image_folder, prompts
 from fewstep.data.stream import read_split
 from fewstep.encoders import encoder_widths
 from fewstep.errors import UserError
+from fewstep.images import Size
 from fewstep.storage import Storage
 
 JOB = Path(__file__).parents[2] / "jobs" / "prepare_data.py"

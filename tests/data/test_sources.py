@@ -13,11 +13,13 @@ from PIL import Image
 
 from fewstep.data import sources
 from fewstep.data.datasets import emoji
-from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, plan
 from fewstep.errors import UserError
+from fewstep.images import Size
 
 CONTENT_SHA256 = "67a2b1c695afee3db82fac319b24e5c2ec70d491db4f386e6059ba156afffa2f"
+ROWS64_SHA256 = "4a2ba417776ab7cf6da8afd25a01c9f3b1ea3dde4659290cbcc63db35f215da5"
+"""Of everything but the pixels, which another decoder of AVIF may round otherwise."""
 
 BEGUN = {
     "folder": ("110d88608d0e2903", "4a59af4c539f0b68"),
@@ -27,7 +29,12 @@ BEGUN = {
 
 @pytest.fixture(scope="module")
 def bundle() -> list[dict]:
-    return emoji.read_bundle().to_pylist()
+    return emoji.read_bundle(16).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def bundle64() -> list[dict]:
+    return emoji.read_bundle(64).to_pylist()
 
 
 def pixels(row: dict) -> np.ndarray:
@@ -42,6 +49,28 @@ def test_the_shipped_emoji_set_is_the_pinned_one(bundle):
         assert row["caption"].endswith(f", {row['style']} style")
         digest.update(f"{row['key']} {row['caption']} {row['split']}".encode() + pixels(row).tobytes())
     assert digest.hexdigest() == CONTENT_SHA256
+
+
+def test_the_larger_emoji_are_those_of_the_small_set_and_more(bundle, bundle64):
+    assert Counter(row["split"] for row in bundle64) == {"train": 5108, "held_out": emoji.HELD_OUT_PAIRS}
+    digest = hashlib.sha256()
+    for row in bundle64:
+        digest.update(f"{row['key']} {row['caption']} {row['split']}".encode())
+    assert digest.hexdigest() == ROWS64_SHA256
+    small = {row["key"]: row for row in bundle}
+    both = [row for row in bundle64 if row["key"] in small]
+    assert len(both) > 0.98 * len(bundle)
+    for row in both[::25]:
+        image = sources.open_image(row["image"])
+        assert image.size == (64, 64)
+        # A picture of 64 pixels has lost some of what the original's had, and AVIF some more.
+        shrunk = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS), np.float64)
+        assert np.sqrt(((shrunk - pixels(small[row["key"]])) ** 2).mean()) / 255 < 0.02, row["key"]
+
+
+def test_pictures_of_the_larger_set_become_latents_where_nothing_else_is_asked_for():
+    assert emoji.preparation([Size(64, 64)]).autoencoder == "emoji64"
+    assert emoji.preparation([Size(32, 32)]).autoencoder == emoji.preparation(None).autoencoder == "pixel"
 
 
 def test_held_out_pairs_are_in_no_other_split_and_have_no_twin_there(bundle):
@@ -62,12 +91,14 @@ def test_most_held_out_concepts_are_known_from_another_style(bundle):
 
 
 def test_licences_and_attributions_ship_with_the_set():
-    metadata = pq.read_schema(emoji.BUNDLE).metadata[b"attribution"].decode()
     text = emoji.LICENCES.read_text()
-    for package in (*emoji.STYLES, emoji.CAPTIONS):
-        for words in (package.name, package.version, package.attribution, package.licence):
-            assert words in text
-            assert words in metadata
+    for file in emoji.BUNDLES.values():
+        assert file.name in text
+        metadata = pq.read_schema(file).metadata[b"attribution"].decode()
+        for package in (*emoji.STYLES, emoji.CAPTIONS):
+            for words in (package.name, package.version, package.attribution, package.licence):
+                assert words in text
+                assert words in metadata
     assert "Permission is hereby granted" in text
     assert "Apache License" in emoji.LICENCES.with_name("APACHE-2.0.txt").read_text()
 

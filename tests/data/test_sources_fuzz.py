@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewstep.data.images import measure, open_image
 from fewstep.data.sources import image_folder, prompts
 from fewstep.errors import UserError
+from fewstep.images import measure, open_image
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 

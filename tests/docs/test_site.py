@@ -23,7 +23,9 @@ from fewstep.cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SOURCES = (ROOT / "platform", ROOT / "serve")
-FOUNDATION = {"assets", "cluster", "config", "draws", "errors", "files", "home", "hub", "storage", "text"}
+FOUNDATION = {
+    "assets", "cluster", "config", "draws", "errors", "files", "home", "hub", "images", "passwords", "storage", "text",
+}  # fmt: skip
 WITHOUT_A_PAGE = {
     "recipes",  # has commands/recipes
     "export",  # only forwards names of before fewstep 0.2

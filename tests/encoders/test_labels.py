@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from fewstep.data.columns import condition_columns, conditioning_of
-from fewstep.data.images import Size
 from fewstep.data.prepare import EncodeText, PreparationConfig
 from fewstep.data.schema import DatasetInfo, Encoding, Shard, encode_table
 from fewstep.data.stream import read_split
 from fewstep.encoders import encoder_widths, load_encoder
 from fewstep.encoders.labels import FASHION_MNIST, MOST_CLASSES
 from fewstep.errors import UserError
+from fewstep.images import Size
 from fewstep.storage import Storage
 
 
@@ -114,6 +114,7 @@ def test_a_row_of_no_class_is_skipped_and_listed() -> None:
             [None] * 3,
             [None] * 3,
             ["t:1", "t:2", "t:3"],
+            [None] * 3,
             [None] * 3,
         ],
         schema=INDEX,

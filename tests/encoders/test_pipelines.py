@@ -28,12 +28,12 @@ from transformers import (
     T5EncoderModel,
 )
 
-from fewstep.data.images import Size
 from fewstep.data.prepare import EncodeText, PreparationConfig, ShardPlan
 from fewstep.data.rows import index_table
 from fewstep.encoders import ConditionEncoder, encoder_widths, load_encoder
 from fewstep.encoders.pipelines import FLUX_TOKENS
 from fewstep.errors import UserError
+from fewstep.images import Size
 
 WORDS = {
     word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "red", "heart", "dog"])

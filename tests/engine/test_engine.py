@@ -17,7 +17,8 @@ import torch
 from torch.nn import ModuleList
 
 from fewstep.assets import asset
-from fewstep.engine.batcher import Overloaded
+from fewstep.engine.admission import NotBegun, Overloaded
+from fewstep.engine.caller import Caller
 from fewstep.engine.engine import Engine
 from fewstep.engine.generation import EvaluationReport, Generation
 from fewstep.engine.models import ModelStore, UnknownModel
@@ -204,7 +205,7 @@ def test_different_steps_and_temperatures_share_evaluations(model, by_teacher: b
         ]
 
     async def scenario():
-        engine = Engine(max_batch_size=3, max_wait_s=10)  # until all three are there
+        engine = Engine(max_batch_size=6 if by_teacher else 3, max_wait_s=10)  # until all three are there
         try:
             return await asyncio.gather(*(engine.generate([one]) for one in ones()))
         finally:
@@ -321,7 +322,7 @@ def test_larger_images_make_smaller_batches_and_fill_the_queue_sooner(model) -> 
 
     async def scenario() -> None:
         engine = Engine(
-            max_batch_size=8, max_pending=16, on_evaluation=lambda report: sizes.append(report.size)
+            max_batch_size=8, max_pending_work=64, on_evaluation=lambda report: sizes.append(report.size)
         )
         try:
             await engine.generate(asked(32, 4))  # four times the pixels as trained: two are as much as eight
@@ -353,15 +354,62 @@ def test_a_prompt_that_is_too_long_leaves_the_others_alone(model) -> None:
     assert image.batch_size == 1
 
 
-def test_images_beyond_the_queue_are_refused_before_any_work(model) -> None:
+def test_images_beyond_the_bound_are_refused_before_any_work(model) -> None:
     async def scenario() -> None:
-        engine = Engine(max_pending=3)
+        engine = Engine(max_pending_work=3 * model.pipeline.card.sampler.nfe)
         with pytest.raises(Overloaded):
             await engine.generate([Generation.of(model, "x", seed) for seed in range(4)])
         assert engine.pending == 0
         await engine.close()
 
     asyncio.run(scenario())
+
+
+def test_who_floods_the_engine_neither_delays_another_nor_changes_its_image(model) -> None:
+    evaluations: list[EvaluationReport] = []
+
+    def light():
+        return Generation.of(model, PROMPTS[0], 1)
+
+    async def scenario():
+        engine = Engine(max_batch_size=4, max_pending_work=400, on_evaluation=evaluations.append)
+        flood = [
+            asyncio.create_task(engine.generate([Generation.of(model, "x", seed, nfe=8)], Caller("flood")))
+            for seed in range(60)
+        ]
+        while len(evaluations) < 2:
+            await asyncio.sleep(0.01)
+        before = len(evaluations)
+        [image] = await engine.generate([light()], Caller("light"))
+        took = len(evaluations) - before
+        assert engine.admission.work <= 400
+        for one in flood:
+            one.cancel()
+        outcomes = await asyncio.gather(*flood, return_exceptions=True)
+        await engine.close()
+        return image, took, outcomes
+
+    image, took, outcomes = asyncio.run(scenario())
+    # Those that run while it arrives and while its caption is encoded come first, and not the 50 that wait.
+    assert took <= 6 * light().total
+    assert any(isinstance(one, Overloaded) for one in outcomes)
+    [alone] = make([light()])
+    same_up_to_rounding(alone, image)
+
+
+def test_what_can_not_begin_in_time_takes_no_evaluation(model) -> None:
+    evaluations: list[EvaluationReport] = []
+
+    async def scenario() -> None:
+        engine = Engine(on_evaluation=evaluations.append)
+        with pytest.raises(NotBegun):
+            await engine.generate([Generation.of(model, "x", 0)], Caller("hasty", begin_within_s=0))
+        assert (engine.pending, engine.admission.work) == (0, 0)
+        await engine.generate([Generation.of(model, "x", 0)], Caller("patient", begin_within_s=600))
+        await engine.close()
+
+    asyncio.run(scenario())
+    assert len(evaluations) == model.pipeline.card.sampler.nfe
 
 
 def test_a_size_that_no_patch_tiles_is_refused(model) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fewstep.evaluate.measure import build_report
+from fewstep.evaluate.measure import ImageSets, Judges, build_report
 from fewstep.evaluate.report import MethodResult, Report
 
 PASSES = {"teacher_64": 128, "student_4": 4, "euler_2": 4, "euler_4": 8, "euler_8": 16, "euler_16": 32}
@@ -43,6 +43,8 @@ def a_report():
 class MeanColours:
     """A quick extractor whose features can be computed by hand: the image's mean colour."""
 
+    name = "EfficientNet-Lite0"
+
     def features(self, images):
         return images.mean(axis=(1, 2)).astype(np.float32) / 100
 
@@ -72,4 +74,4 @@ def image_sets():
 def measured(image_sets, mean_colours):
     """The report of those sets."""
     images, others = image_sets
-    return build_report(images, **others, passes=PASSES, extractor=mean_colours)
+    return build_report(ImageSets(images, **others), PASSES, Judges(mean_colours))

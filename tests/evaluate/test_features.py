@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from fewstep.errors import UserError
-from fewstep.evaluate.features import BATCH, FEATURES, FeatureExtractor
+from fewstep.evaluate.features.efficientnet import BATCH, FEATURES, EfficientNetLite0
 
 
 @pytest.fixture(scope="module")
 def extractor():
-    return FeatureExtractor.load()
+    return EfficientNetLite0.load()
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_features_are_one_finite_row_per_image(extractor, images):
 
 def test_features_of_the_same_images_are_the_same_bits(extractor, images):
     np.testing.assert_array_equal(
-        extractor.features(images[:4]), FeatureExtractor.load().features(images[:4])
+        extractor.features(images[:4]), EfficientNetLite0.load().features(images[:4])
     )
 
 
@@ -52,4 +52,4 @@ def test_a_changed_weights_file_is_refused(tmp_path):
     changed = tmp_path / "weights.pth"
     changed.write_bytes(b"not the weights")
     with pytest.raises(UserError, match=r"weights\.pth has SHA-256 .* reinstall it"):
-        FeatureExtractor.load(weights=changed)
+        EfficientNetLite0.load(weights=changed)

@@ -10,6 +10,9 @@ from torchmetrics.image.kid import poly_mmd
 
 from fewstep.evaluate.metrics import (
     KID_UNIT,
+    NORMAL_95,
+    coverage,
+    density,
     diversity,
     frechet_distance,
     kid,
@@ -17,6 +20,8 @@ from fewstep.evaluate.metrics import (
     kid_interval,
     paired_distance,
     pixel_rmse,
+    precision,
+    vendi_score,
 )
 
 WIDTH = 8
@@ -124,3 +129,57 @@ def test_the_frechet_distance_is_torchmetrics() -> None:
 def test_the_frechet_distance_of_a_shift_is_its_square() -> None:
     x = np.random.default_rng(5).normal(size=(64, WIDTH))
     assert frechet_distance(x, x + 0.5) == pytest.approx(0.25 * WIDTH)
+
+
+def of_one_distribution(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, 16))
+
+
+def test_precision_counts_the_images_among_the_real_ones():
+    real, near = of_one_distribution(200, 0), of_one_distribution(100, 1)
+    assert precision(real, real).value == 1
+    assert precision(real + 100, real).value == 0
+    both = np.concatenate([near, near + 100])
+    assert precision(both, real).value == pytest.approx(precision(near, real).value / 2)
+    # Real images that are not generated cost recall, and no precision.
+    assert precision(real[:, :], np.concatenate([real, real + 100])).value == 1
+    assert precision(np.concatenate([real, real + 100]), real).value == 0.5
+
+
+def test_density_of_one_distribution_is_one_and_grows_where_images_crowd():
+    real, others = of_one_distribution(1000, 0), of_one_distribution(1000, 1)
+    estimate = density(others, real)
+    assert estimate.low < 1 < estimate.high
+    assert density(others * 0.5, real).value > 1.5
+    assert density(others + 100, real).value == 0
+    # A set in its own neighbourhoods: each has itself and k others.
+    assert density(real, real).value == pytest.approx(6 / 5)
+
+
+def test_coverage_of_one_distribution_is_that_of_its_closed_form():
+    """Naeem et al., lemma 2: 1 − (N − 1)…(N − k) / ((M + N − 1)…(M + N − k)), for any distribution."""
+    real_count, count, k = 300, 200, 5
+    expected = 1 - np.prod([(real_count - i) / (count + real_count - i) for i in range(1, k + 1)])
+    values = [
+        coverage(of_one_distribution(count, 2 * seed), of_one_distribution(real_count, 2 * seed + 1), k).value
+        for seed in range(20)
+    ]
+    assert np.mean(values) == pytest.approx(expected, abs=0.01)
+
+
+def test_shares_have_intervals_that_hold_at_the_ends_too():
+    far = precision(of_one_distribution(50, 0) + 100, of_one_distribution(50, 1))
+    assert (far.value, far.low) == (0, 0)
+    assert far.high == pytest.approx(NORMAL_95**2 / (50 + NORMAL_95**2))
+
+
+def test_the_vendi_score_counts_different_images():
+    different = np.eye(12)
+    assert vendi_score(different) == pytest.approx(12)
+    assert vendi_score(np.repeat(different[:1], 12, axis=0)) == pytest.approx(1)
+    # Three kinds, four of each; lengths of features don't matter.
+    assert vendi_score(np.repeat(different[:3], 4, axis=0) * np.arange(1, 13)[:, None]) == pytest.approx(3)
+    # As many images as features and more: both Gram matrices have the same score.
+    many = of_one_distribution(40, 0)
+    padded = np.concatenate([many, np.zeros((40, 40))], axis=1)
+    assert vendi_score(many) == pytest.approx(vendi_score(padded))

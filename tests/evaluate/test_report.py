@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from fewstep.evaluate.report import Report
+from fewstep.errors import UserError
+from fewstep.evaluate.plots import diversity_plot, quality_plot
+from fewstep.evaluate.report import Report, side_by_side
 
 
 def test_the_metrics_are_flat_finite_numbers_for_every_row(measured, passes):
@@ -16,7 +18,7 @@ def test_the_metrics_are_flat_finite_numbers_for_every_row(measured, passes):
     assert metrics["eval/captions"] == 24
     assert metrics["eval/student_4/kid_teacher"] == measured.row("student_4").kid_teacher
     assert metrics["eval/euler_8/kid_teacher_ci_high"] == measured.row("euler_8").kid_teacher_ci[1]
-    assert len(metrics) == 1 + 10 * len(passes)
+    assert len(metrics) == 1 + 25 * len(passes)
     assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
 
 
@@ -57,3 +59,25 @@ def test_metrics_that_are_no_whole_report_are_none(measured, missing):
 )
 def test_methods_are_labelled_in_words(a_report, name, label):
     assert replace(a_report().row("student_4"), name=name).label == label
+
+
+def test_students_of_one_teacher_stand_side_by_side(a_report):
+    first, second = a_report(), a_report(student={"kid_teacher": 1.4})
+    together = side_by_side({"old": first, "new": second})
+    assert [row.name for row in together.rows].count("teacher_64") == 1
+    assert len(together.rows) == len(first.rows) + 1
+    assert together.row("student_4 of new").kid_teacher == 1.4
+    assert together.row("student_4 of new").label == "new, 4 evaluations"
+    assert together.student == "student_4 of old"
+    assert len(quality_plot(together).legends[0].get_texts()) == 4
+    diversity_plot(together)
+
+
+def test_another_teacher_has_rows_of_its_own(a_report):
+    together = side_by_side({"old": a_report(), "new": a_report(teacher={"kid_real": 9.0})})
+    assert together.row("teacher_64 of new").label == "teacher of new, 64 guided steps"
+
+
+def test_students_that_were_measured_differently_are_refused(a_report):
+    with pytest.raises(UserError, match=r"384 captions .* others on 100"):
+        side_by_side({"old": a_report(captions=100), "new": a_report()})

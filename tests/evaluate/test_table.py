@@ -17,6 +17,7 @@ def test_the_table_holds_every_row_and_every_figure_in_aligned_columns(measured)
         figures = (of_row.kid_teacher, *of_row.kid_teacher_ci, of_row.kid_real, of_row.paired_distance)
         shown = [str(of_row.passes), *(f"{figure:.2f}" for figure in figures)]
         shown += [f"{of_row.pixel_rmse:.4f}", f"{of_row.diversity:.2f}"]
+        shown += [f"{of_row.fd_teacher:.2f}", f"{of_row.fd_real:.2f}"]
         words = line.replace("−", "-").replace("[", " ").replace("]", " ").replace(",", " ").split()
         assert words[-len(shown) :] == shown
 

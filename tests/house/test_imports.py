@@ -14,7 +14,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "platform", ROOT / "serve")
 
-FOUNDATION = {"fewstep", "assets", "config", "draws", "errors", "files", "home", "hub", "recipes", "text"}
+FOUNDATION = {
+    "fewstep",
+    "assets",
+    "config",
+    "draws",
+    "errors",
+    "files",
+    "home",
+    "hub",
+    "images",
+    "passwords",
+    "recipes",
+    "text",
+}
 """What everybody may use."""
 
 KNOWS: dict[str, set[str]] = {
@@ -28,7 +41,7 @@ KNOWS: dict[str, set[str]] = {
     # Where things lie.
     "storage": set(),
     "data": {"models", "encoders", "storage"},
-    "tracking": set(),
+    "tracking": {"storage"},
     # The student that training makes and everything after it uses.
     "student": {"policies", "flow", "models", "encoders", "storage", "tracking"},
     "engine": {"flow", "models", "encoders", "student"},
@@ -39,13 +52,15 @@ KNOWS: dict[str, set[str]] = {
     },
     "plan": {"flow", "models", "encoders", "data", "student", "evaluate", "train"},
     # What orchestrates them, and what users call.
-    "workflow": {"models", "encoders", "data", "tracking", "student", "evaluate", "train"},
+    "workflow": {
+        "models", "encoders", "storage", "data", "tracking", "student", "evaluate", "train", "plan"
+    },
     "benchmarks": {
         "policies", "flow", "distill", "models", "encoders", "data", "tracking", "train", "cluster", "student",
         "storage", "plan",
     },
     "cluster": set(),
-    "fewstep_serve": {"config", "engine", "flow", "encoders", "models", "student"},
+    "fewstep_serve": {"config", "engine", "flow", "encoders", "models", "student", "storage"},
     "fewstep_loadtest": {"engine", "student", "tracking", "fewstep_serve", "cluster"},
     # Names of before fewstep 0.2.
     "export": {"student"},

@@ -67,7 +67,7 @@ from pathlib import Path
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.teacher import TeacherReference
 from fewstep.student import FewStepPipeline, read_student_card, resolve_student, write_student_card
-from fewstep.train import objectives
+from fewstep.train.objectives import Distillation, distillation
 from fewstep.config import document
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
@@ -79,9 +79,9 @@ seen = {}
 def remember(student, teacher, noise, generator, sampler, config, ratio):
     seen["loss"] = sampler.sparkle
     return iter(())
-objectives.imitation_walk = remember
+distillation.imitation_walk = remember
 null = TextConditioning(torch.zeros(1, 2, 384), torch.ones(1, 2, dtype=torch.bool))
-objective = objectives.Distillation(recipe, null, torch.device("cpu"))
+objective = Distillation(recipe, null, torch.device("cpu"))
 objective.read_weights(torch.device("cpu"))
 batch = type("Batch", (), {"conditioning": null, "shape": (3, 16, 16), "__len__": lambda self: 1})()
 list(objective.losses(batch, torch.Generator(), step=1))

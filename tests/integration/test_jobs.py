@@ -88,13 +88,13 @@ def test_the_main_job_prepares_trains_measures_and_registers(submitted) -> None:
     assert "preparing the bundled emoji set" in output
     assert "3/3" in output
     assert "KID teacher" in output
-    assert "models:/emoji-4step@champion" in output
+    assert "models:/emoji64-4step@champion" in output
     picture = Path(re.search(r"^picture\s+(\S+)", output, re.M).group(1))
     with Image.open(picture) as image:
         assert image.width > 700
         assert image.height > 300
     assert picture.is_relative_to(home)
-    assert {"report.txt", "report.json", "quality.png", "loss.png"} <= {
+    assert {"report.txt", "report.json", "report.html", "quality.png", "loss.png"} <= {
         p.name for p in picture.parent.iterdir()
     }
 
@@ -122,7 +122,7 @@ def test_the_registered_model_generates(submitted) -> None:
     home, _ = submitted
     picture = home / "one.png"
     done = run(
-        "jobs/generate.py", "--model", "models:/emoji-4step@champion", "--prompt", "red heart, noto style",
+        "jobs/generate.py", "--model", "models:/emoji64-4step@champion", "--prompt", "red heart, noto style",
         "--steps", "4", "--seed", "0", "--out", str(picture), FEWSTEP_HOME=str(home),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -135,5 +135,17 @@ def test_the_registered_model_is_a_pyfunc_model(submitted, monkeypatch: pytest.M
 
     home, _ = submitted
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    images = mlflow.pyfunc.load_model("models:/emoji-4step@champion").predict(["owl, fluent style"])
+    images = mlflow.pyfunc.load_model("models:/emoji64-4step@champion").predict(["owl, fluent style"])
     assert len(images) == 1
+
+
+def test_secrets_of_the_environment_are_in_no_file_of_a_run(submitted) -> None:
+    import ray
+
+    home, output = submitted
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    assert "planted-" not in output
+    files = [file for folder in (home, session / "logs") for file in folder.rglob("*") if file.is_file()]
+    assert {"mlflow.db", "recipe.json", "state.json"} <= {file.name for file in files}
+    assert any(file.name.startswith("worker-") for file in files)
+    assert not [file for file in files if b"planted-" in file.read_bytes()]

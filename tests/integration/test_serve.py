@@ -74,7 +74,7 @@ def service(address: str, registry: str) -> str:
     deploy(
         address,
         {
-            "offer": {"models": models, "follow_alias_every_s": 0.5, "batching": {"max_pending": 64}},
+            "offer": {"models": models, "follow_alias_every_s": 0.5, "batching": {"max_pending_work": 1280}},
             "limits": {"max_pixels": 1024, "max_images": 10, "time_limit_s": 30},
             "engine": {"tracking_uri": registry},
         },
@@ -353,15 +353,14 @@ def test_under_overload_requests_wait_in_an_engine_or_are_refused_by_it_and_neve
     service: str,
 ) -> None:
     """Where Serve's router holds requests back for a full replica, it lets one through per half a second."""
-    replicas, accepted, surplus = 2, 64 + 16, 20  # by each replica: those that wait, and the batch that runs
+    replicas, accepted, surplus = 2, 10, 20  # by each replica: of 64 steps, each two passes
 
     async def scenario() -> list[Answer]:
         async with Client(service) as client:
-            # One image each, so that as many requests as images are under way, and long, so that no place gets free
-            # while they arrive.
+            # Long, so that hardly any place gets free while they arrive.
             sent = [
                 asyncio.create_task(client.generate(prompt="x", sampler="teacher", seed=seed))
-                for seed in range(replicas * accepted + surplus)
+                for seed in range(replicas * accepted + 2 * surplus)
             ]
             refused = []
             for answered in asyncio.as_completed(sent):
@@ -377,7 +376,9 @@ def test_under_overload_requests_wait_in_an_engine_or_are_refused_by_it_and_neve
     refused = asyncio.run(scenario())
     assert len(refused) == surplus
     assert {answer.status for answer in refused} == {429}
-    assert all("images already wait here" in answer.message for answer in refused), "the engine's own refusal"
+    assert all("units of work are under way here" in answer.message for answer in refused), (
+        "the engine's own refusal"
+    )
 
 
 def test_metrics_reach_prometheus_and_the_log_has_the_request_id(service: str) -> None:
@@ -409,8 +410,9 @@ def test_metrics_reach_prometheus_and_the_log_has_the_request_id(service: str) -
 def test_keys_are_asked_for_where_they_are_set(address: str, tmp_path: Path) -> None:
     from ray import serve
 
-    (tmp_path / "keys").write_text(f"# ours\n{KEY}\n")
-    settings = {"access": {"api_keys_file": str(tmp_path / "keys")}}
+    (tmp_path / "keys").write_text(f"# ours\nstudio: {KEY}\n")
+    access = {"api_keys_file": str(tmp_path / "keys"), "metrics": "keys", "work_per_minute": 7}
+    settings = {"access": access, "audit_file": str(tmp_path / "audit")}
     deploy(address, settings, name="locked", prefix="/locked", ray_actor_options=SMALL)
 
     async def scenario():
@@ -423,21 +425,33 @@ def test_keys_are_asked_for_where_they_are_set(address: str, tmp_path: Path) -> 
                     statuses.append(response.status)
                 statuses.append((await client.get("/locked/v1/models"))[0])
                 statuses.append((await client.get("/locked/healthz"))[0])
+                async with client._session.get("/locked/metrics") as response:
+                    statuses.append(response.status)
         return statuses
 
-    assert asyncio.run(scenario()) == [401, 401, 200, 401, 401, 200, 200, 200, 200]
+    assert asyncio.run(scenario()) == [401, 401, 200, 401] * 2 + [200] * 4
+    status, error = post(f"{address}/locked", KEY, prompt="x")
+    assert status == 429
+    assert "may ask for 7 units of work a minute, and this request counts as 4" in error["error"]["message"]
+    lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert [(line["key"], line["status"], line["work"]) for line in lines] == [
+        (None, 401, None), (None, 401, None), ("studio", 200, 4), ("studio", 429, None),
+    ]  # fmt: skip
     serve.delete("locked")
 
 
-def test_encoder_and_decoder_may_be_deployments_of_their_own(address: str, service: str) -> None:
+def test_encoder_and_decoder_may_be_deployments_of_their_own(address: str) -> None:
+    """Of the default model, which has an autoencoder."""
     from ray import serve
+
+    from fewstep.student import FewStepPipeline
 
     settings = {"engine": {"stages": "apart"}}
     deploy(address, settings, name="apart", prefix="/apart", ray_actor_options={"num_cpus": 0.1})
-    together = ask(address, {"prompt": PROMPT, "seed": 3, "n": 2})[0]
     status, body = post(f"{address}/apart", prompt=PROMPT, seed=3, n=2)
     assert status == 200
     images = [decode_image(image["b64_json"]) for image in body["data"]]
+    together = FewStepPipeline.from_pretrained(body["model"])([PROMPT] * 2, seed=3)
     assert all(map(within_one_level, images, together.images))
     serve.delete("apart")
 
@@ -452,11 +466,10 @@ def test_a_request_has_a_time_limit(address: str) -> None:
     serve.delete("hasty")
 
 
-def post(url: str, **body) -> tuple[int, dict]:
+def post(url: str, key: str = "any", **body) -> tuple[int, dict]:
     """Status and JSON of one image request."""
-    request = urllib.request.Request(
-        f"{url}/v1/images/generations", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"{url}/v1/images/generations", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request) as response:
             return response.status, json.load(response)
@@ -626,10 +639,12 @@ def test_an_idle_service_may_have_no_replica_and_a_request_starts_one(idle: str)
 
 
 def test_by_default_a_huge_image_is_refused_before_it_costs_anything(idle: str) -> None:
-    status, body = post(idle, prompt="x", size="384x384")
+    status, body = post(idle, prompt="x", size="1536x1536")
     assert status == 400
-    assert "at most 4 times the 16x16 pixels that 'emoji-student' was trained at" in body["error"]["message"]
-    assert post(idle, prompt="x", size="32x32")[0] == 200
+    assert (
+        "at most 4 times the 64x64 pixels that 'emoji64-student' was trained at" in body["error"]["message"]
+    )
+    assert post(idle, prompt="x", size="128x128")[0] == 200
 
 
 def test_fuzzing_from_the_schema_finds_no_server_error(service: str, tmp_path: Path) -> None:

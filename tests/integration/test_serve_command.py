@@ -114,7 +114,7 @@ def test_a_wrong_change_is_one_line_and_status_2_and_the_service_goes_on(
     assert "Traceback" not in errors
     assert applications() == {"fewstep": "RUNNING"}
     with urllib.request.urlopen(f"http://127.0.0.1:{config['http_options']['port']}/v1/models") as answer:
-        assert json.load(answer)["data"][0]["source"] == "emoji-student"
+        assert json.load(answer)["data"][0]["source"] == "emoji64-student"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import shlex
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,9 @@ def address(ray_cluster: str):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    deploy(f"http://127.0.0.1:{port}", {}, ray_actor_options={"num_cpus": 0.5})
+    models = [{"name": name, "source": name} for name in ("emoji64-student", "emoji-student")]
+    config = {"offer": {"models": models}}
+    deploy(f"http://127.0.0.1:{port}", config, ray_actor_options={"num_cpus": 0.5})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -64,11 +69,11 @@ def status(driver) -> str:
     return driver.find_element("id", "status").text
 
 
-def finished(driver) -> list:
-    """Finished images: decoded by the browser, with their final description."""
+def finished(driver, side: int = 64) -> list:
+    """Finished images of so many pixels: decoded by the browser, with their final description."""
     images = driver.find_elements("css selector", "figure img")
     return [
-        image for image in images if image.get_property("naturalWidth") == 16 and image.get_attribute("alt")
+        image for image in images if image.get_property("naturalWidth") == side and image.get_attribute("alt")
     ]
 
 
@@ -82,10 +87,22 @@ def test_a_click_generates_images_with_their_time_and_version(browser, tmp_path:
     wait(browser, lambda: status(browser).startswith("Done"))
     assert len(finished(browser)) == 8
     facts = [element.text for element in browser.find_elements("css selector", ".facts")]
-    assert all("ms" in text and "emoji-student" in text for text in facts)
-    heads = [element.text for element in browser.find_elements("css selector", "h4")]
+    assert all("ms" in text and "emoji64-student" in text for text in facts)
+    assert not any("pixels" in image.get_attribute("class") for image in finished(browser))
+    heads = [element.text for element in browser.find_elements("css selector", ".strip h4")]
     assert heads == ["student, 4 evaluations", "teacher, 64 steps"]
     assert browser.save_screenshot(str(tmp_path / "page.png"))
+
+
+def test_small_images_are_shown_as_pixels(browser) -> None:
+    browser.find_element("css selector", "#model option[value='emoji-student']").click()
+    browser.find_element("id", "teacher").click()
+    browser.find_element("id", "generate").click()
+    wait(browser, lambda: status(browser).startswith("Done"))
+    assert len(finished(browser, 16)) == 8
+    assert all("pixels" in image.get_attribute("class") for image in finished(browser, 16)), (
+        "16 pixels are not blurred"
+    )
 
 
 def test_the_page_works_without_a_mouse_and_keeps_the_visit_s_history(browser) -> None:
@@ -118,6 +135,26 @@ def test_previews_show_while_images_form(browser) -> None:
         """
     )
     assert seen >= 4
+
+
+def test_each_image_can_be_drawn_again_by_command_and_by_curl(browser, address: str, tmp_path: Path) -> None:
+    prompt = browser.find_element("id", "prompt")
+    prompt.clear()
+    prompt.send_keys("owl's house, noto style")
+    browser.find_element("id", "seed").send_keys("7")
+    browser.find_element("id", "generate").click()
+    wait(browser, lambda: status(browser).startswith("Done"))
+    third = browser.find_elements("css selector", "figure")[2]
+    shown = third.find_element("css selector", "a").get_attribute("href")
+    third.find_element("css selector", ".reproduce").click()
+    command = browser.find_element("id", "reproduce-command").text
+    assert shlex.split(command) == [
+        "jobs/generate.py", "--model", "emoji64-student", "--prompt", "owl's house, noto style", "--steps", "4",
+        "--seed", "9",
+    ]  # fmt: skip
+    subprocess.run(browser.find_element("id", "reproduce-curl").text, shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "image.png").read_bytes() == base64.b64decode(shown.partition(",")[2])
+    browser.find_element("id", "reproduce-close").click()
 
 
 def test_a_refusal_is_shown_to_the_reader(browser) -> None:

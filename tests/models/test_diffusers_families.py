@@ -34,7 +34,7 @@ from fewstep.plan.training import measure, square
 from fewstep.student import FewStepPipeline, StudentCard, save_student
 from fewstep.student.adapter import load_adapter, save_adapter
 from fewstep.student.diffusers import save_diffusers
-from fewstep.train.recipe import DistillRecipe
+from fewstep.train.recipe import DistillRecipe, load_recipe
 from fewstep.train.validation import _check_fit
 
 CHANNELS, HEIGHT, WIDTH = 4, 8, 6
@@ -165,12 +165,8 @@ def test_parameters_named_unused_get_no_gradient_and_all_others_do(case: Case) -
 def test_a_network_without_values_is_planned(case: Case) -> None:
     with torch.device("meta"):
         network = PolicyNetwork(case.network_on_meta(), case.family, GMFLOW, LoRAConfig(rank=2))
-    recipe: Any = SimpleNamespace(
-        teacher=SimpleNamespace(guidance_scale=2.0),
-        imitation=SimpleNamespace(intermediate_states=2),
-        train=SimpleNamespace(gpu=False),
-    )
-    planned = measure(network, cast(DistillRecipe, recipe), 2, (CHANNELS, HEIGHT, WIDTH), 9)
+    recipe = load_recipe(DistillRecipe, "qwen_image_4nfe", [])
+    planned = measure(network, recipe, 2, (CHANNELS, HEIGHT, WIDTH), 9)
     assert planned.activations > 0
     assert planned.teacher > planned.student / 3
 
@@ -357,7 +353,7 @@ def test_sizes_that_the_network_has_no_place_for_are_refused(case: Case) -> None
         assert square(student, most) == (CHANNELS, family.frames * most, most)
     encoding: Any = SimpleNamespace(
         text_encoder="minilm", autoencoder=f"pixel::{family.frames}", token_dim=family.condition_width(network),
-        pooled_dim=family.pooled_width(network),
+        pooled_dim=family.pooled_width(network), references=0,
     )  # fmt: skip
     for height, width, message in sizes:
         shards = [SimpleNamespace(shape=(CHANNELS, height, width))]

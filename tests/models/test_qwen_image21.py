@@ -404,7 +404,7 @@ def sharded_steps(rank: int, rendezvous: str, into: str) -> None:
     for checkpointing in (False, True):
         network = with_adapters_at_work(student())
         settings = TrainConfig(parallel="fsdp", workers=2, activation_checkpointing=checkpointing)
-        objective: Any = SimpleNamespace(model=network, family=FAMILY, transformer=network.transformer)
+        objective: Any = SimpleNamespace(models=[network], family=FAMILY, transformer=network.transformer)
         shard(objective, settings, world_size=2)
         for data_free in (False, True):
             results[checkpointing, data_free] = step_of(network, "cached", data_free)

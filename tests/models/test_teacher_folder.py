@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.models.family import Transformer
 from fewstep.models.registry import get_family
+from fewstep.models.styles import LowRank
 from fewstep.models.teacher import checked_meanwhile, load_teacher, open_teacher, reference_to
 from fewstep.models.teacher_folder import LoRAFile, check_loras, teacher_folder
+from random_lora import in_style, random_lora
 
 FAMILY = get_family("qwen_image")
 CONFIG = {
@@ -28,7 +29,6 @@ CONFIG = {
     "out_channels": 4,
 }
 LAYERS = ("attn.to_q", "img_mlp.net.2")
-RANK = 3
 
 
 @pytest.fixture(autouse=True)
@@ -44,34 +44,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def matrices(network: Transformer, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    """A LoRA: names of layers → A (rank, in), B (out, rank)."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (
-            torch.randn(RANK, layer.in_features, generator=generator) * 0.1,
-            torch.randn(layer.out_features, RANK, generator=generator) * 0.1,
-        )
-        for name, layer in network.named_modules()
-        if name.endswith(LAYERS)
-    }
-
-
-def in_style(style: str, lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for name, (down, up) in lora.items():
-        if style == "kohya":
-            layer = f"lora_unet_{name.replace('.', '_')}"
-            # alpha over rank is the factor: stored twice as large, with half of it.
-            state |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": 2 * up}
-            state[f"{layer}.alpha"] = torch.tensor(RANK / 2)
-        elif style == "peft":
-            layer = f"diffusion_model.{name}"
-            state |= {f"{layer}.lora_A.default.weight": down, f"{layer}.lora_B.default.weight": up}
-        else:
-            layer = f"transformer.{name}"
-            state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+def matrices(network: Transformer, seed: int = 0) -> dict[str, LowRank]:
+    return random_lora(network, LAYERS, seed)
 
 
 @pytest.mark.parametrize("style", ["diffusers", "peft", "kohya"])
@@ -140,7 +114,7 @@ def test_weights_keep_their_type(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_lora_of_another_network_is_refused(base: Path, tmp_path: Path) -> None:
-    a, b = torch.randn(RANK, 8), torch.randn(8, RANK)
+    a, b = torch.randn(3, 8), torch.randn(8, 3)
     fine = in_style("diffusers", matrices(FAMILY.load(str(base))))
     cases = {
         "adapts transformer_blocks.7.attn.to_q, which this QwenImage": fine

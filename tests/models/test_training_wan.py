@@ -13,11 +13,11 @@ from PIL import Image
 from pipelines import wan
 
 import tiny
-from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.sources import image_folder, prompts
 from fewstep.errors import UserError
+from fewstep.images import Size
 from fewstep.models.teacher import load_teacher
 from fewstep.student import FewStepPipeline
 from fewstep.student.diffusers import save_diffusers
@@ -93,7 +93,7 @@ def from_prompts(_: Path, teacher: Path, folder: Path) -> Path:
     return folder / "student"
 
 
-@pytest.mark.parametrize("student", [from_videos, from_prompts])
+@pytest.mark.parametrize("student", [pytest.param(from_videos, marks=pytest.mark.slow), from_prompts])
 def test_a_student_of_videos(
     student: Callable[[Path, Path, Path], Path],
     videos: Path,

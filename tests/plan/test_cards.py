@@ -12,8 +12,13 @@ ROOT = Path(__file__).parents[2]
 PAGE, SHORT = ROOT / "docs" / "gpus.md", ROOT / "README.md"
 """The second has some of the teachers."""
 
+QUICK = ("FLUX.2 klein (4 B)", "Stable Diffusion 3.5 (8 B)")
+"""Of few blocks; plans of the others take up to a minute each."""
 
-@pytest.mark.parametrize("teacher", TEACHERS)
+
+@pytest.mark.parametrize(
+    "teacher", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in TEACHERS]
+)
 def test_the_published_table_is_that_of_the_plans(teacher: str) -> None:
     """Anew after a change: `python -m fewstep.plan.cards`."""
     planned = rows({teacher: TEACHERS[teacher]})

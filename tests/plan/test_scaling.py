@@ -158,6 +158,7 @@ def test_the_messages_that_are_planned_are_those_that_fsdp_sends(
     assert reductions == scaling.work.segments * sum(part.reduce > 0 for part in parts)
 
 
+@pytest.mark.slow
 def test_processes_take_what_is_predicted() -> None:
     """In a loose form, as other work shares the cores; `fewstep benchmark scaling` measures the error."""
     settings = load_recipe(DistillRecipe, "emoji_qwen_4nfe", [])

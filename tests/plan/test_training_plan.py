@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from fewstep.errors import UserError
 from fewstep.models.architecture import NETWORKS, network_config
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.precision import held_bytes
 from fewstep.plan.report import plan_table
+from fewstep.plan.serving import GPU, Served, plan_serving
 from fewstep.plan.training import Machine, Plan, count_parameters, make_plan, new_student
 from fewstep.train.objectives import Distillation
 from fewstep.train.parallel import BUCKET_BYTES
@@ -270,3 +272,18 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
 
 def test_the_known_architectures_ship_with_fewstep() -> None:
     assert all(network_config(hub_id)["_class_name"] for hub_id in NETWORKS)
+
+
+def test_reference_images_are_counted(tiny_teacher: Path, tmp_path: Path) -> None:
+    plans, served = [], []
+    for references in (0, 1):
+        tiny.write_data(data := tmp_path / str(references), references=references)
+        settings = tiny.recipe(data, tiny_teacher)
+        plans.append(make_plan(settings, Machine(1, 80), tokens=4))
+        [one] = plan_serving(Served.recipe(settings), GPU(80), tokens=4, precisions=["float32"])
+        served.append(one)
+    # 32 image tokens in place of 16, beside 4 of the text, everywhere but in the head.
+    assert plans[1].operations > 1.3 * plans[0].operations
+    assert plans[1].memory.activations > 1.3 * plans[0].memory.activations
+    assert plans[1].cache > plans[0].cache
+    assert served[1].operations > 1.3 * served[0].operations

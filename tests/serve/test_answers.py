@@ -6,11 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 
+from fewstep.engine.caller import ANYBODY, Caller
 from fewstep_serve.answers import image_events, images_json
+from fewstep_serve.audit import Exchange
 from fewstep_serve.schema import ImageData, ImageRequest, ImagesResponse, PreviewImage, Timings
 from fewstep_serve.service import Service
 
 TIMES = {"queue_ms": 1.5, "encode_ms": 2.0, "network_ms": 3.125, "policy_ms": 0.5, "decode_ms": 1.0}
+IGNORED = {"x-fewstep-ignored": "tint"}
 
 
 class Scripted(Service):
@@ -20,15 +23,15 @@ class Scripted(Service):
         self.messages, self.counted = messages, []
 
     async def generate_stream(
-        self, request: ImageRequest, request_id: str, *, previews: bool = True
+        self, request: ImageRequest, caller: Caller, request_id: str, *, previews: bool = True
     ) -> AsyncGenerator[PreviewImage | ImagesResponse]:
         for message in self.messages:
             if isinstance(message, Exception):
                 raise message
             yield message
 
-    def answered(self, request, begin, status, images, code) -> None:
-        self.counted.append((status, code))
+    def answered(self, exchange: Exchange) -> None:
+        self.counted.append((exchange.status, exchange.code))
 
 
 def response(images: int) -> ImagesResponse:
@@ -37,7 +40,7 @@ def response(images: int) -> ImagesResponse:
         for index in range(images)
     ]
     return ImagesResponse(
-        created=1_700_000_000, data=data, output_format="webp", size="24x8", model="ü", version="models:/m/3",
+        created=1_700_000_000, data=data, output_format="webp", size="24x8", model="ü", work=4, version="models:/m/3",
         num_inference_steps=4, sampler="student",
     )  # fmt: skip
 
@@ -45,8 +48,11 @@ def response(images: int) -> ImagesResponse:
 def events(service: Service) -> list[tuple[str, dict]]:
     """Names and data of the events that a request is answered with."""
 
+    exchange = Exchange("r-1", caller=ANYBODY, request=ImageRequest(prompt="x"))
+
     async def scenario() -> list[str]:
-        answer = await image_events(service, ImageRequest(prompt="x"), "r-1", 0.0)
+        answer = await image_events(service, exchange, IGNORED)
+        assert answer.headers["x-fewstep-ignored"] == IGNORED["x-fewstep-ignored"]
         return [part.decode() async for part in answer.body_iterator]
 
     parts = [part.partition("\ndata: ") for part in asyncio.run(scenario())]
@@ -86,12 +92,14 @@ def test_events_have_openai_s_fields_and_ours() -> None:
 
 
 def test_a_body_has_openai_s_fields_and_ours() -> None:
-    answer = images_json(response(2), 0.0)
+    answer = images_json(response(2), 0.0, IGNORED)
     assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-fewstep-ignored"] == IGNORED["x-fewstep-ignored"]
     assert answer.headers["x-fewstep-model"] == "%C3%BC@models:/m/3"
     assert int(answer.headers["openai-processing-ms"]) >= 0
     body = json.loads(answer.body)
     assert list(body) == [
         "created", "data", "output_format", "size", "model", "version", "num_inference_steps", "sampler",
+        "work",
     ]  # fmt: skip
     assert body["data"][0] == {"b64_json": "img0", "seed": 7, "batch_size": 1.33, "timings": TIMES}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from fewstep.engine.caller import ANYBODY
 from fewstep.errors import UserError
 from fewstep.student import resolve_student
 from fewstep_serve import generator as module
@@ -57,7 +58,9 @@ def replica() -> Any:
 
 async def ask(one: Any, model: str | None = None) -> Any:
     return await one.generate(
-        ImageRequest(prompt="x", seed=1, n=1, model=model, output_format="png", output_compression=100)
+        ImageRequest(prompt="x", seed=1, n=1, model=model, output_format="png", output_compression=100),
+        ANYBODY,
+        "request",
     )
 
 
@@ -100,7 +103,7 @@ def test_while_a_new_default_loads_the_old_one_answers_and_then_the_new_one_does
         (offer(("good", "emoji-student"), ("second", "nowhere")), "there is no folder 'nowhere'"),
         (offer(("good", "emoji-student"), ("good", "emoji-student")), "the name 'good' is given twice"),
         ({"modles": []}, "modles"),
-        (offer(("good", "emoji-student"), max_pending=0), "max_pending"),
+        (offer(("good", "emoji-student"), max_pending_work=0), "max_pending_work"),
     ],
     ids=["default", "another default", "a model in use", "a name twice", "no such field", "out of bounds"],
 )

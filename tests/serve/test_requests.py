@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import io
 import json
 import re
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +17,23 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from PIL import Image
 from pydantic import ValidationError
 
 from fewstep.encoders.labels import LabelEncoder
+from fewstep.engine.admission import Admission
+from fewstep.engine.caller import ANYBODY, Caller
 from fewstep.engine.generation import Generation
+from fewstep.engine.source import ModelSource
 from fewstep.errors import UserError
-from fewstep.flow import SamplerConfig
-from fewstep_serve.config import Limits, ServeConfig
+from fewstep.flow import SamplerConfig, TeacherSamplerConfig
+from fewstep_serve.config import Clients, Limits, ServeConfig, Urls
 from fewstep_serve.errors import OF_GUIDANCE, SYNONYMS, add_error_handlers
+from fewstep_serve.files import ImageFiles
 from fewstep_serve.generator import Generator
 from fewstep_serve.http import build_api
-from fewstep_serve.schema import ImageRequest, Refusal, Refused
+from fewstep_serve.images import encode_image, resized
+from fewstep_serve.schema import ImageData, ImageRequest, ImagesResponse, Refusal, Refused, Timings
 from fewstep_serve.service import Service
 
 TRAINED = SamplerConfig(nfe=3, temperature=0.7, h=0.25)
@@ -32,20 +43,23 @@ def request(**body: Any) -> ImageRequest:
     return ImageRequest.model_validate(body)
 
 
-def check(limits: dict[str, Any] | None = None, **body: Any) -> ImageRequest:
+def check(
+    limits: dict[str, Any] | None = None, clients: dict[str, Any] | None = None, **body: Any
+) -> ImageRequest:
     """A body as the ingress passes it on."""
     service = object.__new__(Service)
+    service._clients, service.files = Clients(**(clients or {})), None
     service.limits = Limits(**{"max_images": 4, "max_pixels": 1024, "max_teacher_steps": 64} | (limits or {}))
-    return service.check(request(**body))
+    return service.check(service.body.model_validate(body))
 
 
 class FakeEngine:
     """Checks captions as the real one does, and remembers what it was asked for."""
 
     def __init__(self, encoder: str) -> None:
-        self.encoder, self.asked, self.max_pending = encoder, [], 8
+        self.encoder, self.asked, self.admission = encoder, [], Admission(24)
 
-    async def generate(self, generations: list[Generation]) -> list[SimpleNamespace]:
+    async def generate(self, generations: list[Generation], caller: Caller) -> list[SimpleNamespace]:
         self.asked = generations
         if self.encoder.startswith("labels:"):
             LabelEncoder(self.encoder).check([one.caption for one in generations])
@@ -53,25 +67,30 @@ class FakeEngine:
 
 
 def generations(
-    encoder: str, limits: dict[str, Any] | None = None, **body: Any
+    encoder: str, limits: dict[str, Any] | None = None, other_size: str = "refuse", **body: Any
 ) -> list[Generation] | Refusal:
     """What a model of this encoder is asked for by a request, or why it is not."""
     generator = object.__new__(Generator.func_or_class)
     pipeline = SimpleNamespace(
-        card=SimpleNamespace(text_encoder=encoder),
+        card=SimpleNamespace(text_encoder=encoder, teacher_sampler=TeacherSamplerConfig(), references=0),
         sampler_for=lambda shape, **settings: TRAINED.override(**settings),
+        nearest_size=lambda height, width, most: (int(min(height, most**0.5)), int(min(width, most**0.5))),
+        style_mix=lambda lora: (),
     )
     model = SimpleNamespace(
         name="m", pipeline=pipeline, size=(16, 16), latent_shape=lambda size: (1, *(size or (16, 16)))
     )
 
-    async def get(name: str) -> SimpleNamespace:
+    async def get(name: str, track: str) -> SimpleNamespace:
         return model
 
-    generator._store, generator._engine = SimpleNamespace(get=get, default="m"), FakeEngine(encoder)
-    generator._max_relative_pixels = 4.0
+    loras = [{"name": name, "source": "x", "max_scale": 1.5} for name in ("ink", "pixel", "clay")]
+    sources = {"m": ModelSource.model_validate({"name": "m", "source": "x", "loras": loras})}
+    generator._store = SimpleNamespace(get=get, default="m", sources=sources)
+    generator._engine, generator._image_check = FakeEngine(encoder), None
+    generator._max_relative_pixels, generator._other_size = 4.0, other_size
     generator._response = lambda request, generations, images: generator._engine.asked
-    return asyncio.run(generator._generate(check(limits, **body)))
+    return asyncio.run(generator._generate(check(limits, **body), ANYBODY, "request"))
 
 
 def captions(encoder: str, **body: Any) -> list[str] | Refusal:
@@ -93,7 +112,7 @@ def test_a_class_by_number_or_name_needs_no_prompt() -> None:
 @pytest.mark.parametrize("body", [{}, {"n": 0}, {"prompt": None}, {"prompt": None, "class_label": None}])
 def test_a_body_with_neither_prompt_nor_class_is_told_to_add_a_prompt(body) -> None:
     api, counted = FastAPI(), []
-    service = SimpleNamespace(check_key=lambda request: None, answered=lambda *counts: counted.append(counts))
+    service = SimpleNamespace(check_key=lambda request: ANYBODY, answered=counted.append)
     add_error_handlers(api, service)
 
     @api.post("/")
@@ -105,7 +124,7 @@ def test_a_body_with_neither_prompt_nor_class_is_told_to_add_a_prompt(body) -> N
         "message": "prompt: this field is needed; add it.", "type": "invalid_request_error", "param": "prompt",
         "code": "missing_parameter",
     }  # fmt: skip
-    assert counted[0][2:] == (400, None, "missing_parameter")
+    assert (counted[0].status, counted[0].images, counted[0].code) == (400, None, "missing_parameter")
 
 
 def test_the_api_s_document_defines_all_that_it_refers_to() -> None:
@@ -197,7 +216,7 @@ def test_a_size_far_beyond_the_trained_one_is_refused_whatever_the_limit_in_pixe
 def test_more_than_ever_fits_the_queue_is_no_matter_of_waiting() -> None:
     refusal = generations("minilm", prompt="x", size="32x32", n=3)
     assert (refusal.status, refusal.param) == (400, "n")
-    assert "count as 12 images, at most 8 may wait" in refusal.message
+    assert "count as 36 units of work, at most 24 may be under way" in refusal.message
     assert len(generations("minilm", prompt="x", size="32x32", n=2)) == 2
 
 
@@ -230,7 +249,9 @@ def test_more_than_ever_fits_the_queue_is_no_matter_of_waiting() -> None:
 )
 def test_an_unknown_field_leads_to_the_one_that_was_meant(field: str, remedy: str) -> None:
     api = FastAPI()
-    add_error_handlers(api, SimpleNamespace(check_key=lambda request: None, answered=lambda *counts: None))
+    add_error_handlers(
+        api, SimpleNamespace(check_key=lambda request: ANYBODY, answered=lambda exchange: None)
+    )
 
     @api.post("/")
     async def accept(body: ImageRequest) -> None: ...
@@ -243,7 +264,7 @@ def test_an_unknown_field_leads_to_the_one_that_was_meant(field: str, remedy: st
 def refused(body: bytes) -> dict[str, Any]:
     """The error of a body, and that it was counted."""
     api, counted = FastAPI(), []
-    service = SimpleNamespace(check_key=lambda request: None, answered=lambda *counts: counted.append(counts))
+    service = SimpleNamespace(check_key=lambda request: ANYBODY, answered=counted.append)
     add_error_handlers(api, service)
 
     @api.post("/")
@@ -252,7 +273,7 @@ def refused(body: bytes) -> dict[str, Any]:
     answer = TestClient(api).post("/", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert [one[2:] for one in counted] == [(400, None, error["code"])]
+    assert [(one.status, one.images, one.code) for one in counted] == [(400, None, error["code"])]
     return error
 
 
@@ -302,10 +323,17 @@ def test_a_size_too_large_is_told_as_such_before_what_the_model_can_not_take(mon
         raise UserError("both sides must be multiples of 2")
 
     generator = object.__new__(Generator.func_or_class)
-    generator._max_relative_pixels = 4.0
-    model = SimpleNamespace(name="m", size=(16, 16), latent_shape=latent_shape)
+    generator._max_relative_pixels, generator._other_size = 4.0, "refuse"
+    pipeline = SimpleNamespace(card=SimpleNamespace(text_encoder="minilm", references=0))
+    model = SimpleNamespace(name="m", size=(16, 16), pipeline=pipeline, latent_shape=latent_shape)
+
+    async def get(name: str, track: str) -> SimpleNamespace:
+        return model
+
+    sources = {"m": ModelSource(name="m", source="nowhere")}
+    generator._store = SimpleNamespace(get=get, default="m", sources=sources)
     with pytest.raises(Refused, match="99999x99999 is too large"):
-        generator._generations(request(prompt="x", size="99999x99999"), model, "x", None)
+        asyncio.run(generator._generations(request(prompt="x", size="99999x99999"), ANYBODY, "request"))
 
 
 @pytest.mark.parametrize("value", [True, False, "0.5", "1", float("nan"), 0, 1.5, [0.5]])
@@ -342,6 +370,56 @@ def test_the_page_of_the_api_names_every_field_and_needs_no_other_server() -> No
     assert TestClient(api).get("/redoc").status_code == 404
 
 
+def test_work_is_images_times_evaluations_times_pixels_and_passes_of_a_guided_teacher() -> None:
+    def work(**body: Any) -> float:
+        return sum(one.work for one in generations("minilm", prompt="x", **body))
+
+    assert work() == TRAINED.nfe
+    assert work(n=3, num_inference_steps=2) == 6
+    assert work(size="32x16") == 2 * TRAINED.nfe
+    assert work(size="8x8") == TRAINED.nfe, "small images take as long as ordinary ones"
+    assert work(sampler="teacher", num_inference_steps=5) == 10
+
+
+def test_each_answer_is_a_line_of_the_audit_file_without_its_prompt(tmp_path, monkeypatch) -> None:
+    (tmp_path / "keys").write_text("studio: sesame\n")
+    settings = {
+        "access": {"api_keys_file": str(tmp_path / "keys")},
+        "audit_file": str(tmp_path / "new" / "audit"),
+    }
+    client, _ = serving(tmp_path, monkeypatch, **settings)
+    monkeypatch.setattr("fewstep_serve.service.http_options", lambda: SimpleNamespace(host="127.0.0.1"))
+
+    def post(key: str | None, **body: Any) -> int:
+        headers = {"x-request-id": "r-1"} | ({"authorization": f"Bearer {key}"} if key else {})
+        return client.post("/v1/images/generations", json=body, headers=headers).status_code
+
+    assert post("sesame", prompt="a private owl", seed=5, n=2) == 200
+    (tmp_path / "new" / "audit").rename(tmp_path / "rotated")
+    assert post("sesame", prompt="a private owl", stream=True) == 200
+    assert post("sesame", prompt="a private owl", n=99) == 400
+    assert post("sesame", prompt="a private owl", n="many") == 400
+    assert post(None, prompt="a private owl") == 401
+    text = (tmp_path / "rotated").read_text() + (tmp_path / "new" / "audit").read_text()
+    assert "private" not in text
+    assert "sesame" not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["status"] for line in lines] == [200, 200, 400, 400, 401]
+    assert [line["key"] for line in lines] == ["studio"] * 4 + [None]
+    first = lines[0]
+    assert first["prompt_sha256"] == hashlib.sha256(b"a private owl").hexdigest()
+    assert (first["request_id"], first["seed"], first["n"], first["work"]) == ("r-1", 5, 2, 4)
+    assert (first["model"], first["version"], first["num_inference_steps"]) == ("m", "1", 4)
+    assert lines[1]["seed"] is not None, "the one that was drawn"
+    assert lines[4]["code"] == "invalid_api_key"
+
+
+def test_an_audit_file_that_can_not_be_written_is_refused_at_the_start(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"audit_file: .* can't be written"):
+        serving(tmp_path, monkeypatch, audit_file=str(tmp_path / "file" / "audit"))
+
+
 def test_image_i_is_generated_from_seed_plus_i() -> None:
     assert [one.seed for one in generations("minilm", prompt="x", seed=40, n=3)] == [40, 41, 42]
 
@@ -351,3 +429,125 @@ def test_how_much_noise_is_renewed_is_a_number_from_0(h) -> None:
     with pytest.raises(ValidationError, match="h\n"):
         request(prompt="x", h=h)
     assert request(prompt="x", h=1).h == 1.0
+
+
+def test_a_quality_is_a_number_of_evaluations_where_the_deployment_says_so() -> None:
+    clients = {"quality": {"low": 2, "high": 8}}
+    assert check(clients=clients, prompt="x", quality="low").num_inference_steps == 2
+    assert check(clients=clients, prompt="x", quality="medium").num_inference_steps is None
+    assert check(clients=clients, prompt="x", quality="low", num_inference_steps=3).num_inference_steps == 3
+    assert check(prompt="x", quality="low").num_inference_steps is None
+    with pytest.raises(Refused, match="16 are too many"):
+        check({"max_steps": 8}, {"quality": {"max": 16}}, prompt="x", quality="max")
+
+
+def test_another_size_is_the_nearest_where_the_deployment_says_so() -> None:
+    asked = generations("minilm", {"max_pixels": None}, "nearest", prompt="x", size="1024x1024")
+    assert [one.shape for one in asked] == [(1, 32, 32)], "four times the pixels that it was trained at"
+    refusal = generations("minilm", {"max_pixels": None}, prompt="x", size="1024x1024")
+    assert isinstance(refusal, Refusal)
+
+
+def serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[TestClient, list[ImageRequest]]:
+    """The API in front of a generator that answers with a white image."""
+    asked: list[ImageRequest] = []
+    monkeypatch.setenv("FEWSTEP_URL_SECRET", "s" * 32)
+    white = encode_image(np.full((2, 2, 3), 255, np.uint8))
+
+    async def generate_stream(
+        self: Service, request: ImageRequest, caller: Caller, request_id: str, **how: Any
+    ) -> Any:
+        asked.append(request)
+        timings = Timings(queue_ms=0, encode_ms=0, network_ms=0, policy_ms=0, decode_ms=0)
+        data = [ImageData(b64_json=white, seed=seed, batch_size=1, timings=timings) for seed in request.seeds]
+        yield ImagesResponse(
+            created=0, data=data, output_format="png", size="2x2", model="m", version="1", num_inference_steps=4,
+            sampler="student", work=4,
+        )  # fmt: skip
+
+    monkeypatch.setattr(Service, "generate_stream", generate_stream)
+    config = ServeConfig.model_validate({"access": {"open_to_all": True}, **settings})
+    return TestClient(build_api(config, SimpleNamespace())), asked
+
+
+def test_unknown_fields_are_left_out_and_told_where_the_deployment_says_so(tmp_path, monkeypatch) -> None:
+    body = {"prompt": "x", "negative_prompt": "blurry", "é": 1, "seed": 5}
+    client, asked = serving(tmp_path, monkeypatch)
+    assert client.post("/v1/images/generations", json=body).json()["error"]["code"] == "unknown_parameter"
+    client, asked = serving(tmp_path, monkeypatch, clients={"unknown_fields": "ignore"})
+    answer = client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200
+    assert answer.headers["x-fewstep-ignored"] == "negative_prompt, %C3%A9"
+    assert type(asked[0]) is ImageRequest
+    assert asked[0].seed == 5
+    streamed = client.post("/v1/images/generations", json=body | {"stream": True})
+    assert streamed.headers["x-fewstep-ignored"]
+    assert "x-fewstep-ignored" not in client.post("/v1/images/generations", json={"prompt": "x"}).headers
+    wrong = client.post("/v1/images/generations", json={"prompt": "x", "n": 0, "other": 1})
+    assert wrong.json()["error"]["param"] == "n", "what is known is still checked"
+
+
+def test_images_are_fetched_from_addresses_that_expire(tmp_path, monkeypatch) -> None:
+    body = {"prompt": "x", "n": 2, "response_format": "url"}
+    client, _ = serving(tmp_path, monkeypatch)
+    assert client.post("/v1/images/generations", json=body).json()["error"]["param"] == "response_format"
+
+    client, _ = serving(tmp_path, monkeypatch, urls={"storage": str(tmp_path / "files"), "expire_minutes": 5})
+    data = client.post("/v1/images/generations", json=body).json()["data"]
+    assert len({one["url"] for one in data}) == 2
+    assert all("b64_json" not in one for one in data)
+    address = data[0]["url"]
+    assert address.startswith("http://testserver/v1/files/")
+    answer = client.get(address)
+    assert answer.headers["content-type"] == "image/png"
+    with Image.open(io.BytesIO(answer.content)) as image:
+        assert image.size == (2, 2)
+
+    assert client.get(address[:-1] + ("0" if address[-1] != "0" else "1")).status_code == 403
+    assert client.get(address.partition("?")[0]).status_code == 403
+    name = address.rpartition("/")[2].partition("?")[0]
+    later = f"{int(name[:12]) + 9999:012d}{name[12:]}"
+    assert client.get(address.replace(name, later)).status_code == 403, "nobody can prolong an address"
+    assert client.get(f"/v1/files/..%2F{name}?signature=x").status_code in (403, 404)
+
+    now = time.time()
+    monkeypatch.setattr("fewstep_serve.files.time.time", lambda: now + 301)
+    assert client.get(address).json()["error"]["code"] == "expired"
+    assert ImageFiles(Urls(storage=str(tmp_path / "files"))).sweep() == 2
+    assert not list((tmp_path / "files").iterdir())
+
+
+def test_addresses_need_a_secret(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("FEWSTEP_URL_SECRET", "short")
+    with pytest.raises(UserError, match="openssl rand"):
+        ImageFiles(Urls(storage=str(tmp_path)))
+
+
+def test_an_image_is_resampled_to_the_size_that_was_asked_for() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    assert resized(pixels, 8, 6).shape == (8, 6, 3)
+    assert resized(pixels, 4, 4) is pixels
+
+
+@pytest.mark.parametrize("file_format", ["png", "webp", "jpeg"])
+def test_facts_are_written_into_the_file_and_change_no_pixel(file_format: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    generator = object.__new__(Generator.func_or_class)
+    asked = SimpleNamespace(
+        model=SimpleNamespace(name="m", version="3"),
+        total=4,
+        teacher_steps=None,
+        caption="a cat",
+        lora=[("ink", 0.8)],
+    )
+    facts = generator._facts(asked, SimpleNamespace(seed=7))
+    bare, told = (
+        Image.open(io.BytesIO(base64.b64decode(encode_image(pixels, file_format, 100, text))))
+        for text in (None, facts)
+    )
+    assert np.array_equal(np.asarray(bare), np.asarray(told))
+    found = json.loads(told.info["fewstep"] if file_format == "png" else told.getexif()[0x010E])
+    assert (found["model"], found["version"], found["seed"]) == ("m", "3", 7)
+    assert found["prompt_sha256"] == hashlib.sha256(b"a cat").hexdigest()

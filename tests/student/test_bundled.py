@@ -11,7 +11,8 @@ from fewstep.student import FewStepPipeline
 
 
 @pytest.mark.parametrize(
-    ("name", "prompt", "evaluations"), [("emoji-student", "owl", 4), ("fashion-student", "bag", 1)]
+    ("name", "prompt", "evaluations"),
+    [("emoji64-student", "owl", 4), ("emoji-student", "owl", 4), ("fashion-student", "bag", 1)],
 )
 def test_a_bundled_student_asks_its_network_as_often_as_its_card_says(
     name: str, prompt: str, evaluations: int

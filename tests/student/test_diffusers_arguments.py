@@ -374,7 +374,7 @@ def test_what_users_pass_along_is_accepted(pipe: Any) -> None:
 
 def test_the_exported_call_says_its_arguments_by_name(student: FewStepPipeline, exported: Any) -> None:
     own, theirs = (set(inspect.signature(one.__call__).parameters) for one in (student, exported))
-    assert own - theirs == {"seed", "on_step"}
+    assert own - theirs == {"seed", "on_step", "lora"}  # diffusers' pipelines have LoRAs by `set_adapters`
     assert not theirs - own
     assert "callback_on_step_end_tensor_inputs" in theirs
 

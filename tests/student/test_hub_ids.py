@@ -21,10 +21,10 @@ import torch
 from fewstep.errors import UserError
 from fewstep.models.architecture import network_config
 from fewstep.models.family import Family
+from fewstep.models.lora_files import lora_file
 from fewstep.models.module_family import ModuleFamily
 from fewstep.models.registry import register
 from fewstep.models.teacher import load_teacher, open_teacher
-from fewstep.models.teacher_folder import _lora_file
 from fewstep.student import load_adapter, resolve_student
 
 ADAPTERS, UNET = map(Path, sys.argv[1:])
@@ -60,7 +60,7 @@ for name in ("qwen_gm", "qwen_dx"):
     folder = resolve_student(hub(name)).folder
     check_same(load_adapter(*base(), ADAPTERS / f"{name}_adapter"), load_adapter(*base(), folder))
 assert resolve_student(hub("student")).version == resolve_student("emoji-student").version
-assert _lora_file(hub("style")).name == "style.safetensors"
+assert lora_file(hub("style"), "teacher.loras").name == "style.safetensors"
 
 # What is not there.
 for find, name in (

@@ -22,6 +22,7 @@ from fewstep.student import (
     FewStepPipeline,
     StudentCard,
     read_student_card,
+    resolve_student,
     save_student,
     write_student_card,
 )
@@ -240,3 +241,22 @@ def test_a_broken_or_newer_card_is_refused(tmp_path: Path, content: str, message
 def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no exported student"):
         FewStepPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "nearest"),
+    [
+        ((16, 16), 1024, (16, 16)),
+        ((17, 15), 1024, (16, 16)),
+        ((1024, 1024), 1024, (32, 32)),
+        ((1024, 512), 1024, (44, 22)),
+        ((10_000, 1), 1024, (512, 2)),
+        ((1, 10_000), 1024, (2, 512)),
+        ((1, 1), 1024, (2, 2)),
+    ],
+)
+def test_the_nearest_size_is_one_that_the_model_takes(asked, most, nearest):
+    pipe = FewStepPipeline.from_pretrained(resolve_student("emoji-student").folder)
+    assert pipe.nearest_size(*asked, most) == nearest
+    pipe.latent_shape(*nearest)
+    assert nearest[0] * nearest[1] <= most

@@ -12,7 +12,7 @@ from fewstep.errors import UserError
 from fewstep.models.family_code import FamilyCode
 from fewstep.models.teacher import locate
 from fewstep.student import resolve_student
-from fewstep.student.resolve import current_version
+from fewstep.student.resolve import current_version, fetch_lora
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,21 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "teacher").mkdir()
     assert locate("~/teacher") == str(tmp_path / "teacher")
+
+
+def test_a_lora_is_found_in_mlflow(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    (file := tmp_path / "style.safetensors").write_bytes(b"matrices")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri, registry_uri=uri)
+    experiment = client.create_experiment("styles", artifact_location=(tmp_path / "artifacts").as_uri())
+    run = client.create_run(experiment).info
+    client.log_artifact(run.run_id, str(file), "style")
+    client.create_registered_model("ink")
+    client.create_model_version("ink", f"{run.artifact_uri}/style", run.run_id)
+    client.set_registered_model_alias("ink", "best", "1")
+    for number, address in enumerate(("models:/ink@best", "models:/ink/1", f"runs:/{run.run_id}/style")):
+        assert Path(fetch_lora(address, tmp_path / str(number), uri)).read_bytes() == b"matrices"
+    with pytest.raises(UserError, match="ink"):
+        fetch_lora("models:/ink@none", tmp_path / "none", uri)

@@ -47,6 +47,14 @@ def test_a_host_that_does_not_exist_is_refused():
     assert "can't be reached" in refusal("http://mlflow.invalid:5000")
 
 
+@pytest.mark.parametrize("kind", ["https", "postgresql", "postgresql+psycopg"])
+def test_an_address_with_a_password_is_refused_and_the_password_not_repeated(kind: str):
+    message = refusal(f"{kind}://me:sec/ret@host:5432/runs")
+    assert f"{kind}://host:5432/runs holds a password" in message
+    assert "PGPASSWORD" in message
+    assert "sec/ret" not in message
+
+
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "mlruns"])
 def test_a_folder_is_refused(uri):
     assert "MLflow 3 no longer writes runs to folders: use a database file" in refusal(uri)

@@ -200,8 +200,8 @@ def test_a_version_larger_than_any_is_one_that_does_not_exist(version, uri):
     client.create_model_version(name, source="s3://models/few")
     with pytest.raises(UserError, match=rf"has no version {version}: use one of the versions 1$"):
         look_up(f"models:/{name}/{version}", uri)
-    with pytest.raises(UserError, match="no registered model 'few'"):
-        look_up(f"models:/few/{version}", uri)
+    with pytest.raises(UserError, match="no registered model 'none-of-them'"):
+        look_up(f"models:/none-of-them/{version}", uri)
     assert look_up(f"models:/{name}/{'0' * 30}1", uri).version == 1
 
 

@@ -265,6 +265,26 @@ def test_a_batch_whose_confirmation_was_lost_is_harmless_to_send_again(database,
     assert not list((tmp_path / "spool").glob("*/refused.jsonl"))
 
 
+def test_steps_that_are_taken_again_after_a_kill_are_points_once(database, tmp_path):
+    first = start(database, tmp_path / "spool")
+    for step in range(5):
+        first.log_metrics({"loss": 1 / (step + 1), "rate": 10.0}, step, once="loss")
+    assert first.flush(30)
+    # As the next worker does, from a checkpoint of step 2: the losses are the same, but not the rate.
+    second = Tracker.join(first.run)
+    for step in range(3, 8):
+        second.log_metrics({"loss": 1 / (step + 1), "rate": 20.0}, step, once="loss")
+    second.log_metrics({"loss": 7.0, "rate": 20.0}, 4, once="loss")  # with another setting
+    assert second.finish(timeout=30)
+    losses = [(step, value) for step, value, _ in history(database, first.run_id, "loss")]
+    assert sorted(losses) == sorted([(step, 1 / (step + 1)) for step in range(8)] + [(4, 7.0)])
+    rates = [(step, value) for step, value, _ in history(database, first.run_id, "rate")]
+    assert sorted(rates) == sorted(
+        [(step, 10.0) for step in range(5)] + [(step, 20.0) for step in (4, 5, 6, 7)]
+    )
+    assert first.finish(timeout=30)
+
+
 def test_an_exception_ends_the_run_as_failed(database, tmp_path):
     with pytest.raises(ZeroDivisionError), start(database, tmp_path / "spool") as tracker:
         tracker.log_metrics({"loss": 1 / 0}, step=0)
@@ -281,6 +301,9 @@ def test_a_full_disk_is_said_once_and_training_goes_on(database, tmp_path, caplo
     tracker.log_metrics({"later": 1.0}, step=11)
     assert tracker.finish(timeout=30)
     assert len(history(database, tracker.run_id, "later")) == 1
+    assert [step for step, *_ in history(database, tracker.run_id, "loss")] == list(range(10)), (
+        "nothing is lost"
+    )
 
 
 class FullDisk:

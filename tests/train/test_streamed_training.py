@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
-from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.sources import image_folder
+from fewstep.images import Size
 from fewstep.tracking.address import connect
 from fewstep.train.trainer import fit
 from processes import ENCODER, kill_one

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 import tiny
 from fewstep.cli.common import chosen_recipe
-from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig, prepare
 from fewstep.data.sources import prompts
 from fewstep.errors import UserError
+from fewstep.images import Size
 from fewstep.models.precision import cpu_has_bfloat16
 from fewstep.student import FewStepPipeline
 from fewstep.student.mlflow_model import PYFUNC_MODEL
@@ -156,6 +156,7 @@ def test_a_killed_worker_continues_the_same_run_with_the_very_same_losses(
         assert torch.equal(tensor, weights[name])
 
 
+@pytest.mark.slow
 def test_two_sharded_workers_in_little_memory_continue_after_a_kill_bit_for_bit(
     tiny_data, tiny_teacher, home, tmp_path_factory, monkeypatch
 ) -> None:
@@ -248,7 +249,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
 ) -> None:
     with pytest.raises(UserError, match=r"infinite or NaN .* lower optimizer.lr") as caught:
         fit(recipe(tiny_data, tiny_teacher, "optimizer.lr=1e30", "optimizer.max_grad_norm=1e30",
-                   "optimizer.warmup_steps=0", "train.checkpoint_every=1"))  # fmt: skip
+                   "optimizer.warmup_steps=0", "train.checkpoint_every=1", "health.on_divergence=stop"))  # fmt: skip
     assert "\n" not in str(caught.value)
     assert only_run(home).info.status == "FAILED"
     kept = [path / "state.json" for path in home.glob("runs/*/step-*")]
@@ -334,7 +335,7 @@ def test_a_teacher_trains_with_the_same_machinery(tiny_data, tiny_teacher, home)
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["train.workers=2", "train.accumulate=2"],  # sharded
+        pytest.param(["train.workers=2", "train.accumulate=2"], marks=pytest.mark.slow),  # sharded
         ["train.workers=3", "train.parallel=ddp"],  # three shares of a batch of 8; more workers than shards
     ],
 )

@@ -100,6 +100,7 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_ended_by_another_cluster(machine: dict[str, str], tmp_path: Path) -> None:
     with ExitStack() as clusters, open(tmp_path / "log", "w") as log:
         own = clusters.enter_context(cluster(machine))

@@ -57,7 +57,7 @@ def test_a_measured_student_is_registered_with_its_figures(recipe, trained, fake
     assert tags["criterion.captions"] == "missed"
     assert run.data.metrics["eval/captions"] == 8
     files = {Path(file.path).name for file in client.list_artifacts(trained.mlflow_run, "results/a-run")}
-    assert files == {"comparison.png", "loss.png", "quality.png", "report.json", "report.txt"}
+    assert files == {"comparison.png", "loss.png", "quality.png", "report.html", "report.json", "report.txt"}
 
     card = read_student_card(trained.folder)
     assert card.metrics["eval/captions"] == 8
@@ -93,3 +93,37 @@ def test_nothing_is_measured_where_the_recipe_says_so(recipe, trained, uri, monk
     evaluate_and_register(recipe.model_copy(update={"evaluation": off}), trained)
     assert look_up(f"models:/{recipe.tracking.model}@champion", uri).version == 1
     assert Path("out/a-run/loss.png").exists()
+
+
+def test_the_served_alias_stays_where_a_later_student_misses_a_criterion(
+    recipe, trained, fake_images, uri, capfd
+) -> None:
+    evaluate_and_register(recipe, trained)
+    model, client = recipe.tracking.model, connect(uri)
+    assert (
+        "although it misses the criterion 'measured on at least"
+        in (client.get_model_version(model, "1").tags["promotion.reason"])
+    ), "8 captions are too few, but nothing else could be served"
+    capfd.readouterr()
+    evaluate_and_register(recipe, trained)
+    printed = capfd.readouterr().out
+    assert f"registered  models:/{model}/2, now models:/{model}@challenger" in printed
+    assert (
+        "not served  champion stays at version 1, as version 2 misses the criterion 'measured on" in printed
+    )
+    assert f"fewstep promote {model} 2" in printed
+    assert f"--model models:/{model}@challenger --prompt" in printed
+    always = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"promote": "always"})})
+    evaluate_and_register(always, trained)
+    aliases = client.get_registered_model(model).aliases
+    assert {alias: int(version) for alias, version in aliases.items()} == {"champion": 3, "challenger": 2}
+
+
+def test_what_was_not_measured_does_not_take_the_place_of_what_is_served(recipe, trained, uri) -> None:
+    off = recipe.evaluation.model_copy(update={"enabled": False})
+    for _ in range(2):
+        evaluate_and_register(recipe.model_copy(update={"evaluation": off}), trained)
+    model = recipe.tracking.model
+    assert look_up(f"models:/{model}@champion", uri).version == 1
+    reason = connect(uri).get_model_version(model, "2").tags["promotion.reason"]
+    assert reason == "champion stays at version 1, as version 2 was not measured (evaluation.enabled: false)"

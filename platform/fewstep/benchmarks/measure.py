@@ -128,7 +128,9 @@ def machine(device: torch.device) -> str:
     """One line: processor or GPU, threads, torch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    from fewstep.tracking.version import processor
+
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -160,16 +162,6 @@ def log_to_mlflow(uri: str, name: str, description: str, table: str, metrics: Ma
     with Tracker.start(uri, "benchmarks", name, {}, {"machine": description}, spool_folder()) as tracker:
         tracker.log_metrics(metrics, 0)
         tracker.log_text(table, "table.txt")
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()
 
 
 def wait(device: torch.device) -> None:

@@ -42,6 +42,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("fewstep.cli.generate", "write images from prompts with a distilled student"),
+    "generate-batch": Command(
+        "fewstep.cli.generate_batch", "write an image of each of many prompts, on a Ray cluster", "train"
+    ),
     "export": Command("fewstep.cli.export", "write a student as a folder that diffusers loads as a pipeline"),
     "push": Command("fewstep.cli.push", "push a student to the Hugging Face hub, with a model card"),
     "serve": Command(
@@ -54,11 +57,25 @@ COMMANDS = {
     "evaluate": Command(
         "fewstep.cli.evaluate", "measure a student against its teacher's own sampler", "train"
     ),
+    "ablate": Command(
+        "fewstep.cli.ablate",
+        "train and measure variants of a recipe on equal compute, with several seeds",
+        "train",
+    ),
     "train-teacher": Command("fewstep.cli.train_teacher", "train a small flow-matching teacher", "train"),
+    "train-autoencoder": Command(
+        "fewstep.cli.train_autoencoder", "train a small autoencoder for teachers of one's own", "train"
+    ),
     "train-classifier": Command(
         "fewstep.cli.train_classifier", "train the classifier that judges class-conditional students", "train"
     ),
+    "promote": Command(
+        "fewstep.cli.promote", "give the alias that is served to another version of a model", "train"
+    ),
     "resend": Command("fewstep.cli.resend", "send to MLflow what finished or killed jobs could not", "train"),
+    "copy-runs": Command(
+        "fewstep.cli.copy_runs", "copy the runs of an sqlite file to PostgreSQL and a bucket", "train"
+    ),
     "benchmark rollout": Command(
         "fewstep.benchmarks.rollout", "time the policies' integration against its plain port and its floor"
     ),

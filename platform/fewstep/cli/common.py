@@ -15,7 +15,7 @@ from fewstep.errors import UserError
 if TYPE_CHECKING:
     from fewstep.train.recipe import Recipe
 
-BUNDLED_STUDENT = "emoji-student"
+BUNDLED_STUDENT = "emoji64-student"
 """The student that is taken where a command line names none."""
 
 
@@ -24,7 +24,7 @@ def add_student_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=BUNDLED_STUDENT,
         help="a registered model (models:/name@alias), a folder or s3:// address that a distillation wrote, a hub id, "
-        "or a bundled one: emoji-student (default), fashion-student",
+        "or a bundled one: emoji64-student (default), emoji-student (of 16x16 pixels), fashion-student",
     )  # fmt: skip
     parser.add_argument(
         "--tracking-uri", help="where models:/… is looked up; default: MLFLOW_TRACKING_URI or ./mlflow.db"

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Distil a frozen text-to-image teacher into a student that generates in a few network evaluations (π-Flow), on the
 connected Ray cluster. Tracks to MLflow; ends with a comparison against the teacher, a picture and a registered model.
-Without options it distils the bundled emoji teacher to 4 evaluations, in 8 to 20 minutes on two CPU cores."""
+Without options it distils the bundled teacher of 64x64 emoji to 4 evaluations, in 8 to 20 minutes on two CPU cores."""
 EXAMPLES = """\
 examples
   ray job submit -- {program}
-  ray job submit -- {program} --recipe emoji_qwen_4nfe_full
+  ray job submit -- {program} --recipe emoji64_qwen_4nfe_full
   ray job submit -- {program} --set train.steps=200 --set optimizer.lr=5e-4
   {program} --recipe qwen_image_4nfe --dry-run --gpus 8 --gpu-memory 80
   {program} --recipe qwen_image_4nfe --dry-run --scaling 8 32 128 --infiniband 12.5
-  {program} --resume emoji_qwen_4nfe-20260101-120000"""
+  {program} --resume emoji64_qwen_4nfe-20260101-120000"""
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji_qwen_4nfe") -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji64_qwen_4nfe") -> None:
     """Declare the options.
 
     Args:

@@ -12,7 +12,7 @@ DESCRIPTION = "Write a distilled student as a folder that diffusers loads as a p
 EXAMPLES = """\
 examples
   {program} --out emoji                                     the bundled student
-  {program} --model models:/emoji-4step@champion --out emoji --merged --dtype bfloat16
+  {program} --model models:/emoji64-4step@champion --out emoji --merged --dtype bfloat16
 
 The folder holds the student's adapters and head. Where it is loaded, the adapters are merged into the teacher that the
 student's card names; with --merged the folder holds the whole transformer instead, and needs no teacher:

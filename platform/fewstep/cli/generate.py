@@ -19,17 +19,29 @@ DESCRIPTION = "Write images from prompts with a distilled student."
 EXAMPLES = """\
 examples
   {program} --prompt "red heart, noto style"
-  {program} --model models:/emoji-4step@champion --prompt "owl, fluent style" --nfe 4 --seed 7 --count 8
+  {program} --model models:/emoji64-4step@champion --prompt "owl, fluent style" --nfe 4 --seed 7 --count 8
   {program} --model .fewstep/models/RUN --prompt "owl, twemoji style" --teacher-steps 64 --out owl.png
+  {program} --prompt "owl, noto style" --lora pixel_art.safetensors:0.8
+  {program} --model .fewstep/models/RUN --prompt "in noto style" --image owl.png
   {program} --dry-run --recipe qwen_image_4nfe --gpu-memory 24 --encoder-precision int4
 
 The bundled student knows captions of the form "LABEL, STYLE style" with the styles noto, twemoji and fluent."""
+
+READABLE = 256
+"""Pixels per side that small images are enlarged to."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--prompt", help="what the images show: a caption, or a class's name or number")
     add_student_options(parser)
+    parser.add_argument(
+        "--image",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="reference image, for a student that edits; repeat it for one that takes several",
+    )
     parser.add_argument(
         "--nfe", "--steps", type=number(int, 1), metavar="N", help="network evaluations; default: as trained"
     )
@@ -54,14 +66,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="generate with the teacher's guided Euler sampler instead",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="a style LoRA (file, folder, s3://, hub id, models:/) and its scale; may be repeated; default scale: 1",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: cpu")
     add_precision_option(parser)
     add_parts_options(parser)
     parser.add_argument(
         "--scale",
         type=number(int, 1),
-        default=16,
-        help="enlarge every pixel this often; default: %(default)s",
+        metavar="N",
+        help="enlarge every pixel this often; default: as often as images of 256 pixels have room for",
     )
     parser.add_argument("--out", type=Path, default=Path("out/generated.png"), help="default: %(default)s")
     plan_only(parser, add_serving_options(parser))
@@ -90,6 +109,7 @@ def run(options: argparse.Namespace) -> None:
     from fewstep.evaluate.grid import sample_grid
     from fewstep.flow import gaussian_noise
     from fewstep.flow.sampler_config import MAX_NFE
+    from fewstep.images import read_image
     from fewstep.models.devices import check_device
     from fewstep.models.precision import pipeline_arguments
     from fewstep.student import FewStepPipeline
@@ -107,26 +127,51 @@ def run(options: argparse.Namespace) -> None:
         ),
         **pipeline_arguments(options.precision),
     )
+    styles = [_lora(text) for text in options.lora]
+    for index, (source, _) in enumerate(styles):
+        pipe.load_lora_weights(source, str(index), tracking_uri=options.tracking_uri)
+    lora = [(str(index), scale) for index, (_, scale) in enumerate(styles)]
+    references = [read_image(file, "--image") for file in options.image or ()]
     prompts, started = [options.prompt] * options.count, time.perf_counter()
     if options.teacher_steps:
+        if len(references) != pipe.card.references:
+            options.error(f"--image: this student takes {pipe.card.references} of them")
+        conditioning, shape = pipe.encode(prompts), pipe.card.latent_shape
+        if references:
+            shape = pipe.latent_shape(*pipe.size_like(references[0].height, references[0].width))
+            pixels = pipe.fitted(references, shape)
+            conditioning = pipe.beside(conditioning, pipe.encode_images(pixels))
+        conditioning = pipe.styled(conditioning, lora)
         generators = [torch.Generator().manual_seed(options.seed + i) for i in range(options.count)]
-        noise = gaussian_noise((options.count, *pipe.card.latent_shape), generators)
-        images = pipe.decode(pipe.sample_teacher(noise, pipe.encode(prompts), options.teacher_steps))
+        noise = gaussian_noise((options.count, *shape), generators)
+        images = pipe.decode(pipe.sample_teacher(noise, conditioning, options.teacher_steps))
     else:
         drawn = pipe(
             prompts,
+            image=references,
             num_inference_steps=options.nfe,
             seed=options.seed,
             temperature=options.temperature,
             h=options.h,
+            lora=lora,
         ).images
         images = np.stack([np.asarray(image) for image in drawn])
     seconds = time.perf_counter() - started
     columns = min(options.count, 8)
-    sample_grid(images, columns, tile=images.shape[2] * options.scale).save(options.out)
+    scale = options.scale or max(1, READABLE // images.shape[2])
+    sample_grid(images, columns, tile=images.shape[2] * scale).save(options.out)
     print(
         f"{options.out.absolute()}  ({options.count} {'image' if options.count == 1 else 'images'} in {seconds:.2f} s)"
     )
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """Source and scale of a style LoRA; addresses may have colons, too."""
+    source, colon, scale = text.rpartition(":")
+    try:
+        return (source, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _temperature(text: str) -> float | str:

@@ -27,13 +27,17 @@ examples
   ray job submit -- {program} --out data/emoji16
 
 sources
-  emoji            the captioned emoji set. 16 pixels: from the file that ships with fewstep; any other size:
+  emoji            the captioned emoji set. 16 and 64 pixels: from the files that ship with fewstep; any other size:
                    rebuilt from three npm packages of pinned hash (needs npm and about 150 MB once)
+  emoji-edits      for editing: an emoji in one style as the reference image, "in noto style" as the instruction, and
+                   the same emoji in that style as the result
   fashion-mnist    70,000 grey 28x28 pictures in 10 classes, from the Debian package dataset-fashion-mnist, or
                    from a folder of the set's idx files (PATH); classes as conditioning, one channel
   folder DIR       images with a table of captions: metadata.jsonl, .csv, .tsv, .json or .parquet in DIR or in the
                    folders in it (or --captions), with the columns file (or file_name, image) and caption (or
-                   text, prompt). Pictures in train/ and in validation/ or test/ are split as their folders say
+                   text, prompt). Pictures in train/ and in validation/ or test/ are split as their folders say.
+                   For editing, a column reference (or references) names the file of each row's reference image, or a
+                   list of several; all rows have as many
   parquet PATH...  Parquet files, folders of them or patterns, with the images in them (structures of bytes and path,
                    or bytes) or the names of image files; also hf://datasets/ORGANISATION/NAME. Files named train…
                    and validation… or test… are split so
@@ -61,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, help=help + default, **options)
 
     add("paths", nargs="*", metavar="PATH", help="the source's folder or files, local or s3://")
-    kinds = ("emoji", "fashion-mnist", *OWN_SOURCES, "mix")
+    kinds = ("emoji", "emoji-edits", "fashion-mnist", *OWN_SOURCES, "mix")
     add("--source", choices=kinds, default="emoji", help="see below")
     add("--out", metavar="ROOT", help="where the dataset goes: a local folder or s3://bucket/prefix")
     add("--captions", metavar="TABLE", help="folder: the table of captions, if it is not in the folder")
@@ -84,9 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "flux2:, krea2:, longcat-image:, qwen-image:, qwen-image-2.1:, sd3:, wan: or z-image:PIPELINE for those of a "
         "diffusers pipeline; or classes instead of text: labels:fashion-mnist, labels:cat,dog, labels:1000 (class "
         "numbers); default: minilm (fashion-mnist: its labels)")  # fmt: skip
-    add("--autoencoder", metavar="NAME", help="pixel (latents are pixels), grey (one channel), or a folder or hub id "
-        "of a diffusers AutoencoderKL or that of Qwen-Image, Qwen-Image 2.1 or FLUX.2 (PIPELINE:vae for a "
-        "pipeline's); default: pixel (fashion-mnist: grey)")  # fmt: skip
+    add("--autoencoder", metavar="NAME", help="pixel (latents are pixels), grey (one channel), emoji64 (the bundled "
+        "one), or a folder or hub id of a diffusers AutoencoderKL or that of Qwen-Image, Qwen-Image 2.1 or FLUX.2 "
+        "(PIPELINE:vae for a pipeline's); default: pixel (fashion-mnist: grey; emoji of 64: emoji64)")  # fmt: skip
     add("--max-tokens", type=number(int, 1), metavar="N", help="longer captions are rejected; default: 64")
     add("--latent-type", choices=("float32", "bfloat16", "float16"), help="numbers that latents are stored as; "
         "default: float32")  # fmt: skip
@@ -107,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoders", type=number(int, 1), default=1, metavar="N", help="actors of each encoder")
     add("--gpus", type=number(float, 0), default=0.0, metavar="F", help="GPUs of each actor")
     add("--cache", type=Path, metavar="DIR", help="of the emoji packages; default: ~/.cache/fewstep/emoji")
-    add("--bundle", action="store_true", help="maintainers: rebuild the 16-pixel file shipped with fewstep")
+    add("--bundle", action="store_true", help="maintainers: rebuild the files of emoji shipped with fewstep")
     parser.set_defaults(error=parser.error)
 
 
@@ -121,17 +125,19 @@ def run(options: argparse.Namespace) -> None:
 
     from fewstep.cluster import connect_ray
     from fewstep.data.datasets import emoji, fashion_mnist
-    from fewstep.data.images import Size, bucket_sizes
     from fewstep.data.mixture import OwnSource, mixture
     from fewstep.data.prepare import prepare
     from fewstep.encoders import load_autoencoder
+    from fewstep.images import Size, bucket_sizes
 
     if options.bundle:
-        count = emoji.write_bundle(options.cache or emoji.default_cache())
-        print(f"{emoji.BUNDLE}: {count} images")
+        for size, file in emoji.BUNDLES.items():
+            count = emoji.write_bundle(size, options.cache or emoji.default_cache(), file)
+            print(f"{file}: {count} images")
         return
+    sizes = options.size and tuple(Size.parse(size) for size in options.size)
     given = {
-        "sizes": options.size and tuple(Size.parse(size) for size in options.size),
+        "sizes": sizes,
         "text_encoder": options.text_encoder,
         "autoencoder": options.autoencoder,
         "max_tokens": options.max_tokens,
@@ -142,7 +148,11 @@ def run(options: argparse.Namespace) -> None:
         "min_size": options.min_size,
     }
     config = replace(
-        fashion_mnist.PREPARATION if options.source == "fashion-mnist" else emoji.PREPARATION,
+        {
+            "emoji": emoji.preparation(sizes),
+            "emoji-edits": emoji.preparation(sizes),
+            "fashion-mnist": fashion_mnist.PREPARATION,
+        }.get(options.source, emoji.PREPARATION),
         **{name: value for name, value in given.items() if value is not None},
     )
     if options.buckets:
@@ -152,6 +162,8 @@ def run(options: argparse.Namespace) -> None:
     connect_ray()
     if options.source == "emoji":
         source = emoji.emoji_set(config.sizes, options.cache)
+    elif options.source == "emoji-edits":
+        source = emoji.emoji_edits(config.sizes, options.cache)
     elif options.source == "fashion-mnist":
         source = fashion_mnist.fashion_mnist(*options.paths)
     elif options.source == "mix":
@@ -174,7 +186,13 @@ def _check(options: argparse.Namespace) -> None:
     """End with the usage line where options don't go together."""
     if options.bundle == bool(options.out):
         options.error("say where the dataset goes with --out (a local folder or s3://bucket/prefix)")
-    limits = {"emoji": (0, 0), "fashion-mnist": (0, 1), "folder": (1, 1), "mix": (1, 1)}
+    limits = {
+        "emoji": (0, 0),
+        "emoji-edits": (0, 0),
+        "fashion-mnist": (0, 1),
+        "folder": (1, 1),
+        "mix": (1, 1),
+    }
     least, most = limits.get(options.source, (1, None))
     if len(options.paths) < least or (most is not None and len(options.paths) > most):
         takes = "no PATH" if most == 0 else "one PATH" if most == 1 else "a PATH"

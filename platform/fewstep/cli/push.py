@@ -19,8 +19,8 @@ evaluation if there is one, and a model card with the evaluation's figures. FewS
 pushed."""
 EXAMPLES = """\
 examples
-  {program} --model models:/emoji-4step@champion --repo OWNER/emoji-4step --dry-run
-  {program} --model models:/emoji-4step@champion --repo OWNER/emoji-4step --private
+  {program} --model models:/emoji64-4step@champion --repo OWNER/emoji64-4step --dry-run
+  {program} --model models:/emoji64-4step@champion --repo OWNER/emoji64-4step --private
   {program} --model .fewstep/models/RUN --repo OWNER/NAME --revision v2         found as OWNER/NAME@v2
 
 Log in with `hf auth login` before, or set HF_TOKEN to a token that may write."""

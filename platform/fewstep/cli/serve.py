@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
 
     _settings(config, options.config)
     checked = _checked(config, options.config)
+    _check_traces(checked)
     if not config["applications"]:  # deployed, it would end all that the node serves
         raise UserError(
             f"--config: {options.config} lists no application: add one, or end all by `serve shutdown`."
@@ -204,8 +205,23 @@ def _plan(options: argparse.Namespace, offer: Offer, settings: ServeConfig) -> N
     asked.encoder_precision = options.encoder_precision or engine.parts.text_encoder_precision
     asked.autoencoder_precision = options.autoencoder_precision or engine.parts.autoencoder_precision
     print_serving_plans(
-        asked, [model.source for model in offer.models], engine.tracking_uri, configured=engine.precision
+        asked,
+        [track.source for model in offer.models for track in model.tracks.values()],
+        engine.tracking_uri,
+        configured=engine.precision,
     )
+
+
+def _check_traces(config: ServeDeploySchema) -> None:
+    """Refuse to send traces without an exporter, of which the logs of Serve's processes alone would tell.
+
+    Raises:
+        UserError: the extra `telemetry` is not installed.
+    """
+    from fewstep_serve.telemetry import OTLP, otlp_exporter
+
+    if config.tracing_config is not None and config.tracing_config.exporter_import_path == OTLP:
+        otlp_exporter()
 
 
 def _checked(config: dict[str, Any], file: Path | None) -> ServeDeploySchema:

@@ -9,13 +9,14 @@ from fewstep.cli.common import add_recipe_options, chosen_recipe
 
 DESCRIPTION = """\
 Train a small flow-matching teacher on a prepared dataset, with captions (or classes) dropped now and then so that
-classifier-free guidance works. Writes a diffusers folder with a card. Without options it is the emoji teacher, a
-QwenImageTransformer2DModel."""
+classifier-free guidance works. Writes a diffusers folder with a card. Without options it is the teacher of 64x64
+emoji, a QwenImageTransformer2DModel."""
 EXAMPLES = """\
 examples
   ray job submit -- {program}
   ray job submit -- {program} --recipe fashion_teacher
-  {program} --set network.start=emoji --set train.steps=2000"""
+  {program} --recipe emoji_edit_teacher
+  {program} --set network.start=emoji64 --set train.steps=2000"""
 
 _RECIPES = {
     "dit": "fashion_dit_1nfe",
@@ -23,7 +24,7 @@ _RECIPES = {
 }  # that distil a family; the default takes all others
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji_teacher") -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji64_teacher") -> None:
     """Declare the options.
 
     Args:
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         UserError: what the recipe asks for can't work; see `fewstep.train.trainer.fit`.
     """
     from fewstep.cluster import connect_ray
+    from fewstep.data.datasets import EMOJI_EDITS_DATA
     from fewstep.train.recipe import TeacherRecipe
     from fewstep.train.trainer import fit
 
@@ -60,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
     if network.family not in {"qwen_image", *_RECIPES}:  # the default recipe adapts Qwen-Image's layers
         settings.append("student.lora={rank: 48}")
     words = ["fewstep distill", *(f"--set {quote(setting)}" for setting in settings)]
-    if network.family in _RECIPES:
-        words.insert(1, f"--recipe {_RECIPES[network.family]}")
+    name = "emoji_edit_4nfe" if recipe.data.path == EMOJI_EDITS_DATA else _RECIPES.get(network.family)
+    if name is not None:
+        words.insert(1, f"--recipe {name}")
     print(f"distil it   {' '.join(words)}")

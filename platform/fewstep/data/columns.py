@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +47,7 @@ def condition_columns(conditions: Sequence[Conditioning]) -> dict[str, pa.Array]
 
 
 def latent_column(latents: Tensor, numbers: NumberType) -> pa.Array:
-    """The `latent` column of (N, C, H, W) latents, stored as such numbers."""
+    """A column of latents (N, …), stored as such numbers."""
     stored = latents.to(TORCH_TYPES[numbers])
     # numpy has no bfloat16: only the bytes matter here.
     return bytes_column(list((stored.view(torch.int16) if numbers == "bfloat16" else stored).numpy()))
@@ -78,14 +79,21 @@ def conditioning_of(rows: pa.Table, encoding: Encoding, *, stored: bool = False)
     return TextConditioning(states, mask, _pooled(rows["pooled"]))
 
 
-def latents_of(rows: pa.Table, encoding: Encoding, *, stored: bool = False) -> Tensor | None:
+def latents_of(
+    rows: pa.Table,
+    encoding: Encoding,
+    *,
+    stored: bool = False,
+    name: Literal["latent", "references"] = "latent",
+) -> Tensor | None:
     """The latents of some rows of a dataset, (B, C·H·W); None in datasets of prompts without images.
 
     Args:
         rows, encoding: as for `conditioning_of`.
         stored: whether they keep the type that they are stored in; otherwise they come as float32.
+        name: of the column; of N reference images they are (B, N·C·H·W), and None where rows have none.
     """
-    column = rows["latent"]
+    column = rows[name]
     if column.null_count:
         return None
     kind = TORCH_TYPES[encoding.latent_type]

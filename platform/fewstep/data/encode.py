@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from fewstep.data.cache import ShardCache
-from fewstep.data.images import Size
 from fewstep.data.members import at_addresses
 from fewstep.data.prepare import EncodeImages, EncodeText, PreparationConfig, pack, unpack
 from fewstep.data.schema import DatasetInfo, bucket_of, read_raw
 from fewstep.data.seeds import stable_hash
 from fewstep.data.stream_config import CacheConfig, EncodersConfig, PoolConfig
 from fewstep.errors import UserError
+from fewstep.images import Size
 from fewstep.storage import Storage
 
 PIECE = 32

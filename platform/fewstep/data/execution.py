@@ -42,7 +42,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        messages = re.findall(rf"^{UserError.__module__}\.UserError: (.+)$", str(error), re.MULTILINE)
+        messages = re.findall(
+            rf"^{UserError.__module__}\.(?:UserError|UnreachableError): (.+)$", str(error), re.MULTILINE
+        )
         if messages:
             raise UserError(messages[-1]) from error  # the last, if tracebacks are nested
         raise

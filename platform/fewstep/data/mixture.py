@@ -91,6 +91,10 @@ def mixture(file: str, *, held_out: float, seed: int = 0) -> Source:
             f"{file}: {next(n for n, has in pictured.items() if not has)} has prompts without images and "
             f"{next(n for n, has in pictured.items() if has)} has images: prepare them apart."
         )
+    if (edits := next((name for name, source in sources.items() if source.references), None)) is not None:
+        raise UserError(
+            f"{file}: the rows of {edits} have reference images, which can't be mixed: prepare it apart."
+        )
     tables, rejected, notes = [], [], []
     for name, source in sources.items():
         rows = _weighted(source.rows, settings[name].weight, seed)

@@ -9,6 +9,7 @@ import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from fewstep.config import Shape
 from fewstep.data.schema import NUMBERS, Shard, read_shard
 from fewstep.data.seeds import generator
 from fewstep.data.stream_config import OPEN_SHARDS
-from fewstep.storage import Storage
+from fewstep.storage import Storage, through_outages
 
 DRAWS_PER_CHUNK = 4096
 """Batches whose buckets are drawn together, from a seed of their own: so a resumed stream finds its place quickly."""
@@ -249,7 +250,8 @@ class EncodedShards:
     def tables(self, storage: Storage, wanted: Sequence[tuple[str, np.ndarray]]) -> Iterator[pa.Table]:
         """See `ShardReader`."""
         for path, rows in wanted:
-            yield permuted(read_shard(storage, path), rows)
+            shard = through_outages(partial(read_shard, storage, path), f"reading {path}")
+            yield permuted(shard, rows)
 
 
 def permuted(table: pa.Table, rows: np.ndarray) -> pa.Table:

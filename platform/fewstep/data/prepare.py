@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from PIL.Image import Image
 
 from fewstep.config import MAX_TOKENS, Shape
 from fewstep.data.columns import condition_columns, latent_column
 from fewstep.data.execution import configured, user_errors
-from fewstep.data.images import MAX_PIXELS, Size, fit, lift_limit, measure, open_image
 from fewstep.data.members import ImageStorage, addresses, image_bytes, reading_unit, rows_with_cells
 from fewstep.data.rows import INDEX, Source, hashes, texts
 from fewstep.data.schema import (
@@ -55,7 +55,9 @@ from fewstep.encoders import (
     load_autoencoder,
     load_encoder,
 )
+from fewstep.encoders.labels import is_labels
 from fewstep.errors import UserError
+from fewstep.images import MAX_PIXELS, Size, fit, lift_limit, measure, open_image
 from fewstep.storage import Storage
 
 REJECTED = "rejected.jsonl"
@@ -156,6 +158,10 @@ def prepare(
     storage = Storage.at(out)
     # Before anything is written: an encoder that can't be loaded is refused here.
     dim, pooled = encoder_widths(config.text_encoder)
+    if source.references and is_labels(config.text_encoder):
+        raise UserError(
+            "--text-encoder: reference images go with texts, not with classes: choose an encoder of texts."
+        )
     for note in source.notes:
         report(note)
     config = claim(storage, source, config, encode)
@@ -165,8 +171,9 @@ def prepare(
     if len(missing) < len(plans):
         report(f"{len(plans) - len(missing)} of {len(plans)} shards are finished already and are skipped")
     encoding = Encoding(
-        config.text_encoder, dim, config.autoencoder, pooled, config.max_tokens, config.latent_type
-    )
+        config.text_encoder, dim, config.autoencoder, pooled, config.max_tokens, config.latent_type,
+        source.references,
+    )  # fmt: skip
     raw = None
     if encode:
         _encode(missing, source, storage, config, encoding, encoders=encoders, gpus=gpus, report=report)
@@ -325,19 +332,21 @@ class EncodeImages:
 
     def table(self, item: dict[str, Any]) -> tuple[pa.Table, list[dict[str, str]]]:
         """A shard whose captions are encoded as a table of SCHEMA, and the rows that could not be encoded."""
-        rows, rejected, latents = unpack(item["rows"]), json.loads(item["rejected"]), None
+        rows, rejected = unpack(item["rows"]), json.loads(item["rejected"])
+        column = references = None
         if self.has_images:
             rows, latents, broken = self._latents(rows, Size(item["width"], item["height"]))
             rejected += [rejection.as_dict() for rejection in broken]
-        column = None
-        if latents is not None:
-            column = latent_column(torch.from_numpy(latents), self.encoding.latent_type)
-        return encode_table(rows, column, tuple(item["shape"]), item["split"]), rejected
+            column = latent_column(torch.from_numpy(latents[:, 0]), self.encoding.latent_type)
+            if self.encoding.references:
+                references = latent_column(torch.from_numpy(latents[:, 1:]), self.encoding.latent_type)
+        return encode_table(rows, column, tuple(item["shape"]), item["split"], references), rejected
 
     def _latents(self, rows: pa.Table, size: Size) -> tuple[pa.Table, np.ndarray, list[Rejection]]:
-        """The rows with a usable image, their latents (N, C, H, W), and the rejected other rows."""
-        import torch
+        """The rows with usable images, their latents, and the rejected other rows.
 
+        Latents are (N, 1 + references, C, H, W): of each row's image, then of its reference images.
+        """
         usable: list[int] = []
         broken: list[Rejection] = []
         latents: list[np.ndarray] = []
@@ -348,13 +357,12 @@ class EncodeImages:
             broken += [image for image in images if isinstance(image, Rejection)]
             if good:
                 usable += [i for i, _ in good]
-                latents.append(
-                    self.autoencoder.encode(torch.from_numpy(np.stack([x for _, x in good]))).numpy()
-                )
-        shape = self.autoencoder.latent_shape(size.height, size.width)
-        # A shard without a usable image still has latents of the right shape, (0, C, h, w).
-        stacked = np.concatenate(latents) if latents else np.empty((0, *shape), np.float32)
-        return rows.take(pa.array(usable, pa.int64())), stacked, broken
+                pixels = torch.from_numpy(np.concatenate([images for _, images in good]))
+                latents.append(self.autoencoder.encode(pixels).numpy())
+        shape = (1 + self.encoding.references, *self.autoencoder.latent_shape(size.height, size.width))
+        # A shard without a usable image still has latents of the right shape.
+        stacked = np.concatenate(latents) if latents else np.empty(0, np.float32)
+        return rows.take(pa.array(usable, pa.int64())), stacked.reshape(-1, *shape), broken
 
     def _decoded(self, rows: pa.Table, size: Size) -> Iterator[tuple[range, list[np.ndarray | Rejection]]]:
         """Rows and decoded images, `IMAGES_PER_PASS` at a time; threads decode the next ones in the meantime."""
@@ -433,12 +441,16 @@ def _measure(rows: pa.Table, images: ImageStorage, config: PreparationConfig) ->
 def _load(
     row: dict[str, Any], images: ImageStorage | None, size: Size, config: PreparationConfig
 ) -> np.ndarray | Rejection:
-    """A row's image at the bucket's size, (height, width, 3) uint8; or the rejection of the row."""
-    try:
-        image = open_image(image_bytes(row, images), config.max_pixels)
-    except ValueError as error:
-        return Rejection(row["where"], BROKEN, _trouble(row, error))
-    return _too_small(row, *image.size, config) or fit(image, size)
+    """A row's image and its references at the bucket's size, (1 + references, height, width, 3) uint8; or the
+    rejection of the row."""
+    whole = {"image": None, "part": None}  # references are files or bytes
+    opened: list[Image] = []
+    for one in (row, *(whole | reference for reference in row.get("references") or ())):
+        try:
+            opened.append(open_image(image_bytes(one, images), config.max_pixels))
+        except ValueError as error:
+            return Rejection(row["where"], BROKEN, _trouble({"key": row["key"], **one}, error))
+    return _too_small(row, *opened[0].size, config) or np.stack([fit(image, size) for image in opened])
 
 
 def _too_small(row: dict[str, Any], width: int, height: int, config: PreparationConfig) -> Rejection | None:

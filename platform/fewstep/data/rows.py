@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from fewstep.data.seeds import stable_hash
 from fewstep.data.tables import Rejection
 from fewstep.errors import UserError
 
+REFERENCE = pa.struct([("file", pa.large_string()), ("image", pa.large_binary())])
+"""A reference image, for editing: bytes, or a file in the source's storage."""
+
 INDEX = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -26,10 +29,12 @@ INDEX = pa.schema(
         pa.field("image", pa.large_binary()),
         pa.field("where", pa.string(), nullable=False),
         pa.field("part", pa.string()),
+        pa.field("references", pa.list_(REFERENCE)),
     ]
 )
 """Columns of raw rows. A row's image is the bytes in `image`, or the `file` in the source's storage or the `part` of it
-that `members` explains, or there is none; `where` is the row's place in its table, for messages."""
+that `members` explains, or there is none; `where` is the row's place in its table, for messages. `references` are the
+row's reference images; null where a source has none."""
 
 LEAST_ROWS = 4
 """Rows of each split of a small set, if it has twice as many: an evaluation needs 3, and one may be broken."""
@@ -64,14 +69,21 @@ class Source:
     attribution: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def references(self) -> int:
+        """Reference images of each row."""
+        column = self.rows["references"]
+        return 0 if column.null_count else int(pc.list_value_length(column)[0].as_py())
+
     def digest(self) -> str:
         """SHA-256 over all rows of the index, by which the same source is recognised when preparing again."""
         digest = hashlib.sha256(self.name.encode())
-        # Without the place in the table: the same rows in another table are the same rows. Without parts where there
-        # are none: so it was before fewstep had them.
+        # Without the place in the table: the same rows in another table are the same rows. Without parts and references
+        # where there are none: so it was before fewstep had them.
         columns = self.rows.drop_columns("where")
-        if columns["part"].null_count == len(columns):
-            columns = columns.drop_columns("part")
+        for later in ("part", "references"):
+            if columns[later].null_count == len(columns):
+                columns = columns.drop_columns(later)
         for batch in columns.to_batches(max_chunksize=CHUNK):
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 digest.update(repr(row).encode())
@@ -108,7 +120,7 @@ class Collected:
     Rows are kept as Arrow columns; only the last few thousand are Python objects.
     """
 
-    _columns = ("key", "caption", "file", "where", "part", "split")
+    _columns = ("key", "caption", "file", "where", "part", "split", "references")
 
     def __init__(self, notes: list[str] | None = None) -> None:
         self.notes: list[str] = [] if notes is None else notes
@@ -118,16 +130,24 @@ class Collected:
         self._fresh()
 
     def _fresh(self) -> None:
-        self._lists: dict[str, list[str | None]] = {name: [] for name in self._columns}
+        self._lists: dict[str, list[Any]] = {name: [] for name in self._columns}
 
     def __len__(self) -> int:
         return self._count
 
     def add(
-        self, key: str, caption: str, where: str, *, file: str | None = None, told: str | None = None
+        self,
+        key: str,
+        caption: str,
+        where: str,
+        *,
+        file: str | None = None,
+        told: str | None = None,
+        references: Sequence[str] = (),
     ) -> None:
-        """Add a row; `told` is the split that its folder tells, if any."""
-        for name, value in zip(self._columns, (key, caption, file, where, None, told), strict=True):
+        """Add a row; `told` is the split that its folder tells, if any, and `references` are files."""
+        images = [{"file": name} for name in references] or None
+        for name, value in zip(self._columns, (key, caption, file, where, None, told, images), strict=True):
             self._lists[name].append(value)
         self._count += 1
         if len(self._lists["key"]) == CHUNK:
@@ -136,7 +156,9 @@ class Collected:
     def extend(self, rows: pa.Table) -> None:
         """Add rows that are columns already: key, caption, file, where, part and split (null where it isn't told)."""
         self._flush()
-        self._chunks.append(rows.select(self._columns).cast(_COLLECTED))
+        none = pa.nulls(len(rows), _COLLECTED.field("references").type)
+        complete = rows.append_column("references", none)
+        self._chunks.append(complete.select(self._columns).cast(_COLLECTED))
         self._count += len(rows)
 
     def reject(self, rejection: Rejection) -> None:
@@ -201,8 +223,10 @@ class Collected:
         self._chunks = [table.set_column(0, _COLLECTED.field("key"), replaced)]
 
     def files(self) -> pa.Array:
-        """The different files of the rows."""
-        return pc.unique(self._table()["file"])
+        """The different files of the rows, reference images included."""
+        table = self._table()
+        references = pc.struct_field(pc.list_flatten(table["references"]), "file").cast(pa.string())
+        return pc.unique(pa.chunked_array([*table["file"].chunks, *references.chunks], pa.string()))
 
     def source(self, name: str, where: str, held_out: float, storage: ImageStorage | None = None) -> Source:
         """The source of these rows.
@@ -217,6 +241,7 @@ class Collected:
         Raises:
             UserError: there is no row.
         """
+        self._refuse_other_references()
         table, rejected = self._table(), tuple(entry[-1] for entry in self._rejected)
         if not len(table):
             first = rejected[0] if rejected else None
@@ -235,6 +260,19 @@ class Collected:
             splits = self._split(pc.coalesce(whole, table["key"]), held_out)
         columns = {column: table[column] for column in self._columns} | {"split": splits}
         return Source(name, index_table(columns, len(table)), rejected, storage, notes=tuple(self.notes))
+
+    def _refuse_other_references(self) -> None:
+        """Reject rows that have another number of reference images than most."""
+        table = self._table()
+        counts = pc.fill_null(pc.list_value_length(table["references"]), 0).to_numpy()
+        usual = int(np.bincount(counts).argmax()) if len(counts) else 0
+        if (counts == usual).all():
+            return
+        for row in np.flatnonzero(counts != usual):
+            detail = f"{counts[row]}, and most rows have {usual}"
+            self.reject(Rejection(table["where"][row].as_py(), "other number of references", detail))
+        kept = counts == usual
+        self._chunks, self._count = [table.filter(pa.array(kept))], int(kept.sum())
 
     def _split(self, names: pa.ChunkedArray, held_out: float) -> pa.Array:
         """The split of each name: by a hash of the name, so that it is the same whatever other rows there are.
@@ -259,7 +297,9 @@ class Collected:
         return pc.if_else(pa.array(chosen[codes]), "held_out", "train")
 
 
-_COLLECTED = pa.schema([(name, pa.string()) for name in Collected._columns])
+_COLLECTED = pa.schema(
+    [(name, pa.list_(REFERENCE) if name == "references" else pa.string()) for name in Collected._columns]
+)
 
 
 def texts(column: pa.ChunkedArray) -> Iterator[str]:

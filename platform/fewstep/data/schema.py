@@ -20,9 +20,11 @@ Columns of a shard; a row is an example:
     pooled       list<float32>   the text encoder's vector of the whole caption, (P,); null where it has none
     label        int32           class index; null for texts
     token_scale  float32         factor of `tokens`, a power of two, where states exceed float16's range; null for none
-    (`pooled`, `label` and `token_scale` were added later: older shards lack them, and hold a class as its only token
-    state. In version 1, `tokens` and `latent` are lists of float16 and float32, which take much longer to read; such
-    shards are still read.)
+    references   bytes           of datasets for editing: (N, C, H, W) numbers, latents of the row's N reference images;
+                                 null in others
+    (`pooled`, `label`, `token_scale` and `references` were added later: older shards lack them, and hold a class as its
+    only token state. In version 1, `tokens` and `latent` are lists of float16 and float32, which take much longer to
+    read; such shards are still read.)
 
 The Parquet metadata carries a JSON object under `fewstep`: version, token_dim, text_encoder, autoencoder, and
 `rejected`, the rows of this shard that could not be encoded.
@@ -64,6 +66,7 @@ SCHEMA = pa.schema(
         pa.field("pooled", pa.list_(pa.float32())),
         pa.field("label", pa.int32()),
         pa.field("token_scale", pa.float32()),
+        pa.field("references", pa.large_binary()),
     ]
 )
 
@@ -74,10 +77,10 @@ CONDITION_COLUMNS = ("tokens", "token_count", "pooled", "label", "token_scale")
 """Columns that `columns.condition_columns` makes of conditions."""
 
 
-NUMBERS = ("tokens", "latent")
+NUMBERS = ("tokens", "latent", "references")
 """Columns of bytes of numbers."""
 
-LATER_COLUMNS = ("pooled", "label", "token_scale")
+LATER_COLUMNS = ("pooled", "label", "token_scale", "references")
 """Columns that older shards lack; null where they do."""
 
 
@@ -94,6 +97,8 @@ class Encoding:
     """Longest caption in tokens; students take prompts up to the same length."""
     latent_type: NumberType = "float32"
     """Type of the numbers of latents."""
+    references: int = 0
+    """Reference images of each row, for editing; they have the size of its image."""
 
     def metadata(self, rejected: Sequence[Mapping[str, str]] = ()) -> dict[bytes, bytes]:
         """A shard's Parquet metadata; `rejected` are the rows that were meant for it and could not be encoded."""
@@ -267,7 +272,13 @@ def bucket_of(path: str) -> tuple[str, Shape]:
     return split, (channels, height, width)
 
 
-def encode_table(rows: pa.Table, latents: pa.Array | np.ndarray | None, shape: Shape, split: str) -> pa.Table:
+def encode_table(
+    rows: pa.Table,
+    latents: pa.Array | np.ndarray | None,
+    shape: Shape,
+    split: str,
+    references: pa.Array | None = None,
+) -> pa.Table:
     """Assemble a shard's table.
 
     Args:
@@ -275,6 +286,7 @@ def encode_table(rows: pa.Table, latents: pa.Array | np.ndarray | None, shape: S
         latents: their column (`columns.latent_column`), or (N, C, H, W) float32; None for prompts without images.
         shape: (C, H, W) of the latents or, for prompts without images, of those to generate.
         split: "train" or "held_out".
+        references: column of the latents of reference images; None where rows have none.
     """
     count = len(rows)
     # In every row, so that a row is complete by itself, whatever table it ends up in.
@@ -287,6 +299,7 @@ def encode_table(rows: pa.Table, latents: pa.Array | np.ndarray | None, shape: S
     columns = {
         **{name: rows[name] for name in ("key", "caption", *CONDITION_COLUMNS)},
         "latent": bytes_column(list(latents)) if isinstance(latents, np.ndarray) else latents,
+        "references": pa.nulls(count, pa.large_binary()) if references is None else references,
         **constant,
         "split": pa.array([split] * count, pa.string()),
     }
@@ -328,7 +341,8 @@ def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
         # Added where an older shard lacks it, unless the caller asked for other columns.
         if name not in table.column_names and (columns is None or name in columns):
             table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
-    return table
+    # In one order, so that shards of all ages can be joined
+    return table.select([name for name in SCHEMA.names if name in table.column_names])
 
 
 def read_raw(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:

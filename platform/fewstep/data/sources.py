@@ -11,10 +11,10 @@ import posixpath
 from collections.abc import Callable, Iterable, Sequence
 
 from fewstep.data.file_names import FileNames
-from fewstep.data.images import Size, fit, measure, open_image
 from fewstep.data.rows import INDEX, SPLIT_FOLDERS, Collected, Source
 from fewstep.data.tables import TABLE_SUFFIXES, Columns, RowError, table_rows
 from fewstep.errors import UserError
+from fewstep.images import Size, fit, measure, open_image
 from fewstep.storage import Storage
 
 # The functions for images are found here too, by those who know them from before fewstep 0.2.
@@ -40,7 +40,8 @@ def image_folder(
         folder: local, or s3://.
         captions: the table, of any kind that `table_rows` reads; None looks for metadata.* or captions.* in the folder
             or, where there is none, in the folders in it, however deep. Columns `file` (`file_name`, `image`),
-            relative to the table's own folder or to `folder`, and `caption` (`text`, `prompt`).
+            relative to the table's own folder or to `folder`, and `caption` (`text`, `prompt`); for editing also
+            `reference` (`references`), a file or a list of files, as many in each row.
         held_out: share of the images, chosen by a hash of their names, that goes into the held-out split. Where some
             lie in a folder for training and some in one for validation or test, the folders decide.
         columns: where files and captions are; None looks for the usual names.
@@ -74,14 +75,13 @@ def image_folder(
             try:
                 written = row.text(columns.files, "file")
                 caption = row.caption(columns, written)
-                if (file := found.find(written, own)) is None:
-                    place = f"{storage.root}/{own}".rstrip("/")
-                    raise RowError("missing file", f"there is no {written} in {place}{found.hint(written)}")
+                file = _file_named(written, own, found)
+                references = [_file_named(name, own, found) for name in row.references()]
             except RowError as error:
                 collected.reject(error.at(row.where))
                 continue
             told = SPLIT_FOLDERS.get(file.partition("/")[0].casefold())
-            collected.add(file, caption, row.where, file=file, told=told)
+            collected.add(file, caption, row.where, file=file, told=told, references=references)
     # An image with several captions is several rows; keys have to be unique.
     collected.number_repeated()
     pictures = sum(file.lower().endswith(PICTURE_SUFFIXES) for file in files)
@@ -89,6 +89,18 @@ def image_folder(
     if idle := pictures - sum(name.lower().endswith(PICTURE_SUFFIXES) for name in used.to_pylist()):
         collected.notes.append(f"{idle} pictures in {storage.root} are in no usable row of the table")
     return collected.source("folder", ", ".join(tables), held_out, storage)
+
+
+def _file_named(written: str, folder: str, files: FileNames) -> str:
+    """The file that a table in a folder means.
+
+    Raises:
+        RowError: there is none.
+    """
+    if (file := files.find(written, folder)) is None:
+        place = f"{files.root}{folder}".rstrip("/")
+        raise RowError("missing file", f"there is no {written} in {place}{files.hint(written)}")
+    return file
 
 
 def prompts(paths: Sequence[str], *, held_out: float, columns: Columns | None = None) -> Source:
@@ -125,6 +137,30 @@ def prompts(paths: Sequence[str], *, held_out: float, columns: Columns | None = 
         "repeated prompt", lambda caption, place: f"{caption[:80]} stands at {place} already"
     )
     return collected.source("prompts", ", ".join(paths), held_out)
+
+
+def prompt_list(path: str, tell: Callable[[str], None] = lambda note: None) -> list[str]:
+    """The prompts of a file, in order and with repetitions, for generating.
+
+    Args:
+        path: as of `prompts`.
+        tell: is called with what the user should know, such as rows that can't be used.
+
+    Raises:
+        UserError: the file doesn't exist, or has no usable row.
+    """
+    found, faults = list[str](), list[str]()
+    for row in table_rows(path, tell=tell):
+        try:
+            found.append(row.caption(Columns()))
+        except RowError as error:
+            rejection = error.at(row.where)
+            faults.append(f"{rejection.where}: {rejection.detail}")
+    if faults:
+        tell(f"{len(faults)} rows can't be used and are left out, the first: {faults[0]}")
+    if not found:
+        raise UserError(f"there is no usable prompt in {path}: give a line, or a row, for each.")
+    return found
 
 
 def _tables(storage: Storage, files: Iterable[str], tell: Callable[[str], None]) -> list[str]:

@@ -25,7 +25,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +49,7 @@ from fewstep.data.schema import DatasetInfo, Encoding, read_raw, read_shard
 from fewstep.data.seeds import stable_hash
 from fewstep.data.stream_config import OPEN_SHARDS, Reading
 from fewstep.errors import UserError
-from fewstep.models.conditioning import Conditioning
+from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.storage import Storage
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Batch:
 
     Attributes:
         latent: (B, C, H, W), float32 unless it was asked for as it is stored; None in datasets of prompts alone.
-        conditioning: texts, padded to the longest of the batch, or classes.
+        conditioning: texts, padded to the longest of the batch, also with reference images; or classes.
         captions: B captions.
         keys: B keys of rows.
         shape: (C, H, W) of the latents or, for prompts without images, of those to generate.
@@ -108,12 +108,29 @@ class Batch:
         """
         shape: Shape = tuple(rows[name][0].as_py() for name in ("channels", "height", "width"))
         latent = latents_of(rows, encoding, stored=stored)
+        conditioning = conditioning_of(rows, encoding, stored=stored)
+        references = latents_of(rows, encoding, stored=stored, name="references")
+        if references is not None:
+            images = references.view(len(rows), encoding.references, *shape).unbind(1)
+            conditioning = replace(cast(TextConditioning, conditioning), references=images)
         return cls(
             None if latent is None else latent.view(len(rows), *shape),
-            conditioning_of(rows, encoding, stored=stored),
+            conditioning,
             rows["caption"].to_pylist(),
             rows["key"].to_pylist(),
             shape,
+        )
+
+    def head(self, count: int) -> Batch:
+        """The first examples."""
+        latent = None if self.latent is None else self.latent[:count]
+        conditioning = self.conditioning[slice(count)]
+        return replace(
+            self,
+            latent=latent,
+            conditioning=conditioning,
+            captions=self.captions[:count],
+            keys=self.keys[:count],
         )
 
     def to(self, device: torch.device) -> Batch:

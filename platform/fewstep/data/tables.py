@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # counts.
 FILE_COLUMNS = ("file", "file_name", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+REFERENCE_COLUMNS = ("reference", "references")
+"""Names of the columns for the files of reference images; a cell may hold a list of them."""
 
 PARQUET_ROWS = 4096
 """Rows of a Parquet file that are read at a time."""
@@ -132,6 +134,19 @@ class Row:
         return found[
             stable_hash(columns.seed, f"caption/{chr(10).join(found) if name is None else name}") % len(found)
         ]
+
+    def references(self) -> list[str]:
+        """The files of the row's reference images, in order; none where it has no such column or an empty one.
+
+        Raises:
+            RowError: what is there is no text.
+        """
+        found = []
+        for column in REFERENCE_COLUMNS:
+            value = self.values.get(column)
+            several = value if isinstance(value, list | tuple) else [value]
+            found += [name for entry in several if (name := _text(entry, column, "reference")) is not None]
+        return found
 
     def _value(self, column: str) -> Any:
         """A column's value; where there is no such column, the field of a structure that its name with dots means."""
@@ -253,7 +268,7 @@ class _TableReading:
     def known(self) -> set[str]:
         """All names of columns that matter; of a field of a structure, also the structure's."""
         names = {column for group in self.needed for column in group}
-        return names | {name.partition(".")[0] for name in names}
+        return names | {name.partition(".")[0] for name in names} | {*REFERENCE_COLUMNS}
 
     def check(self, columns: Collection[str], remedy: str = "rename the one that is meant") -> None:
         """Refuse a table whose columns can't do; `remedy` ends the message.

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.config import Config
-from fewstep.distill.result import BatchGenerators, LossResult, draw_noise, draw_times
+from fewstep.distill.result import BatchGenerators, LossResult, draw_noise, draw_times, sample_rms
 from fewstep.draws import uniform
 from fewstep.flow import SamplerConfig
 from fewstep.policies import Policy, mean_velocity, rollout
@@ -92,11 +92,11 @@ def imitation_loss(
     x_src = torch.lerp(x_0, draw_noise(x_0, generator), sigma_src.view(-1, *[1] * (x_0.ndim - 1)))
 
     policy = student(x_src, sigma_src)
-    per_sample, _ = segment_errors(
+    per_sample, last = segment_errors(
         policy, teacher, x_src, raw_src, segment_size, generator, sampler, config, ratio
     )
     per_sample = config.loss_scale * per_sample
-    return LossResult(per_sample.mean(), per_sample.detach(), raw_t)
+    return LossResult(per_sample.mean(), per_sample.detach(), raw_t, sample_rms(last.x))
 
 
 def imitation_walk(
@@ -139,7 +139,8 @@ def imitation_walk(
         walker = explored if config.explored_walk else own
         with torch.no_grad():
             x, _ = rollout(walker.policy, walker.x, walker.raw, lower.expand(batch), shift, sampler.substeps)
-        yield LossResult(float(upper - lower) * per_sample.mean(), per_sample.detach(), raw_src)
+        weighted = float(upper - lower) * per_sample.mean()
+        yield LossResult(weighted, per_sample.detach(), raw_src, sample_rms(x))
 
 
 def segment_errors(

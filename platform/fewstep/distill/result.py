@@ -18,11 +18,19 @@ class LossResult:
         loss: scalar with gradient: the mean of `per_sample`, in a walk multiplied by the segment's size.
         per_sample: loss of each sample, (B,), detached.
         raw_t: raw time of each sample, (B,), in (0, 1].
+        state_rms: root mean square of the last state that each sample's rollout reached, (B,); None where there are no
+            rollouts.
     """
 
     loss: Tensor
     per_sample: Tensor
     raw_t: Tensor
+    state_rms: Tensor | None = None
+
+
+def sample_rms(x: Tensor) -> Tensor:
+    """Root mean square of each sample of a batch (B, …), as (B,), without gradient."""
+    return torch.linalg.vector_norm(x.detach().float().flatten(1), dim=1) / x[0].numel() ** 0.5
 
 
 BatchGenerators = torch.Generator | SampleGenerators

@@ -1,7 +1,7 @@
 """Encoders of texts and classes to conditions, and autoencoders between images and latents."""
 
 from fewstep.config import MAX_TOKENS, Offload, Shape
-from fewstep.encoders.autoencoders import GREY, PIXEL, Autoencoder, load_autoencoder
+from fewstep.encoders.autoencoders import GREY, PIXEL, Autoencoder, encode_each, load_autoencoder
 from fewstep.encoders.base import LABELS, MINILM, ConditionEncoder, as_stored
 from fewstep.encoders.registry import encoder_widths, load_encoder
 
@@ -16,6 +16,7 @@ __all__ = [
     "Offload",
     "Shape",
     "as_stored",
+    "encode_each",
     "encoder_widths",
     "load_autoencoder",
     "load_encoder",

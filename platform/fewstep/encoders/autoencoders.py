@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.assets import expanded
+from fewstep.assets import bundled_folder, expanded
 from fewstep.config import Precision, Shape
 from fewstep.errors import UserError
 from fewstep.models.devices import free_bytes
@@ -22,6 +23,10 @@ PIXEL = "pixel"
 
 GREY = "grey"
 """Name of the autoencoder whose latents are the pixels' brightness, a single channel."""
+
+
+BUNDLED_AUTOENCODERS = {"emoji64": "emoji64_autoencoder"}
+"""Names of the bundled autoencoders → their folders in the assets."""
 
 
 class Autoencoder(Protocol):
@@ -42,6 +47,14 @@ class Autoencoder(Protocol):
         """Latents (B, C, h, w) → images (B, H, W, 3) uint8 on the CPU."""
 
 
+def encode_each(autoencoder: Autoencoder, images: np.ndarray) -> Tensor:
+    """Images (N, H, W, 3) uint8 → latents (N, C, h, w) float32 on the CPU.
+
+    Each is encoded by itself, so that its latent does not depend on the others.
+    """
+    return torch.cat([autoencoder.encode(torch.tensor(image[None])) for image in images])
+
+
 class PixelAutoencoder:
     """Pixels as latents, x = pixel / 127.5 − 1: three channels or, for grey images, their mean as a single one."""
 
@@ -58,7 +71,7 @@ class PixelAutoencoder:
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, H, W, 3) uint8 → latents (B, C, H, W) float32 in [−1, 1]."""
-        signed = _signed(images)  # (B, 3, H, W)
+        signed = signed_pixels(images)  # (B, 3, H, W)
         return signed.mean(1, keepdim=True) if self._channels == 1 else signed
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -109,7 +122,7 @@ class KLAutoencoder:
         """Images (B, H, W, 3) uint8 → latents (B, C, h, w) float32 on the CPU, in the network's units."""
         parts = []
         for part in images.split(max(1, PIXELS_ENCODED // images[0, ..., 0].numel())):
-            pixels = _signed(part).to(self._model.device, self._model.dtype)
+            pixels = signed_pixels(part).to(self._model.device, self._model.dtype)
             parts.append(self._normalised(self._mode(pixels).float()).cpu())
         return torch.cat(parts)
 
@@ -385,8 +398,10 @@ def place_of(name: str) -> tuple[str, str | None, int | None]:
     """Folder or hub id of an autoencoder by its name, the folder in it, and the number of latent frames of its videos.
 
     Raises:
-        UserError: the number of frames is none.
+        UserError: the number of frames is none, or this installation lacks the bundled autoencoder.
     """
+    if name in BUNDLED_AUTOENCODERS:
+        return str(bundled_folder(name, BUNDLED_AUTOENCODERS)), None, None
     place, _, rest = name.partition(":")
     subfolder, colon, frames = rest.partition(":")
     if colon and not (frames.isascii() and frames.isdigit() and int(frames)):
@@ -407,8 +422,8 @@ def load_autoencoder(
     """Load an autoencoder.
 
     Args:
-        name: "pixel", "grey", or the folder or hub id of one of `KINDS`; with `:vae` behind it, that of a pipeline;
-            with `:vae:21`, that of videos of 21 latent frames.
+        name: "pixel", "grey", a bundled one's, or the folder or hub id of one of `KINDS`; with `:vae` behind it, that
+            of a pipeline; with `:vae:21`, that of videos of 21 latent frames.
         device: where it runs.
         precision: how its weights are held and in what it computes, "float32" (also None) or "bfloat16". Latents are
             float32 in either. Pixels as latents have no weights, and ignore it.
@@ -449,7 +464,8 @@ def load_autoencoder(
     except (OSError, ValueError) as error:
         raise UserError(
             f"the autoencoder {name!r} can't be loaded ({str(error).splitlines()[0][:200]}): give {PIXEL!r}, {GREY!r}, "
-            "a folder of a diffusers AutoencoderKL (`folder:vae` for a pipeline's), or a hub id."
+            f"{', '.join(map(repr, BUNDLED_AUTOENCODERS))}, a folder of a diffusers AutoencoderKL (`folder:vae` for a "
+            "pipeline's), or a hub id."
         ) from error
     model = model.eval().requires_grad_(False).to(device)
     if precision == "bfloat16":
@@ -483,13 +499,13 @@ def _on_white(pixels: Tensor) -> Tensor:
     return 1 + (colours - 1) * (alpha + 1) / 2
 
 
-def _signed(images: Tensor) -> Tensor:
+def signed_pixels(images: Tensor) -> Tensor:
     """Images (B, H, W, 3) uint8 → (B, 3, H, W) float32 in [−1, 1]."""
     return images.movedim(-1, 1).float() / 127.5 - 1
 
 
 def _pixels(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [−1, 1] → images (B, H, W, 3) uint8, clamped; the exact inverse of `_signed`."""
+    """(B, 3, H, W) in [−1, 1] → images (B, H, W, 3) uint8, clamped; the exact inverse of `signed_pixels`."""
     return (
         ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().contiguous()
     )

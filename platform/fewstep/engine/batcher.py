@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, Literal, TypeVar
 
+from fewstep.engine.caller import ANYBODY, Caller, FairShares
+
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,19 +23,6 @@ class Turn(Enum):
     """The item needs another turn."""
 
 
-class Overloaded(Exception):
-    """More items would wait than the bound allows.
-
-    Attributes:
-        pending: items that wait now.
-        limit: the bound.
-    """
-
-    def __init__(self, pending: int, limit: int) -> None:
-        super().__init__(pending, limit)
-        self.pending, self.limit = pending, limit
-
-
 @dataclass(eq=False)
 class Waiting(Generic[Item, Result]):
     """One item of the queue, and the promise of its result."""
@@ -42,6 +31,8 @@ class Waiting(Generic[Item, Result]):
     """What is to be computed."""
     result: asyncio.Future[Result]
     """Set when it is computed; cancelled when its caller no longer waits."""
+    caller: Caller = ANYBODY
+    """Who asked for it."""
     arrived: float = field(default_factory=time.monotonic)
     """When it was submitted."""
 
@@ -63,16 +54,19 @@ class DynamicBatcher(Generic[Key, Item, Result]):
     the first item's batch. Items that need several turns keep their places in the queue, and arrivals join them between
     two turns instead of waiting for their end. Belongs to one event loop.
 
-    Items of some keys may cost more than others'. Keys take turns, and one whose items cost w times as much gets one
-    turn where another gets w (weighted fair queueing), so that all waiting items are given equal work and none starves.
-    Both bounds count an item as its cost: so a turn is bounded, and so is the work that an arrival can find before it.
+    A turn of some keys' items takes more work than of others'. Keys take turns, and one whose items take w times as
+    much gets one turn where another gets w (weighted fair queueing), so that all waiting items are given equal work and
+    none starves. The limit of a batch counts an item as its work, so that a turn is bounded.
+
+    Callers come before keys: the next turn is of a key of the caller who is next by `FairShares`, and the places of its
+    batch go to callers in that order, each caller's items by age. So what a caller waits for does not depend on how
+    much others ask for, nor on how many kinds of items.
 
     Args:
         run: computes a batch; gets its key and its items, gives one result per item, or `Turn.UNFINISHED`.
-        max_batch_size: largest cost of a batch of several items; an item that costs more is a batch by itself.
+        max_batch_size: most work of a batch of several items; an item of more is a batch by itself.
         max_wait_s: how long an idle worker waits for a first item's batch to fill.
-        max_pending: bound on the cost of waiting items.
-        cost: of an item of this key, at least 1.
+        work: of one turn of an item of this key, at least 1.
     """
 
     def __init__(
@@ -83,16 +77,16 @@ class DynamicBatcher(Generic[Key, Item, Result]):
         *,
         max_batch_size: int,
         max_wait_s: float,
-        max_pending: int,
-        cost: Callable[[Key], float] = lambda key: 1.0,
+        work: Callable[[Key], float] = lambda key: 1.0,
     ) -> None:
-        self.max_batch_size, self.max_wait_s, self.max_pending = max_batch_size, max_wait_s, max_pending
-        self._run, self._cost = run, cost
+        self.max_batch_size, self.max_wait_s = max_batch_size, max_wait_s
+        self._run, self._work_of = run, work
         self._queues: dict[Key, list[Waiting[Item, Result]]] = {}
-        # The key with the least of these has the next turn: an item's share of all work when the key came, and the
-        # costs of its turns since then and of the next. `_share` is the share of one that had been there always.
+        # The key with the least of these is due: an item's share of all work when the key came, and the work of an
+        # item's turns since then and of its next. `_share` is the share of one that had been there always.
         self._due: dict[Key, float] = {}
         self._share = 0.0
+        self._shares = FairShares()
         self._running: Key | None = None
         self._arrival = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -102,26 +96,16 @@ class DynamicBatcher(Generic[Key, Item, Result]):
         """Items that wait for a batch, or for their next turn."""
         return sum(map(len, self._queues.values()))
 
-    @property
-    def pending_cost(self) -> float:
-        """Cost of these items."""
-        return sum(self._cost(key) * len(queue) for key, queue in self._queues.items())
-
-    async def submit(self, key: Key, items: Sequence[Item]) -> list[Result]:
+    async def submit(self, key: Key, items: Sequence[Item], caller: Caller = ANYBODY) -> list[Result]:
         """Results of `items`, in order; they may be computed in different batches.
 
         Cancelling the call takes items that still wait out of the queue.
-
-        Raises:
-            Overloaded: they would not all fit in the queue; none is taken then.
         """
-        if self.pending_cost + self._cost(key) * len(items) > self.max_pending:
-            raise Overloaded(self.pending, self.max_pending)
         # Not in the constructor: a task needs the event loop that will run it.
         if self._worker is None:
             self._worker = asyncio.create_task(self._work(), name="fewstep-batcher")
         loop = asyncio.get_running_loop()
-        entries = [Waiting[Item, Result](item, loop.create_future()) for item in items]
+        entries = [Waiting[Item, Result](item, loop.create_future(), caller) for item in items]
         self._enqueue(key, self._queues.get(key, []) + entries)
         self._arrival.set()
         try:
@@ -143,8 +127,8 @@ class DynamicBatcher(Generic[Key, Item, Result]):
 
     def _enqueue(self, key: Key, queue: list[Waiting[Item, Result]]) -> None:
         self._queues[key] = queue
-        # Due after the cost of its first turn: a caller who asks for one thing after the other pays for each of them.
-        self._due.setdefault(key, self._share + self._cost(key))
+        # Due after the work of its first turn: a caller who asks for one thing after the other pays for each of them.
+        self._due.setdefault(key, self._share + self._work_of(key))
 
     def _forget_abandoned(self, key: Key) -> None:
         if key in self._queues:  # a batch that runs has taken its items out
@@ -156,25 +140,49 @@ class DynamicBatcher(Generic[Key, Item, Result]):
 
     def _most(self, key: Key) -> int:
         """Most items of a batch of this key."""
-        return max(1, int(self.max_batch_size / self._cost(key)))
+        return max(1, int(self.max_batch_size / self._work_of(key)))
 
     async def _work(self) -> None:
         while True:
             await self._gather()
             # Until all is done no batch waits to fill: what arrives meanwhile joins at the next turn anyway.
             while self._queues:
-                key = min(self._queues, key=self._due.__getitem__)
-                queue, most = self._queues.pop(key), self._most(key)
-                batch, rest = queue[:most], queue[most:]
+                key = self._next_key()
+                batch = self._take_batch(key)
                 self._running = key
-                self._due[key] += self._cost(key)
-                self._share += self._cost(key) / len(self._due)
-                if rest:
-                    self._enqueue(key, rest)  # last of the keys that are due then
                 await self._run_turn(key, batch)
                 self._running = None
                 if key not in self._queues:
                     del self._due[key]
+
+    def _next_key(self) -> Key:
+        """Whose turn it is: of the caller who is next, the key that is due."""
+        keys: dict[Caller, dict[Key, None]] = {}
+        for key, queue in self._queues.items():
+            for entry in queue:
+                keys.setdefault(entry.caller, {})[key] = None
+        self._shares.begin_turn(keys)
+        return min(keys[self._shares.next(keys)], key=self._due.__getitem__)
+
+    def _take_batch(self, key: Key) -> list[Waiting[Item, Result]]:
+        """Take a key's next batch out of its queue, and count its turn."""
+        queue, most, work = self._queues.pop(key), self._most(key), self._work_of(key)
+        of_callers: dict[Caller, list[Waiting[Item, Result]]] = {}
+        for entry in reversed(queue):  # the oldest last, where it is taken from
+            of_callers.setdefault(entry.caller, []).append(entry)
+        batch: list[Waiting[Item, Result]] = []
+        while of_callers and len(batch) < most:
+            caller = self._shares.next(of_callers)
+            self._shares.charge(caller, work, turn=most * work)
+            batch.append(of_callers[caller].pop())
+            if not of_callers[caller]:
+                del of_callers[caller]
+        self._due[key] += work
+        self._share += work / len(self._due)
+        taken = set(batch)
+        if rest := [entry for entry in queue if entry not in taken]:
+            self._enqueue(key, rest)  # last of the keys that are due then
+        return batch
 
     async def _gather(self) -> None:
         """Wait, idle, for a first item, and then for its batch to fill or its wait to end."""

@@ -17,7 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.engine.batcher import DynamicBatcher, Overloaded, Turn, Waiting
+from fewstep.engine.admission import Admission
+from fewstep.engine.batcher import DynamicBatcher, Turn, Waiting
+from fewstep.engine.caller import ANYBODY, Caller
 from fewstep.engine.generation import BatchKey, EvaluationReport, GeneratedImage, Generation, StepPreview
 from fewstep.engine.models import Abandoned
 from fewstep.engine.stages import LocalStages, Stages, tensor_thread
@@ -29,10 +31,10 @@ class Engine:
     """Batches generations and runs the network in one worker thread. Belongs to one event loop.
 
     Args:
-        max_batch_size: most images of a batch, of the size that their model was trained at; larger ones count as
-            `Generation.cost` says.
+        max_batch_size: most images of a batch, of the size that their model was trained at; others count as
+            `BatchKey.work` says.
         max_wait_s: how long an idle worker waits for a batch to fill.
-        max_pending: bound on waiting images, counted likewise.
+        max_pending_work: bound on the work under way, counted as `Generation.work`.
         stages: where captions are encoded and latents decoded; in threads of this process by default.
         on_evaluation: told of each network evaluation, in the worker thread.
     """
@@ -42,21 +44,16 @@ class Engine:
         *,
         max_batch_size: int = 16,
         max_wait_s: float = 0.0,
-        max_pending: int = 256,
+        max_pending_work: float = 4096,
         stages: Stages | None = None,
         on_evaluation: Callable[[EvaluationReport], None] = lambda report: None,
     ) -> None:
-        self.max_pending = max_pending
         self._stages, self._on_evaluation = stages or LocalStages(), on_evaluation
-        self._encoding, self._encoding_cost = 0, 0.0
+        self.admission = Admission(max_pending_work)
+        self._encoding = 0
         self._thread = tensor_thread("network")
-        # No bound of its own: `generate` already counts what waits here together with what is being encoded.
         self.batcher: DynamicBatcher[BatchKey, Generation, float] = DynamicBatcher(
-            self._run,
-            max_batch_size=max_batch_size,
-            max_wait_s=max_wait_s,
-            max_pending=1 << 30,
-            cost=lambda key: key.cost,
+            self._run, max_batch_size=max_batch_size, max_wait_s=max_wait_s, work=lambda key: key.work
         )
 
     @property
@@ -64,37 +61,42 @@ class Engine:
         """Images that wait for their caption to be encoded, or for an evaluation."""
         return self._encoding + self.batcher.pending
 
-    async def generate(self, generations: Sequence[Generation]) -> list[GeneratedImage]:
+    async def generate(
+        self, generations: Sequence[Generation], caller: Caller = ANYBODY
+    ) -> list[GeneratedImage]:
         """Generate images, in order. Cancelling the call stops them at their next evaluation.
 
         Args:
             generations: fresh ones, of one model and one size, all by the student or all by the teacher.
+            caller: who asks; see `Admission` and `FairShares` for what becomes of callers that ask for too much.
 
         Raises:
             UserError: a caption that the model can't take.
-            Overloaded: the queue is full.
+            Overloaded: there is too much work under way.
+            NotBegun: no evaluation began within the time that the caller allows.
             ValueError: generations that can't share a batch.
         """
         key, *others = dict.fromkeys(generation.key for generation in generations)
         if others:
             raise ValueError("generations of one call must have one model, one size and one sampler")
         # Before any work is done for them, so that refusing stays cheap when there is too much work.
-        cost = key.cost * len(generations)
-        if self._encoding_cost + self.batcher.pending_cost + cost > self.max_pending:
-            raise Overloaded(self.pending, self.max_pending)
-        begin = time.perf_counter()
-        self._encoding, self._encoding_cost = self._encoding + len(generations), self._encoding_cost + cost
-        try:
-            encoded = await self._stages.encode(key.model, [generation.caption for generation in generations])
-        finally:
-            self._encoding, self._encoding_cost = (
-                self._encoding - len(generations),
-                self._encoding_cost - cost,
-            )
-        encode_s = time.perf_counter() - begin
-        for generation, conditioning in zip(generations, encoded, strict=True):
-            generation.begin(conditioning)
-        generate_s = await self.batcher.submit(key, generations)
+        async with self.admission.admit(caller, sum(one.work for one in generations)) as place:
+            begin = time.perf_counter()
+            self._encoding += len(generations)
+            try:
+                encoded = await self._stages.encode(key.model, [one.caption for one in generations], caller)
+                # All images of a request share its edit.
+                edits = dict.fromkeys(one.edit for one in generations if one.edit is not None)
+                latents = {
+                    edit: await self._stages.encode_images(key.model, edit.references) for edit in edits
+                }
+            finally:
+                self._encoding -= len(generations)
+            encode_s = time.perf_counter() - begin
+            for generation, conditioning in zip(generations, encoded, strict=True):
+                references = None if generation.edit is None else latents[generation.edit]
+                generation.begin(conditioning, place, references)
+            generate_s = await self.batcher.submit(key, generations, caller)
         begin = time.perf_counter()
         # Together, although they may have ended in different batches: one call of the decoder per request.
         pixels = await self._stages.decode(
@@ -116,11 +118,15 @@ class Engine:
     ) -> list[float | Literal[Turn.UNFINISHED]]:
         """One evaluation of a batch; gives, of each image that is finished, the seconds since it was submitted."""
         loop = asyncio.get_running_loop()
+        for entry in batch:
+            entry.item.place.begin()
         # In a thread: the event loop goes on taking requests while the network works.
         try:
             clean = await loop.run_in_executor(self._thread, self._evaluate, key, batch)
         except Abandoned:  # by all: nobody gets this answer
             return [Turn.UNFINISHED] * len(batch)
+        for entry in batch:
+            entry.item.place.work_left -= key.work
         if clean is not None:
             watched = [(entry, show) for entry in batch if (show := entry.item.on_preview) is not None]
             pixels = await self._stages.decode(key.model, clean)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 
 from fewstep.config import PartsConfig, Precision
 from fewstep.engine.in_flight import InFlight
-from fewstep.engine.source import ModelSource
+from fewstep.engine.source import ModelSource, Track
 from fewstep.errors import UserError
 from fewstep.models.devices import free_dropped_networks
 from fewstep.models.precision import check_precision, held_bytes, pipeline_arguments
@@ -39,8 +40,12 @@ COMPILED = "_torchdynamo_orig_callable"
 """Attribute that torch.compile gives to the functions it returns."""
 
 
+ModelKey = tuple[str, Track]
+"""What a store keeps a model by: its name, and which of the versions of that name it is."""
+
+
 class UnknownModel(Exception):
-    """No model of that name is configured."""
+    """No model of that name is configured, or no canary of it."""
 
 
 class Stopwatch:
@@ -133,7 +138,7 @@ class LoadedModel:
     pipeline: FewStepPipeline
     """The student with all that it needs to generate."""
     nbytes: int = field(init=False)
-    """Of the network's weights."""
+    """Of the network's weights, and of its style LoRAs."""
     stopwatch: Stopwatch = field(init=False)
     """Of its network."""
     interruption: Interruption = field(init=False)
@@ -141,7 +146,7 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         network = self.pipeline.network
-        self.nbytes = held_bytes(network)
+        self.nbytes = held_bytes(network) + styles_bytes(self.pipeline)
         transformer = _transformer(self.pipeline)
         self.stopwatch = Stopwatch(transformer, self.pipeline.device)
         self.interruption = Interruption(transformer)
@@ -163,6 +168,11 @@ class LoadedModel:
             UserError: the model can't take that size.
         """
         return self.pipeline.latent_shape(*(size or ()))
+
+
+def styles_bytes(pipeline: FewStepPipeline) -> int:
+    """Bytes of a pipeline's style LoRAs."""
+    return sum(style.nbytes for style in pipeline.styles.values())
 
 
 def compile_network(pipeline: FewStepPipeline, how: Compiled) -> None:
@@ -215,7 +225,10 @@ class ModelStore:
         self._tracking_uri, self._device = tracking_uri, device
         self._memory_bytes, self._compile, self._whole = memory_bytes, compile, whole
         self._precision, self._parts = check_precision(precision), parts or PartsConfig()
-        self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
+        self._tracks = _tracks(self.sources)
+        self._loaded: OrderedDict[ModelKey, LoadedModel] = OrderedDict()
+        self.stuck: dict[ModelKey, str] = {}
+        """Key of a model that could not follow its alias when it was last looked up → why."""
         self._loading = InFlight(self._load_and_install)
         self._failed: dict[str, float] = {}
         # One thread: two models that load at once would need the memory of both before one could leave.
@@ -231,31 +244,45 @@ class ModelStore:
         """Models in memory, the least recently used first."""
         return list(self._loaded.values())
 
-    async def get(self, name: str) -> LoadedModel:
+    def in_memory(self, name: str, track: Track = "stable") -> LoadedModel | None:
+        """The model of that name; None where it is not loaded."""
+        return self._loaded.get((name, track))
+
+    async def get(self, name: str, track: Track = "stable") -> LoadedModel:
         """The model of that name, loaded if it is not.
+
+        Args:
+            name: of the model.
+            track: which of its versions.
 
         Raises:
             UnknownModel: none is configured.
             UserError: it can't be loaded.
         """
+        key = name, track
         # A loop, because another source may have been offered under the name while the old one loaded.
-        while name not in self._loaded:
-            if name not in self.sources:
+        while key not in self._loaded:
+            if key not in self._tracks:
                 raise UnknownModel(name)
-            await self._loading(self.sources[name])
-        self._loaded.move_to_end(name)
-        return self._loaded[name]
+            await self._loading((key, self._tracks[key]))
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
 
-    async def version(self, name: str) -> str | None:
+    async def version(self, name: str, track: Track = "stable") -> str | None:
         """The exact version that requests for `name` get now; None where only fetching the weights would tell.
+
+        Args:
+            name: of the model.
+            track: which of its versions.
 
         Raises:
             UserError: the source can't be reached.
         """
-        if name in self._loaded:
-            return self._loaded[name].version
+        if (model := self.in_memory(name, track)) is not None:
+            return model.version
         # Not in the thread that loads: who asks what is on offer need not wait until another model is in memory.
-        return await asyncio.to_thread(current_version, self.sources[name].source, self._tracking_uri)
+        source = self._tracks[name, track].source
+        return await asyncio.to_thread(current_version, source, self._tracking_uri)
 
     async def follow_aliases(self) -> list[LoadedModel]:
         """Look aliases of loaded models up, and replace those that have moved; returns the new ones.
@@ -263,16 +290,18 @@ class ModelStore:
         A registry out of reach, or a version that does not load, leaves the old one in service.
         """
         replaced = []
-        for name in list(self._loaded):  # a copy: requests may load models between two look-ups
-            source = self.sources.get(name)
+        for key in list(self._loaded):  # a copy: requests may load models between two look-ups
+            source = self._tracks.get(key)
             if source is None or not source.follows_alias:
                 continue
             try:
-                model = await self._follow(source)
+                model = await self._follow(key, source)
             except UserError as error:
-                log.warning("model %s stays at the version it has: %s", name, error)
+                log.warning("model %s (%s) stays at the version it has: %s", *key, error)
+                self.stuck[key] = str(error)
                 continue
-            if model is not None and self._loaded.get(name) is model:
+            self.stuck.pop(key, None)
+            if model is not None and self._loaded.get(key) is model:
                 replaced.append(model)
         if replaced:
             await self._in_thread(free_dropped_networks)
@@ -281,52 +310,59 @@ class ModelStore:
     async def offer(self, sources: Mapping[str, ModelSource]) -> None:
         """Change what is offered, all at once: until what is needed of it has been loaded, nothing changes.
 
-        That is the default, and what is in memory and gets another source; these take their places at once. Models that
-        are no longer offered are dropped, others are loaded when asked for.
+        That is the default, and what is in memory and gets another source, with their canaries; these take their places
+        at once. Models that are no longer offered are dropped, others are loaded when asked for.
 
         Raises:
             UserError: one of them can't be loaded; what was offered remains.
         """
-        needed = [
-            source
-            for name, source in sources.items()
-            if (name not in self._loaded and name == next(iter(sources)))
-            or (name in self._loaded and source != self.sources[name])
-        ]
-        models = [await self._in_thread(self._load, source) for source in needed]
-        for name in list(self._loaded):
-            if sources.get(name) != self.sources.get(name):
-                del self._loaded[name]
-        self.sources = dict(sources)
-        for model in reversed(models):  # the default last: it leaves a full memory last
-            self._install(model)
-        del models
+        tracks = _tracks(sources)
+        used = {next(iter(sources)), *(name for name, _ in self._loaded)}
+        needed = {
+            key: source
+            for key, source in tracks.items()
+            if key[0] in used and (key not in self._loaded or source != self._tracks[key])
+        }
+        # A canary that takes the place of the first version is in memory already.
+        there = {self._tracks[key]: model for key, model in self._loaded.items()}
+        models = {
+            key: there.get(source) or await self._in_thread(self._load, source)
+            for key, source in needed.items()
+        }
+        for key in list(self._loaded):
+            if tracks.get(key) != self._tracks.get(key):
+                del self._loaded[key]
+        self.sources, self._tracks = dict(sources), tracks
+        for key, model in reversed(models.items()):  # the default last: it leaves a full memory last
+            self._install(key, model)
+        del models, there
         await self._in_thread(free_dropped_networks)
 
-    async def _follow(self, source: ModelSource) -> LoadedModel | None:
+    async def _follow(self, key: ModelKey, source: ModelSource) -> LoadedModel | None:
         """Load the version that a source's alias names now; None where it is in memory, or failed a moment ago."""
         version = await self._in_thread(current_version, source.source, self._tracking_uri)
         # While that was looked up, the model may have left memory: then the next request loads it anyway.
-        if source.name not in self._loaded or version == self._loaded[source.name].version:
+        if key not in self._loaded or version == self._loaded[key].version:
             return None
         if self._failed.get(version, 0) > time.monotonic():
             return None
         try:
-            return await self._loading(source)
+            return await self._loading((key, source))
         except UserError:
             self._failed[version] = time.monotonic() + FAILED_AGAIN_S
             raise
 
-    async def _load_and_install(self, source: ModelSource) -> LoadedModel:
+    async def _load_and_install(self, wanted: tuple[ModelKey, ModelSource]) -> LoadedModel:
         """Load a model; it takes its place unless another source was offered under its name meanwhile."""
+        key, source = wanted
         model = await self._in_thread(self._load, source)
-        if self.sources.get(source.name) == source:
-            self._install(model)
+        if self._tracks.get(key) == source:
+            self._install(key, model)
         return model
 
-    def _install(self, model: LoadedModel) -> None:
-        self._loaded[model.name] = model
-        self._loaded.move_to_end(model.name)
+    def _install(self, key: ModelKey, model: LoadedModel) -> None:
+        self._loaded[key] = model
+        self._loaded.move_to_end(key)
         if self._memory_bytes is None:
             return
         while len(self._loaded) > 1 and sum(m.nbytes for m in self.loaded) > self._memory_bytes:
@@ -354,10 +390,39 @@ class ModelStore:
                 parts=self._parts,
                 **pipeline_arguments(self._precision),
             )
+            self._load_loras(pipeline, source)
             compile_network(pipeline, self._compile)
             if self._whole:
                 # Loads encoder and autoencoder, and warms up: in the mode of the engine's evaluations, as what was
                 # compiled in another one would be compiled once more.
                 with torch.inference_mode():
-                    pipeline("", seed=0, num_inference_steps=1)
+                    blank = [np.zeros((*pipeline.size, 3), np.uint8)] * pipeline.card.references
+                    pipeline("", image=blank, seed=0, num_inference_steps=1)
         return LoadedModel(source.name, student.version, pipeline)
+
+    def _load_loras(self, pipeline: FewStepPipeline, source: ModelSource) -> None:
+        """Load a model's style LoRAs.
+
+        Raises:
+            UserError: one of them can't be used, they take too much memory, or the network is to be compiled.
+        """
+        if source.loras and self._compile:
+            raise UserError(
+                f"the model {source.name!r} has loras, which a compiled network can't take: set engine.compile to "
+                "false, or leave them out."
+            )
+        for lora in source.loras:
+            try:
+                pipeline.load_lora_weights(lora.source, lora.name, tracking_uri=self._tracking_uri)
+            except UserError as error:
+                raise UserError(f"the style {lora.name!r} of the model {source.name!r}: {error}") from None
+            if styles_bytes(pipeline) > source.max_lora_memory_mb * 2**20:
+                raise UserError(
+                    f"the style {lora.name!r} of the model {source.name!r}: with it they take "
+                    f"{styles_bytes(pipeline) / 2**20:.1f} MB, more than max_lora_memory_mb: raise it, or offer fewer."
+                )
+
+
+def _tracks(sources: Mapping[str, ModelSource]) -> dict[ModelKey, ModelSource]:
+    """All versions that are offered, in order."""
+    return {(name, track): one for name, source in sources.items() for track, one in source.tracks.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.encoders import ConditionEncoder
 from fewstep.engine.batcher import DynamicBatcher, Waiting
+from fewstep.engine.caller import Caller
 from fewstep.engine.models import LoadedModel
 from fewstep.models.conditioning import Conditioning
 
@@ -26,12 +27,16 @@ CAPTIONS_TOGETHER = 8
 class Stages(Protocol):
     """Encodes captions and decodes latents: in this process, or in others."""
 
-    async def encode(self, model: LoadedModel, captions: Sequence[str]) -> list[Conditioning]:
-        """Each caption encoded, B = 1, on the CPU.
+    async def encode(self, model: LoadedModel, captions: Sequence[str], caller: Caller) -> list[Conditioning]:
+        """Each caption encoded, B = 1, on the CPU; those of several callers in fair shares.
 
         Raises:
             UserError: a caption is too long, or no class of the model.
         """
+        ...
+
+    async def encode_images(self, model: LoadedModel, images: np.ndarray) -> Tensor:
+        """Reference images (N, H', W', 3) uint8 → latents (N, C, H, W) on the CPU, each encoded by itself."""
         ...
 
     async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
@@ -51,12 +56,13 @@ class PromptEncoder:
         self._thread = tensor_thread("encoder")
         self._remembered: OrderedDict[_Key, Conditioning] = OrderedDict()
         self._remembered_bytes = 0
-        # The engine bounds how many images wait, and with them the captions: no second bound here.
         self._batcher: DynamicBatcher[ConditionEncoder, str, Conditioning] = DynamicBatcher(
-            self._encode_batch, max_batch_size=CAPTIONS_TOGETHER, max_wait_s=0, max_pending=1 << 30
+            self._encode_batch, max_batch_size=CAPTIONS_TOGETHER, max_wait_s=0
         )
 
-    async def encode(self, encoder: ConditionEncoder, captions: Sequence[str]) -> list[Conditioning]:
+    async def encode(
+        self, encoder: ConditionEncoder, captions: Sequence[str], caller: Caller
+    ) -> list[Conditioning]:
         """Each caption encoded, B = 1, on the CPU.
 
         Raises:
@@ -66,7 +72,7 @@ class PromptEncoder:
         known = {caption: self._remembered.get(_key(encoder, caption)) for caption in captions}
         encoded = {caption: one for caption, one in known.items() if one is not None}
         if missing := [caption for caption in known if caption not in encoded]:
-            encoded |= zip(missing, await self._batcher.submit(encoder, missing), strict=True)
+            encoded |= zip(missing, await self._batcher.submit(encoder, missing, caller), strict=True)
         for caption in encoded:
             if (key := _key(encoder, caption)) in self._remembered:
                 self._remembered.move_to_end(key)  # the least recently used is forgotten first
@@ -107,13 +113,19 @@ class LocalStages:
     def __init__(self) -> None:
         self._encoder, self._decoder = PromptEncoder(), tensor_thread("decoder")
 
-    async def encode(self, model: LoadedModel, captions: Sequence[str]) -> list[Conditioning]:
+    async def encode(self, model: LoadedModel, captions: Sequence[str], caller: Caller) -> list[Conditioning]:
         """Each caption encoded, B = 1, on the CPU.
 
         Raises:
             UserError: a caption that the model's encoder can't take.
         """
-        return await self._encoder.encode(model.pipeline.text_encoder, captions)
+        return await self._encoder.encode(model.pipeline.text_encoder, captions, caller)
+
+    async def encode_images(self, model: LoadedModel, images: np.ndarray) -> Tensor:
+        """Reference images (N, H', W', 3) uint8 → latents (N, C, H, W) on the CPU, each encoded by itself."""
+        loop = asyncio.get_running_loop()
+        # In the decoder's thread, as both need the autoencoder.
+        return await loop.run_in_executor(self._decoder, model.pipeline.encode_images, images)
 
     async def decode(self, model: LoadedModel, latents: Tensor) -> np.ndarray:
         """(B, C, H, W) latents → (B, H', W', 3) uint8."""

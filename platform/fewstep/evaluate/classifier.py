@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewstep.assets import asset
 from fewstep.encoders import GREY, load_autoencoder
 from fewstep.encoders.labels import class_names
+from fewstep.evaluate.features import in_batches
 
 BUNDLED = {"labels:fashion-mnist": "fashion_classifier/model.safetensors"}
 """Label encoder's name → the weights of its classifier among the assets."""
@@ -82,7 +83,7 @@ class Classifier(nn.Module):
         return self.head(torch.from_numpy(features).to(self.head.weight.device)).argmax(1).cpu().numpy()
 
     def _batches(self, images: np.ndarray) -> Iterator[Tensor]:
-        for batch in torch.from_numpy(np.ascontiguousarray(images)).split(BATCH):
+        for batch in in_batches(images, BATCH):
             yield brightness_of(batch).to(self.head.weight.device)
 
 

@@ -95,11 +95,119 @@ def pixel_rmse(x: np.ndarray, y: np.ndarray) -> float:
 
 def diversity(x: np.ndarray) -> float:
     """Mean Euclidean distance of the features (N, D) of two different images of a set."""
+    return _mean_off_diagonal(_distances(x, x))
+
+
+def precision(generated: np.ndarray, real: np.ndarray, neighbours: int = 3) -> Estimate:
+    """Share of generated images that lie among the real ones (Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 2).
+
+    An image does if it is no further from some real image than that one's `neighbours`-th nearest real image. Recall
+    is the same with the two exchanged: the share of real images that lie among the generated ones.
+
+    Args:
+        generated, real: features, (N, D) and (M, D).
+        neighbours: k. Intervals take the neighbourhoods as given.
+    """
+    return share(np.any(_distances(generated, real) <= _radii(real, neighbours), axis=1))
+
+
+def density(generated: np.ndarray, real: np.ndarray, neighbours: int = 5) -> Estimate:
+    """How many real images' neighbourhoods a generated image lies in, of k (Naeem et al. 2020, arXiv 2002.09797).
+
+    Around 1 for two sets of one distribution, and above it for images that crowd where real ones do. Unlike
+    `precision` it does not count one far-off real image, with its large neighbourhood, as much as many near ones.
+
+    Args:
+        generated, real, neighbours: as for `precision`.
+    """
+    inside = (_distances(generated, real) <= _radii(real, neighbours)).sum(axis=1)
+    return mean(inside / neighbours)
+
+
+def coverage(generated: np.ndarray, real: np.ndarray, neighbours: int = 5) -> Estimate:
+    """Share of real images with a generated one in their neighbourhood (Naeem et al. 2020, arXiv 2002.09797).
+
+    Args:
+        generated, real, neighbours: as for `precision`.
+    """
+    return share(np.any(_distances(generated, real) <= _radii(real, neighbours), axis=0))
+
+
+def nearest(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row of features (N, D), the Euclidean distance to the nearest row of others (M, D), and which it is.
+
+    Returns:
+        (N,) float64 and (N,) int.
+    """
+    distances = _distances(x, y)
+    which = distances.argmin(axis=1)
+    return distances[np.arange(len(x)), which], which
+
+
+def nearer_than_unseen(distances: np.ndarray, unseen: np.ndarray, share_of_unseen: float = 0.05) -> Estimate:
+    """Share of generated images that are nearer to a training image than most real images are that nobody trained on.
+
+    Args:
+        distances: of generated images to the nearest training image, (N,).
+        unseen: the same of real images outside the training, (M,).
+        share_of_unseen: of these, how many are as near. A model that repeats nothing has about this share.
+    """
+    return share(distances < np.quantile(unseen, share_of_unseen))
+
+
+def within_captions(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How much the images of one caption differ: mean Euclidean distance of two of them, and their Vendi score.
+
+    Args:
+        x: features (P, M, D) of M images of each of P captions.
+
+    Returns:
+        (P,) each.
+    """
+    return np.array([diversity(one) for one in x]), np.array([vendi_score(one) for one in x])
+
+
+def vendi_score(x: np.ndarray) -> float:
+    """Effective number of different images in a set (Friedman and Dieng 2023, arXiv 2210.02410), 1 to N.
+
+    The exponential of the entropy of the eigenvalues of K/N, with K the cosine similarities of the features (N, D).
+    """
     x = x.astype(np.float64)
-    squares = np.square(x).sum(axis=1)
-    squared_distances = squares[:, None] + squares[None, :] - 2 * x @ x.T
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    # Of the smaller of the two Gram matrices, whose eigenvalues that are not 0 are the same.
+    gram = (x @ x.T if len(x) <= x.shape[1] else x.T @ x) / len(x)
+    eigenvalues = np.linalg.eigvalsh(gram)
+    eigenvalues = eigenvalues[eigenvalues > 1e-12]
+    return float(np.exp(-(eigenvalues * np.log(eigenvalues)).sum()))
+
+
+def share(inside: np.ndarray) -> Estimate:
+    """The share of true values (N,), with Wilson's 95 % interval, which holds at 0 and 1 too."""
+    count, found, z = len(inside), float(inside.mean()), NORMAL_95
+    middle = (found + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(found * (1 - found) / count + z * z / (4 * count**2))
+    return Estimate(found, float(min(found, middle - half)), float(max(found, middle + half)))
+
+
+def mean(values: np.ndarray) -> Estimate:
+    """The mean of values (N,), with its normal 95 % interval."""
+    middle, half = float(values.mean()), float(NORMAL_95 * values.std(ddof=1) / np.sqrt(len(values)))
+    return Estimate(middle, middle - half, middle + half)
+
+
+def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Euclidean distances of features (N, D) and (M, D), (N, M) float64."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    squared = np.square(x).sum(1)[:, None] + np.square(y).sum(1)[None, :] - 2 * x @ y.T
     # Rounding makes distances of equal images slightly negative.
-    return _mean_off_diagonal(np.sqrt(squared_distances.clip(min=0)))
+    return np.sqrt(squared.clip(min=0))
+
+
+def _radii(x: np.ndarray, neighbours: int) -> np.ndarray:
+    """Distance of each row of (N, D) to its k-th nearest other row, (N,)."""
+    distances = _distances(x, x)
+    np.fill_diagonal(distances, np.inf)
+    return np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1]
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:

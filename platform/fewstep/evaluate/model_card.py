@@ -170,13 +170,15 @@ def _use(card: StudentCard, address: str) -> list[str]:
     from fewstep.student.diffusers import PIPELINES
 
     prompt = "a class's name" if is_labels(card.text_encoder) else "a prompt"
+    call = f'"{prompt}"' + (", image=pictures" if card.references else "")
     lines = [
         f"""```python
 from fewstep.student import FewStepPipeline
 
 pipe = FewStepPipeline.from_pretrained("{address}")
-pipe("{prompt}", seed=0).images[0].save("image.png")
+pipe({call}, seed=0).images[0].save("image.png")
 ```""",
+        *([f"`pictures` is a list of {card.references} reference images of PIL."] if card.references else []),
         "Loading it needs the teacher, which is not in this repository.",
     ]
     if card.teacher.code_sha256 is not None:
@@ -191,7 +193,7 @@ pipe("{prompt}", seed=0).images[0].save("image.png")
 import diffusers
 
 pipe = diffusers.DiffusionPipeline.from_pretrained("student", trust_remote_code=True)
-pipe("{prompt}", num_inference_steps={card.sampler.nfe}).images[0]
+pipe({call}, num_inference_steps={card.sampler.nfe}).images[0]
 ```"""
         ]
     return lines

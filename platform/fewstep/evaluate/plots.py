@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT_INK, GRID, BASELINE, STUDENT = "#1f2933", "#6b7785", "#e5e7eb", "#6b7785", "#0b6bcb"
+SOLVER_INKS = {
+    "euler": (BASELINE, "Euler"),
+    "heun": ("#b3402a", "Heun"),
+    "dpmpp": ("#c98a1b", "DPM-Solver++"),
+    "unipc": ("#3f8f5f", "UniPC"),
+}
+"""The teacher's solvers → their lines' colours, and their names."""
+STUDENT_INKS = (STUDENT, "#7b3fb5", "#0f8b8d", "#c2185b", "#5d6d1e")
+"""Of several students, in turns."""
 QUARTILE_INKS = ("#9ecae9", "#5ba3d9", "#2171b5", "#08306b")
 DPI = 150
 """Dots per inch of the figures."""
@@ -24,7 +34,7 @@ SMOOTHED_POINTS = 25
 def quality_plot(report: Report) -> Figure:
     """KID to the teacher and paired feature distance against network passes per image.
 
-    The teacher's Euler sampler, the baseline, is a line; the student is a point (or a line, if it learned several
+    Each of the teacher's solvers, the baseline, is a line; the student is a point (or a line, if it learned several
     numbers of evaluations); the reference's own KID is a band.
 
     Args:
@@ -37,20 +47,35 @@ def quality_plot(report: Report) -> Figure:
     left, right = figure.subplots(1, 2)
     students = [row for row in report.rows if row.by_student]
     baseline = [row for row in report.rows if row not in students and row.name != report.teacher]
+    by_solver = {
+        solver: [row for row in baseline if row.method.rpartition("_")[0] == solver] for solver in SOLVER_INKS
+    }
+    by_model = {
+        model: [row for row in students if row.model == model]
+        for model in dict.fromkeys(row.model for row in students)
+    }
     reference = report.row(report.teacher)
     band = "teacher against itself, other noise (95 %)"
     left.axhspan(*reference.kid_teacher_ci, color=GRID, lw=0, zorder=0, label=band)
     for rows, ink, marker, label in (
-        (baseline, BASELINE, "o", "teacher, guided Euler"),
-        (students, STUDENT, "D", "student"),
+        *(
+            (by_solver[solver], ink, "o", f"teacher, guided {name}")
+            for solver, (ink, name) in SOLVER_INKS.items()
+        ),
+        *(
+            (rows, ink, "D", model or "student")
+            for (model, rows), ink in zip(by_model.items(), cycle(STUDENT_INKS), strict=False)
+        ),
     ):
+        if not rows:
+            continue
         passes = [row.passes for row in rows]
         kids = [row.kid_teacher for row in rows]
         style = {"color": ink, "marker": marker, "markersize": 6 if marker == "o" else 9, "lw": 1.6}
         left.errorbar(passes, kids, yerr=_error_bars(rows), capsize=3, elinewidth=1, label=label, **style)
         right.plot(passes, [row.paired_distance for row in rows], **style)
-    for row in baseline:
-        steps = f"{row.name.rpartition('_')[2]} steps"
+    for row in by_solver["euler"]:
+        steps = f"{row.method.rpartition('_')[2]} steps"
         for axes, height in ((left, row.kid_teacher), (right, row.paired_distance)):
             axes.annotate(
                 steps, (row.passes, height), (7, 5), textcoords="offset points", color=BASELINE, fontsize=8
@@ -69,6 +94,65 @@ def quality_plot(report: Report) -> Figure:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel("network passes per image")
+    return figure
+
+
+def diversity_plot(report: Report) -> Figure:
+    """KID to the teacher, and to real images where there are some, against the diversity of a method's images.
+
+    A method that is near the teacher in KID and left of it draws a part of what the teacher draws.
+
+    Args:
+        report: of an evaluation.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.2), dpi=DPI, layout="constrained")
+    real = any(row.kid_real is not None for row in report.rows)
+    panels = [
+        ("kid_teacher", "KID to the teacher (10⁻³)"),
+        *([("kid_real", "KID to real images (10⁻³)")] if real else []),
+    ]
+    for axes, (kid, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for row in report.rows:
+            solver = SOLVER_INKS.get(row.method.rpartition("_")[0], (INK, ""))[0]
+            ink, marker = (
+                (STUDENT, "D") if row.by_student else (solver, "*" if row.name == report.teacher else "o")
+            )
+            place = row.diversity, getattr(row, kid)
+            axes.plot(*place, color=ink, marker=marker, markersize=9 if marker != "o" else 6, lw=0)
+            axes.annotate(row.label, place, (7, 4), textcoords="offset points", color=ink, fontsize=8)
+        axes.axvline(report.row(report.teacher).diversity, color=GRID, zorder=0)
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.margins(x=0.25, y=0.12)
+        axes.set_xlabel("diversity: mean feature distance of two images")
+        dress(axes, name)
+    return figure
+
+
+def trajectory_plot(report: Report) -> Figure:
+    """Distance of each method's states to the teacher's trajectory from the same noise, from noise to data.
+
+    Args:
+        report: of an evaluation that measured trajectories.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    models = [*dict.fromkeys(row.model for row in report.rows if row.by_student)]
+    for name, points in report.trajectories.items():
+        row = report.row(name)
+        ink = STUDENT_INKS[models.index(row.model) % len(STUDENT_INKS)] if row.by_student else BASELINE
+        sigmas, errors = zip((1.0, 0.0), *points, strict=True)
+        axes.plot(sigmas, errors, color=ink, marker="D" if row.by_student else "o", markersize=5, lw=1.6)
+        axes.annotate(
+            row.label, points[-1], (-4, 4), textcoords="offset points", ha="right", color=ink, fontsize=8
+        )
+    axes.set_xlim(1.02, -0.02)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("σ, from noise (1) to data (0)")
+    dress(axes, "Root mean square distance to the teacher's trajectory")
     return figure
 
 

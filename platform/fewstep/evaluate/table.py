@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fewstep.evaluate.criteria import CriterionResult
+from fewstep.evaluate.figures import FIGURES
 from fewstep.evaluate.report import Report
 
 _CLASSIFIER_LEGEND = (
     "Fréchet     distance to real images in the features of a classifier of these classes; lower is better",
     "accuracy    share of images in which that classifier sees the class that was asked for",
 )
+
+MORE = (
+    "fd_teacher", "fd_real", "memorised", "lpips", "clip_score", "retrieval_1", "retrieval_5", "prompt_diversity",
+    "prompt_vendi",
+)  # fmt: skip
+"""Figures that have a column where they were measured."""
 
 
 def report_table(report: Report) -> str:
@@ -19,8 +26,9 @@ def report_table(report: Report) -> str:
     The columns of the classifier are there where one judged the images.
     """
     classified = any(row.accuracy is not None for row in report.rows)
+    more = [name for name in MORE if any(getattr(row, name) is not None for row in report.rows)]
     header = ("", "passes", "KID teacher", "95 % interval", "KID real", "paired", "pixel", "diversity",
-              *(("Fréchet", "accuracy") if classified else ()))  # fmt: skip
+              *(("Fréchet", "accuracy") if classified else ()), *(FIGURES[name].head for name in more))  # fmt: skip
     body = [
         (
             row.label,
@@ -32,6 +40,7 @@ def report_table(report: Report) -> str:
             f"{row.pixel_rmse:.4f}",
             f"{row.diversity:.2f}",
             *((_optional(row.frechet, ".3f"), _optional(row.accuracy, ".1%")) if classified else ()),
+            *("–" if (value := getattr(row, name)) is None else FIGURES[name].write(value) for name in more),
         )
         for row in report.rows
     ]
@@ -43,7 +52,7 @@ def report_table(report: Report) -> str:
         for name, d in report.student_minus.items()
     ]
     return "\n".join([
-        f"{report.captions} held-out captions, EfficientNet-Lite0 features (not FID)",
+        f"{report.captions} held-out captions, features of {report.features}",
         rule, lines[0], rule, *lines[1:], rule,
         "passes      network passes per image",
         "KID         10⁻³, to other noise's teacher samples and to real images; lower is better",
@@ -51,6 +60,7 @@ def report_table(report: Report) -> str:
         "pixel       root mean square error to that image, pixels in [−1, 1]; lower is better",
         "diversity   mean feature distance of two images; the teacher's is the target",
         *(_CLASSIFIER_LEGEND if classified else []),
+        *(f"{FIGURES[name].head:<12}{FIGURES[name].meaning}; {FIGURES[name].better} is better" for name in more),
         *(["difference in KID to teacher, 95 % interval:", *differences] if differences else []),
     ])  # fmt: skip
 

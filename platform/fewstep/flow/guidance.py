@@ -121,6 +121,11 @@ class TeacherSamplerConfig(Config):
     """Configuration of the teacher's scheduler, as in diffusers' scheduler_config.json; null takes the one beside the
     teacher's weights, if there is one."""
 
+    @property
+    def passes(self) -> int:
+        """Network passes of one velocity: with guidance there is one more, without the condition."""
+        return 1 if self.guidance_scale == 1 else 2
+
     @model_validator(mode="after")
     def _interval_ascends(self) -> TeacherSamplerConfig:
         if not self.guidance_interval[0] < self.guidance_interval[1]:

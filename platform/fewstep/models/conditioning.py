@@ -1,10 +1,10 @@
-"""What teachers and students are conditioned on, beside the latent and the time: texts, or classes."""
+"""What teachers and students are conditioned on, beside latent and time: texts, also with images; or classes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -44,6 +44,20 @@ class Conditioning(ABC):
 
     def __getitem__(self, samples: slice) -> Self:
         return self.map(lambda tensor: tensor[samples])
+
+    @property
+    def references(self) -> tuple[Tensor, ...]:
+        """Latents of the reference images beside each sample's text, (B, C, h, w) each; none by default."""
+        return ()
+
+    def unconditional(self, null: Self, rows: Tensor | None = None) -> Self:
+        """The null condition for these samples; what guidance leaves in place, such as reference images, is theirs.
+
+        Args:
+            null: the null condition (B = 1).
+            rows: indices of the samples that are wanted, (R,); None for all.
+        """
+        return null.expand(len(self) if rows is None else len(rows))
 
     @property
     def prepared(self) -> bool:
@@ -90,17 +104,19 @@ class Conditioning(ABC):
 
 @dataclass(frozen=True)
 class TextConditioning(Conditioning):
-    """Token states of a text encoder, padded to a common length.
+    """Token states of a text encoder, padded to a common length; for editing with reference images.
 
     Attributes:
         states: (B, L, D) float32; padding is zero.
         mask: (B, L) bool; True where a token is.
         pooled: (B, P) float32, one vector for each whole text; None where the text encoder has none.
+        references: latents of reference images, (B, C, h, w) each, in the order in which the network takes them.
     """
 
     states: Tensor
     mask: Tensor
     pooled: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
 
     @classmethod
     def collate(cls, states: Sequence[Tensor], pooled: Sequence[Tensor] | None = None) -> TextConditioning:
@@ -120,13 +136,21 @@ class TextConditioning(Conditioning):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """States, mask, and pooled vectors if there are any."""
-        return (self.states, self.mask) if self.pooled is None else (self.states, self.mask, self.pooled)
+        """States, mask, pooled vectors if there are any, and references."""
+        pooled = () if self.pooled is None else (self.pooled,)
+        return (self.states, self.mask, *pooled, *self.references)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TextConditioning:
         """Texts of which every tensor is `change` of this one's."""
         pooled = None if self.pooled is None else change(self.pooled)
-        return TextConditioning(change(self.states), change(self.mask), pooled)
+        return TextConditioning(
+            change(self.states), change(self.mask), pooled, tuple(map(change, self.references))
+        )
+
+    def unconditional(self, null: TextConditioning, rows: Tensor | None = None) -> TextConditioning:
+        """The null text for these samples, beside their own references; see `Conditioning.unconditional`."""
+        kept = self.references if rows is None else tuple(images[rows] for images in self.references)
+        return replace(super().unconditional(null, rows), references=kept)
 
     @property
     def lengths(self) -> list[int]:
@@ -142,7 +166,10 @@ class TextConditioning(Conditioning):
         return torch.einsum("bl,bld->bd", share.to(self.states.dtype), self.states)
 
     def where(self, keep: Tensor, other: TextConditioning) -> TextConditioning:
-        """The texts of this batch where `keep` (B,) is True, and those of `other` (B or 1) where it is False."""
+        """The texts of this batch where `keep` (B,) is True, and those of `other` (B or 1) where it is False.
+
+        References are always this batch's.
+        """
         # Both are padded to the longer of the two, so that samples can be exchanged row by row.
         length = max(self.mask.shape[1], other.mask.shape[1])
         ours, theirs = self._padded(length), other._padded(length)
@@ -155,7 +182,9 @@ class TextConditioning(Conditioning):
         pooled = None
         if ours.pooled is not None and theirs.pooled is not None:
             pooled = choose(ours.pooled, theirs.pooled)
-        return TextConditioning(choose(ours.states, theirs.states), choose(ours.mask, theirs.mask), pooled)
+        return TextConditioning(
+            choose(ours.states, theirs.states), choose(ours.mask, theirs.mask), pooled, self.references
+        )
 
     def _joined(self, parts: Sequence[TextConditioning]) -> TextConditioning:
         length = max(part.mask.shape[1] for part in parts)
@@ -164,7 +193,9 @@ class TextConditioning(Conditioning):
         pooled = [part.pooled for part in padded if part.pooled is not None]
         if pooled and len(pooled) < len(padded):
             raise ValueError("conditions with and without pooled vectors can't be in one batch")
-        return TextConditioning(states, mask, torch.cat(pooled) if pooled else None)
+        # Also refuses conditions of different numbers of references
+        references = tuple(map(torch.cat, zip(*(part.references for part in parts), strict=True)))
+        return TextConditioning(states, mask, torch.cat(pooled) if pooled else None, references)
 
     def _padded(self, length: int) -> TextConditioning:
         """The same texts with states and mask padded to `length` tokens."""
@@ -173,7 +204,7 @@ class TextConditioning(Conditioning):
             return self
         # Pairs of (before, after), from the last axis: nothing on D, `extra` after the tokens.
         states, mask = F.pad(self.states, (0, 0, 0, extra)), F.pad(self.mask, (0, extra))
-        return TextConditioning(states, mask, self.pooled)
+        return replace(self, states=states, mask=mask)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,14 @@ class Family(ABC):
     """Names of the transformer's last modules, whose place a student's head takes: norm and projection, or one layer
     that is both."""
 
+    joint_layers: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of layers that are called with the tokens of all samples in a row, not per sample."""
+
     frames: Any = 1  # an int; a field of families of videos
     """Latent frames of a video, which stand under each other in a latent; 1 for images."""
+
+    takes_references: ClassVar[bool] = False
+    """Whether `denoise` gives the network the reference images of a conditioning, for editing."""
 
     passes_sigmas: ClassVar[bool] = True
     """Whether its own pipeline gives its scheduler σ from 1 to 1/n in n equal steps to shift, or leaves σ to it."""

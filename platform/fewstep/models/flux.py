@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Transformer
-from fewstep.models.packing import PATCH, PackedFamily, pack
+from fewstep.models.packing import PATCH, PackedFamily, own_tokens, pack_all
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Flux(PackedFamily):
         guidance_scale: float | Tensor | None = None,
     ) -> Tensor:
         """Call the network; guidance-distilled ones take `guidance_scale`, by default the family's own."""
-        tokens = pack(x)  # (B, L, C·4)
+        tokens = pack_all(x, conditioning.references)  # (B, L, C·4)
         rows, columns = (side // PATCH for side in x.shape[-2:])
-        return transformer(
+        output = transformer(
             hidden_states=tokens,
             encoder_hidden_states=conditioning.states,
             timestep=t,
@@ -49,6 +49,7 @@ class Flux(PackedFamily):
             return_dict=False,
             **self.inputs_beside(conditioning, rows, columns),
         )[0]
+        return own_tokens(output, x)
 
     def inputs_beside(self, conditioning: TextConditioning, rows: int, columns: int) -> dict[str, Tensor]:
         """The network's further inputs by name: rotary positions, and for FLUX.1 the vector of the whole text.

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Transformer
 from fewstep.models.flux import Flux, grid
+from fewstep.models.packing import PATCH
+
+REFERENCE_STEP = 10
+"""How far the positions of one image and the next are apart along the axis of images."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,18 @@ class Flux2(Flux):
     network: ClassVar[str] = "Flux2Transformer2DModel"
     pipeline: ClassVar[str] = "Flux2Pipeline"
     time_embedding: ClassVar[str] = "time_guidance_embed"
+    takes_references: ClassVar[bool] = True
 
     def inputs_beside(self, conditioning: TextConditioning, rows: int, columns: int) -> dict[str, Tensor]:
         """The network's further inputs by name: rotary positions (image, row, column, token of the text)."""
         device, length = conditioning.states.device, conditioning.states.shape[1]
+        sides = [(image.shape[-2] // PATCH, image.shape[-1] // PATCH) for image in conditioning.references]
+        images = [grid(1, *side, 1, device=device) for side in [(rows, columns), *sides]]
+        for number, positions in enumerate(images):
+            positions[:, 0] = REFERENCE_STEP * number
         # Unlike FLUX.1's, text tokens have positions of their own, along the last axis.
         return {
-            "img_ids": grid(1, rows, columns, 1, device=device),
+            "img_ids": torch.cat(images),
             "txt_ids": grid(1, 1, 1, length, device=device),
         }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow import GuidanceInterval, Renorm, guided_velocity, renormalised
+from fewstep.models.styles import StyledConditioning
 from fewstep.policies.base import per_latent
 
 
@@ -71,13 +72,13 @@ class GuidedTeacher:
         if self.scale == 1:
             return self.network.velocity(x, here, conditioning)
         rows = self._guided_rows(t)
+        nulls = self._nulls(conditioning, rows)
         if rows is not None:
             # Indices rather than a mask: indexing by a mask would wait for the device, to learn the result's size.
             rows = rows.to(x.device, non_blocking=True)
         # The samples, R of the B, that also need an unconditional pass
         x_again, again = (x, here) if rows is None else (x[rows], here[rows])
-        null = self._prepared_null if conditioning.prepared else self.null
-        both = conditioning.cat(null.expand(len(x_again)))
+        both = conditioning.cat(nulls)
         # One batch of B + R: weights are read once, and with FSDP gathered once.
         answers = self.network.velocity(torch.cat([x, x_again]), torch.cat([here, again]), both)
         positive, negative = answers.tensor_split([len(x)])
@@ -88,6 +89,22 @@ class GuidedTeacher:
         guided = renormalised(guided, of_rows, self.renorm, self.patch)
         # The other samples keep their conditional velocity.
         return guided if rows is None else positive.index_copy(0, rows, guided)
+
+    def _nulls(self, conditioning: Any, rows: Tensor | None) -> Any:
+        """The null condition for these samples of a batch (None: for all), in the sample's styles if it has any."""
+        null = self._prepared_null if conditioning.prepared else self.null
+        if not isinstance(conditioning, StyledConditioning):
+            return conditioning.unconditional(null, rows)
+        mixes = (
+            conditioning.mixes if rows is None else tuple(conditioning.mixes[row] for row in rows.tolist())
+        )
+        if not conditioning.prepared:
+            return StyledConditioning(conditioning.plain.unconditional(null, rows), mixes)
+        # What is prepared has the styles in it.
+        in_mix = {mix: StyledConditioning(self.null, (mix,)) for mix in dict.fromkeys(mixes) if mix}
+        prepared = {mix: self.network.prepare(one) for mix, one in in_mix.items()}
+        plain = StyledConditioning(null, ((),))
+        return StyledConditioning.join([prepared.get(mix, plain) for mix in mixes])
 
     def _guided_rows(self, t: Tensor) -> Tensor | None:
         """Indices of the samples inside the interval, (R,); None for all, also where finding out would wait."""

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from fewstep.config import Precision
 from fewstep.models.adapters import LoRAConfig, add_adapters
 from fewstep.models.cached_texts import CachedTexts
+from fewstep.models.conditioning import Conditioning
 from fewstep.models.ending import SwitchedNorm, put_switches
 from fewstep.models.family import Family, Transformer
 from fewstep.models.heads import PolicyConfig, PolicyHead, Unpack, build_head
@@ -35,6 +36,7 @@ from fewstep.models.precision import (
 )
 from fewstep.models.pretrained import stream_weights
 from fewstep.models.sharded import fill, read_weights
+from fewstep.models.styles import Style, StyledConditioning, StyledLayers
 from fewstep.policies import Policy
 
 PART_TOKENS = 4096
@@ -75,6 +77,7 @@ class PolicyNetwork(nn.Module):
         self.channels = family.latent_channels(transformer)
         self.precision: Precision = "float32"
         self._lowered: set[int] = set()  # ids of the layers whose weights are held in it
+        self._styled = StyledLayers()
         transformer.requires_grad_(False).eval()
         # Names of the teacher's parameters in its files, before adapters and head change the structure.
         base = dict(transformer.named_parameters())
@@ -260,6 +263,34 @@ class PolicyNetwork(nn.Module):
             if isinstance(layer, FoldedLoRALinear):
                 layer.keep_folded()
 
+    def take(self, style: Style) -> Style:
+        """Have the layers that a style adapts take it, in both roles, from calls with a `StyledConditioning`.
+
+        Args:
+            style: of this network; as read from a file.
+
+        Returns:
+            The style on the network's device and in the type that its layers compute in.
+        """
+        around = {layer.get_base_layer(): layer for layer in self._adapted_layers}
+        matrices = {}
+        for name, low_rank in style.layers.items():
+            layers = list(self._layers_of(name))
+            for layer in layers:
+                # What has adapters of the student's is hooked around them: they may be folded into the weight.
+                self._styled.hook(name, around.get(layer, layer))
+            lowered = any(id(layer) in self._lowered for layer in layers)
+            dtype = torch.bfloat16 if lowered else torch.float32
+            matrices[name] = low_rank.to(layers[0].weight.device, dtype)
+        return Style(matrices)
+
+    def _layers_of(self, name: str) -> Iterator[nn.Linear]:
+        """The linear layers that the teacher's files call so: the shared one, or one in each of two transformers."""
+        if (here := self._base.get(f"{name}.weight")) is not None:
+            yield cast(nn.Linear, self.get_submodule(here.removesuffix(".weight")))
+        if self.teacher is not None:
+            yield cast(nn.Linear, self.teacher.get_submodule(name))
+
     def forward(
         self,
         x: Tensor,
@@ -281,6 +312,11 @@ class PolicyNetwork(nn.Module):
         Raises:
             ValueError: the conditioning was prepared for the other role.
         """
+        if isinstance(conditioning, StyledConditioning):
+            if not conditioning.prepared:
+                conditioning = self._prepare_styled(conditioning, student)
+            with self._styled.wearing(conditioning.mixes):
+                return self.forward(x, t, conditioning.plain, student=student, guidance_scale=guidance_scale)
         if isinstance(conditioning, CachedTexts) and conditioning.student != student:
             roles = ("student", "teacher") if conditioning.student else ("teacher", "student")
             raise ValueError("a conditioning prepared for the {} was given to the {}".format(*roles))
@@ -297,10 +333,23 @@ class PolicyNetwork(nn.Module):
             conditioning: as the family takes it.
             student: whether for the student, whose adapters change what texts are to the network, or for the teacher.
         """
+        if isinstance(conditioning, StyledConditioning):
+            return self._prepare_styled(conditioning, student)
         gradients = student and torch.is_grad_enabled()
         with torch.set_grad_enabled(gradients), self._role(student) as transformer:
             prepared = self.family.prepare(transformer, conditioning)
         return replace(prepared, student=student) if isinstance(prepared, CachedTexts) else prepared
+
+    def _prepare_styled(self, conditioning: StyledConditioning, student: bool) -> StyledConditioning:
+        if type(self.family).prepare is Family.prepare:  # which prepares nothing
+            return conditioning
+        # Texts of one batch may share what a network computes of their time, and so must have the same styles.
+        if len(set(conditioning.mixes)) > 1:
+            each = [conditioning[row : row + 1] for row in range(len(conditioning))]
+            joined = Conditioning.join([self._prepare_styled(one, student) for one in each])
+            return cast(StyledConditioning, joined)
+        with self._styled.wearing(conditioning.mixes):
+            return replace(conditioning, plain=self.prepare(conditioning.plain, student=student))
 
     @contextmanager
     def _role(self, student: bool) -> Iterator[Transformer]:
@@ -325,7 +374,7 @@ class PolicyNetwork(nn.Module):
             conditioning: of B samples.
             guidance_scale: as for `forward`.
         """
-        rows = self._rows_at_a_time(x)
+        rows = self._rows_at_a_time(x, len(conditioning.references))
         parts = [slice(first, first + rows) for first in range(0, max(1, len(x)), rows)]
         per_sample = isinstance(guidance_scale, Tensor) and guidance_scale.ndim > 0
         with torch.no_grad():
@@ -342,7 +391,7 @@ class PolicyNetwork(nn.Module):
         whole = packed[0] if len(packed) == 1 else torch.cat(packed)  # which would copy one, too
         return self.family.velocity(whole, self.channels, *x.shape[-2:])
 
-    def _rows_at_a_time(self, x: Tensor) -> int:
+    def _rows_at_a_time(self, x: Tensor, references: int) -> int:
         """Samples of a batch that a call without gradient computes at a time.
 
         On a CPU as many as its cache has room for. They also reuse memory of the samples before them, where the
@@ -351,7 +400,8 @@ class PolicyNetwork(nn.Module):
         """
         if x.device.type != "cpu" or isinstance(self, FSDPModule):
             return max(1, len(x))
-        return max(1, PART_TOKENS // self.family.tokens(self.transformer, *x.shape[-2:]))
+        tokens = self.family.tokens(self.transformer, *x.shape[-2:])
+        return max(1, PART_TOKENS // (tokens * (1 + references)))
 
     def policy(
         self, x_src: Tensor, t_src: Tensor, conditioning: Any, guidance_scale: float | Tensor | None = None

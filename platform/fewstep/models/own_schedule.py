@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.flow import StepSchedule, TimeShift
 from fewstep.models.family import Family
 
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
@@ -56,3 +57,26 @@ class OwnSchedule:
         else:
             scheduler.set_timesteps(steps, **shift)
         return scheduler.sigmas
+
+
+def teacher_schedule(
+    shift: float | None,
+    scheduler: Mapping[str, Any] | None,
+    family: Family,
+    tokens: int,
+    otherwise: StepSchedule,
+) -> StepSchedule:
+    """The schedule of a teacher's own sampler: that of its shift, or else of its scheduler.
+
+    Args:
+        shift: time shift of the teacher's own, if it has one.
+        scheduler: configuration of its diffusers scheduler, if it has one.
+        family: of the teacher.
+        tokens: image tokens.
+        otherwise: where neither says when to sample.
+    """
+    if shift is not None:
+        return TimeShift(shift)
+    if scheduler is not None and samples_by_euler(scheduler):
+        return OwnSchedule(scheduler, family, tokens)
+    return otherwise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from fewstep.models.diffusers_family import DiffusersFamily
@@ -17,6 +20,18 @@ def pack(x: Tensor) -> Tensor:
     # (B, C, rows, p, columns, p) → (B, rows, columns, C, p, p)
     patches = x.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
+
+
+def pack_all(x: Tensor, references: Sequence[Tensor]) -> Tensor:
+    """Tokens of latents (B, C, H, W), and behind them those of their reference images, (B, L + …, C·4)."""
+    return torch.cat([pack(x), *map(pack, references)], dim=1) if references else pack(x)
+
+
+def own_tokens(tokens: Tensor, x: Tensor) -> Tensor:
+    """Those of the tokens that `pack_all` made, or of a network's output for them, that are of the latents `x`."""
+    count = x.shape[-2] * x.shape[-1] // PATCH**2
+    # Copied, as FSDP warns of results that are views.
+    return tokens if tokens.shape[1] == count else tokens[:, :count].clone()
 
 
 def unpack(tokens: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Qwen-Image: a dual-stream transformer of 60 blocks, 20B parameters; and smaller networks of the same class."""
+"""Qwen-Image and Qwen-Image-Edit: dual-stream transformers of 60 blocks, 20B parameters; and smaller ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Transformer
-from fewstep.models.packing import PATCH, PackedFamily, pack
+from fewstep.models.packing import PATCH, PackedFamily, own_tokens, pack_all
 
 
 class QwenImage(PackedFamily):
@@ -19,6 +19,7 @@ class QwenImage(PackedFamily):
     pipeline: ClassVar[str] = "QwenImagePipeline"
     time_embedding: ClassVar[str] = "time_text_embed"
     time_scale: ClassVar[float] = 1.0
+    takes_references: ClassVar[bool] = True
 
     def denoise(
         self,
@@ -28,18 +29,21 @@ class QwenImage(PackedFamily):
         conditioning: TextConditioning,
         guidance_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """Call the network; it takes no guidance scale."""
-        height, width = x.shape[-2:]
-        return transformer(
-            hidden_states=pack(x),
+        """Call the network; it takes no guidance scale. Tokens of reference images follow those of the latents."""
+        references = conditioning.references
+        # (frames, rows, columns) of each image of a sample, for rotary positions
+        shapes = [(1, image.shape[-2] // PATCH, image.shape[-1] // PATCH) for image in (x, *references)]
+        tokens = transformer(
+            hidden_states=pack_all(x, references),
             encoder_hidden_states=conditioning.states,
             encoder_hidden_states_mask=conditioning.mask,
             timestep=t,
-            # (frames, rows, columns) of each image of each sample, for rotary positions. Lists in a list, because
-            # networks that embed the time of further images as 0 (Qwen-Image-Edit-2511) take no others.
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x),
+            # Lists in a list, because networks that embed the time of further images as 0 (Qwen-Image-Edit-2511) take
+            # no others.
+            img_shapes=[shapes] * len(x),
             return_dict=False,
         )[0]
+        return own_tokens(tokens, x)
 
     def unsupported(self, transformer: Transformer) -> str | None:
         """The further condition on the time of layered networks."""

@@ -11,19 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.assets import expanded
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.files import save_weights
 from fewstep.home import cache_folder
-from fewstep.hub import hub_folder, is_hub_id
-from fewstep.models.diffusers_family import DiffusersFamily, bare_pipeline
-from fewstep.models.family import Family, Transformer
+from fewstep.models.diffusers_family import DiffusersFamily
+from fewstep.models.family import Family
+from fewstep.models.lora_files import adapted_layers, lora_file, taking_loras
 from fewstep.models.pretrained import network_folder, scheduler_config, stream_weights
 from fewstep.models.weights_hash import weights_hash
 
@@ -33,6 +31,9 @@ SHARD_BYTES = 2 * 10**9
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 """Name of the list of these files, by diffusers' convention."""
 
+
+FIELD = "teacher.loras"
+"""Name of the setting that lists LoRAs, for error messages."""
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What the names in single files may begin with."""
@@ -67,7 +68,7 @@ def teacher_folder(base: str, family: Family, loras: Sequence[LoRAFile] = ()) ->
         base = _converted(file, family)
     if not loras:
         return base
-    family = _loading(family)
+    family = taking_loras(family, FIELD)
     source = network_folder(base)
     key = folded_hash(weights_hash(str(source)), loras)
     folder = _kept(key)
@@ -120,29 +121,15 @@ def check_loras(base: str, family: Family, loras: Sequence[LoRAFile]) -> None:
         UserError: as `teacher_folder`.
     """
     if loras:
-        _Deltas(_loading(family), network_folder(base), loras)
+        _Deltas(taking_loras(family, FIELD), network_folder(base), loras)
 
 
 def folded_hash(base: str | None, loras: Sequence[LoRAFile]) -> str | None:
     """SHA-256 of a base's hash and its LoRAs' contents and scales; `base` itself without LoRAs, or if it is None."""
     if base is None or not loras:
         return base
-    facts = [base, *((weights_hash(str(_lora_file(lora.path))), lora.scale) for lora in loras)]
+    facts = [base, *((weights_hash(str(lora_file(lora.path, FIELD))), lora.scale) for lora in loras)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _loading(family: Family) -> DiffusersFamily:
-    """The family, if diffusers loads LoRAs into its networks.
-
-    Raises:
-        UserError: it does not.
-    """
-    if not isinstance(family, DiffusersFamily):
-        raise UserError(
-            f"teacher.loras: diffusers loads no LoRA into networks of the family {family.name!r}: fold it into the "
-            "teacher's weights before, and leave the list empty."
-        )
-    return family
 
 
 class _Deltas:
@@ -158,23 +145,10 @@ class _Deltas:
     """
 
     def __init__(self, family: DiffusersFamily, source: Path, loras: Sequence[LoRAFile]) -> None:
-        from peft.tuners.lora import LoraLayer
-
         self._layers: list[tuple[float, Mapping[str, Any]]] = []
         for lora in loras:
             network, _ = family.skeleton(str(source))
-            _make_hollow(network)
-            wanted = _load(family, network, lora.path)
-            layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
-            # diffusers only warns of what it leaves out.
-            if unknown := sorted(wanted - set(layers)):
-                raise UserError(
-                    f"teacher.loras: {lora.path} adapts {unknown[0]}, which this {family.network} lacks."
-                )
-            if not layers:
-                raise UserError(
-                    f"teacher.loras: {lora.path} adapts no layer of a {family.network}: choose another."
-                )
+            layers = adapted_layers(family, network, lora.path, FIELD)
             self._layers.append((lora.scale, {f"{name}.weight": layer for name, layer in layers.items()}))
 
     def added(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -188,66 +162,6 @@ class _Deltas:
                         total = total + scale * layer.get_delta_weight(adapter).float()
                 weight = total.to(weight.dtype)
             yield name, weight
-
-
-def _make_hollow(network: Transformer) -> None:
-    """Give a network on the meta device zeros that take no memory: peft would move a LoRA to the base's device."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                zeros = torch.zeros(()).expand(parameter.shape)
-                module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
-
-
-def _load(family: DiffusersFamily, network: Transformer, path: str) -> set[str]:
-    """Load a LoRA into a network by the loader of its pipeline, which knows the styles of keys.
-
-    Returns:
-        Names of the layers that the file has weights for.
-
-    Raises:
-        UserError: it can't be read, or has no weights of such a network.
-    """
-    file = _lora_file(path)
-    pipeline = bare_pipeline(family.pipeline, transformer=network)
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UserError(
-            f"teacher.loras: diffusers loads no LoRA into networks of the family {family.name!r}: fold it into the "
-            "teacher's weights before, and leave the list empty."
-        )
-    where = {"weight_name": file.name}
-    try:
-        state = pipeline.lora_state_dict(str(file.parent), **where)
-        pipeline.load_lora_weights(str(file.parent), **where)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"teacher.loras: {path} can't be loaded into a {family.network}: {reason}") from None
-    prefix = "transformer."
-    weights = state[0] if isinstance(state, tuple) else state
-    return {
-        name.removeprefix(prefix).partition(".lora_")[0]
-        for name in weights
-        if name.startswith(prefix) and ".lora_" in name
-    }
-
-
-def _lora_file(path: str) -> Path:
-    """The file of a LoRA.
-
-    Raises:
-        UserError: there is none, or there are several.
-    """
-    place = expanded(path)
-    if place.is_file():
-        return place
-    if not place.is_dir():
-        if not is_hub_id(path):
-            raise UserError(f"teacher.loras: there is no file {path!r}: correct the path.")
-        place = hub_folder(path, ["*.safetensors"])
-    files = sorted(place.glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"teacher.loras: {path} has {len(files)} *.safetensors files: name the file itself.")
-    return files[0]
 
 
 def _kept(key: str | None) -> Path:

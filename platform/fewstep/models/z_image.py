@@ -29,6 +29,7 @@ class ZImage(DiffusersFamily):
     pipeline: ClassVar[str] = "ZImagePipeline"
     time_embedding: ClassVar[str] = "t_embedder"
     last_layers: ClassVar[tuple[str, ...]] = (LAST_LAYER,)
+    joint_layers: ClassVar[tuple[str, ...]] = ("all_x_embedder.", "cap_embedder.")
 
     def embedded_time(self, t: Tensor) -> Tensor:
         """What the module that embeds the time is called with for σ = t, (B,) float32."""

@@ -35,6 +35,10 @@ class Memory:
         """All parts together, in bytes."""
         return sum(vars(self).values())
 
+    def twice(self) -> Memory:
+        """The same for two networks of one size, which compute one after the other, so that one is gathered at once."""
+        return Memory(**{name: size if name == "gathered" else 2 * size for name, size in vars(self).items()})
+
 
 def standing_memory(network: PolicyNetwork, recipe: DistillRecipe, gpus: int) -> Memory:
     """What stays in memory over the whole run, with no activations.

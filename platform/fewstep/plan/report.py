@@ -34,7 +34,6 @@ def plan_table(plan: Plan) -> str:
     size = "x".join(map(str, plan.shape))
     seconds = 3600 * plan.hours / train.steps
     text_bytes = plan.captions * plan.tokens * CHARACTERS_PER_TOKEN
-    operations = plan.student_operations + plan.teacher_operations
     return "\n".join(
         [
             f"{recipe.name} on {machine.gpus} x {machine.memory_gb:g} GB: {plan.micro_batch} samples per micro-batch, "
@@ -45,7 +44,7 @@ def plan_table(plan: Plan) -> str:
             f"memory per GPU        {chosen} checkpointing   {other} it",
             *rows,
             f"                      {verdict}",
-            f"operations per step   {operations / 1e15:.3g} P "
+            f"operations per step   {plan.operations / 1e15:.3g} P "
             f"(student {plan.student_operations / 1e15:.3g}, teacher {plan.teacher_operations / 1e15:.3g})",
             f"storage               {_gigabytes(plan.cache)} of shards for {plan.captions:,} captions; streamed "
             f"into training {_gigabytes(text_bytes)} of text",

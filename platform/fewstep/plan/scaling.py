@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from statistics import fmean
 from typing import Literal, get_args
 
 from torch import nn
@@ -26,6 +25,7 @@ from fewstep.models.planned import lower_on_meta
 from fewstep.models.precision import LIBRARIES, held_bytes
 from fewstep.plan.memory import standing_memory
 from fewstep.plan.training import Machine, Pass, latent_shape, measure, new_student
+from fewstep.train.passes import passes_of
 from fewstep.train.recipe import DistillRecipe
 from fewstep.train.share import BatchShare
 
@@ -193,7 +193,7 @@ class Workload:
         return cls(
             outside, tuple(student), tuple(other[0] if other else student),
             passed.forward // samples, passed.teacher // samples, (passed.student - passed.forward) // samples,
-            fmean(recipe.sampler.nfes) if recipe.imitation.data_free else 1.0,
+            passes_of(recipe).student,
         )  # fmt: skip
 
 
@@ -323,12 +323,18 @@ class Scaling:
         work: what a step computes and exchanges.
 
     Raises:
-        UserError: the teacher's architecture can't be found, or FSDP would have to shard quantised weights.
+        UserError: the teacher's architecture can't be found, FSDP would have to shard quantised weights, or the
+            recipe's objective is not π-ID.
     """
 
     def __init__(
         self, recipe: DistillRecipe, machine: Machine, *, side: int | None = None, tokens: int = 256
     ) -> None:
+        if recipe.objective != "imitation":
+            raise UserError(
+                f"--scaling knows the steps of objective=imitation alone, not of {recipe.objective}: leave --scaling "
+                "out, and --dry-run counts its operations and memory on one node."
+            )
         self.recipe, self.machine = recipe, machine
         network = self._network = new_student(recipe)
         shape = latent_shape(recipe, network, side)

@@ -77,6 +77,8 @@ class Served:
     """Longest caption in tokens."""
     source: Path | DistillRecipe
     """The student's folder, or the recipe."""
+    references: int = 0
+    """Reference images that it edits."""
 
     @classmethod
     def student(cls, folder: Path, name: str | None = None) -> Served:
@@ -88,22 +90,23 @@ class Served:
         card: StudentCard = read_student_card(folder)
         return cls(
             name or str(folder), card.text_encoder, card.autoencoder, card.latent_shape, card.sampler,
-            card.max_tokens, folder,
+            card.max_tokens, folder, card.references,
         )  # fmt: skip
 
     @classmethod
     def recipe(cls, recipe: DistillRecipe) -> Served:
         """The student of a recipe that need not have run: its encoders are those of its data or its teacher's."""
-        shape, tokens = None, CAPTION_TOKENS
+        shape, tokens, references = None, CAPTION_TOKENS, 0
         encoder, autoencoder = usual_parts(recipe.teacher.family, recipe.teacher.path)
         try:
             info = DatasetInfo.open(recipe.data.path)
             encoder, autoencoder = info.encoding.text_encoder, info.encoding.autoencoder
             shape, tokens = next(iter(info.buckets("train"))), info.encoding.max_tokens
+            references = info.encoding.references
         except UserError:  # not prepared: the teacher's card tells, if it has one
             if (card := read_card(recipe.teacher.path)) is not None:
                 encoder, autoencoder, shape = card.text_encoder, card.autoencoder, card.latent_shape
-        return cls(recipe.name, encoder, autoencoder, shape, recipe.sampler, tokens, recipe)
+        return cls(recipe.name, encoder, autoencoder, shape, recipe.sampler, tokens, recipe, references)
 
     def network(self, precision: Precision) -> PolicyNetwork:
         """Its network as a pipeline holds it, on the meta device."""
@@ -230,7 +233,7 @@ def plan_serving(
     for precision in precisions:
         network = served.network(precision)
         shape = _latent_shape(served, network, side)
-        evaluation, operations = _evaluation(network, shape, batch, tokens, gpu.on_cpu)
+        evaluation, operations = _evaluation(network, shape, batch, tokens, served.references, gpu.on_cpu)
         held, whole, tiled = _autoencoder_bytes(served.autoencoder, autoencoder_precision, shape, batch)
         memory = ServingMemory(network.nbytes, encoder, held, evaluation, whole, tiled)
         plans.append(
@@ -258,12 +261,13 @@ def _latent_shape(served: Served, network: PolicyNetwork, side: int | None) -> S
 
 @torch.no_grad()
 def _evaluation(
-    network: PolicyNetwork, shape: Shape, batch: int, tokens: int, on_cpu: bool
+    network: PolicyNetwork, shape: Shape, batch: int, tokens: int, references: int, on_cpu: bool
 ) -> tuple[int, int]:
     """Most bytes alive beside the weights in one evaluation of a batch, and its operations."""
     meter = DispatchMeter([*network.parameters(), *network.buffers()])
     with torch.device("meta"), fused_attention(meter, on_cpu), meter:
-        x, conditioning = torch.empty(batch, *shape), any_conditioning(network, batch, tokens)
+        x = torch.empty(batch, *shape)
+        conditioning = any_conditioning(network, batch, tokens, [shape] * references)
         policy = network.policy(x, torch.empty(batch), conditioning)
         # The rollout is a single kernel, which takes what the policy holds.
         policy.with_temperature(torch.ones(batch))

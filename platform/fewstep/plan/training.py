@@ -12,7 +12,7 @@ EMA, and the optimizer's averages) while that is being written, and for the EMA 
 from __future__ import annotations
 
 import math
-import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ from fewstep.models.teacher import check_guidance, read_card
 from fewstep.plan.memory import Memory, standing_memory
 from fewstep.plan.meter import DispatchMeter, fused_attention
 from fewstep.train.parallel import check_sharding
+from fewstep.train.passes import passes_of
 from fewstep.train.recipe import DistillRecipe
 
 FULL_SIZE = 128
@@ -64,7 +65,7 @@ class Pass:
     forward: int
     """Those of its forward alone."""
     teacher: int
-    """Operations of the teacher's queries."""
+    """Operations of those of the teacher's queries that are one batch."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Plan:
     otherwise: Memory
     """With the other choice of `train.activation_checkpointing`."""
     student_operations: int
-    """Of the student per optimizer step, all GPUs together."""
+    """Of the student, and of a fake score, per optimizer step, all GPUs together."""
     teacher_operations: int
     """Of the teacher per optimizer step, all GPUs together."""
     captions: int
@@ -99,11 +100,15 @@ class Plan:
     """Bytes of the dataset's shards: token states or classes, and latents where training needs them."""
 
     @property
+    def operations(self) -> int:
+        """Of an optimizer step, all GPUs together."""
+        return self.student_operations + self.teacher_operations
+
+    @property
     def hours(self) -> float:
         """How long all steps take at the machine's rate."""
         rate = self.machine.gpus * self.machine.tflops * 1e12 * self.machine.utilisation
-        operations = self.student_operations + self.teacher_operations
-        return self.recipe.train.steps * operations / rate / 3600
+        return self.recipe.train.steps * self.operations / rate / 3600
 
 
 def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = None, tokens: int = 256) -> Plan:
@@ -129,6 +134,8 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     trained = sum(p.numel() for p in network.trainable().values())
     lower_on_meta(network, train.precision)
     standing = standing_memory(network, recipe, machine.gpus)
+    if recipe.objective == "dmd2":  # its fake score is a copy of the teacher that is trained like the student
+        standing = standing.twice()
 
     chosen = other = measure(network, recipe, micro, shape, tokens)
     try:
@@ -139,20 +146,20 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
         if train.activation_checkpointing:
             raise
 
-    # Without data a step walks all segments of the student, and one micro-batch is measured for each of them.
-    data_free = recipe.imitation.data_free
-    segments = statistics.fmean(recipe.sampler.nfes) if data_free else 1
-    times = recipe.data.batch_size / micro * segments
+    passes, times = passes_of(recipe), recipe.data.batch_size / micro
+    own = passes.with_gradient * chosen.student + passes.forward * chosen.forward
+    taught = passes.teacher / passes.teacher_at_once * chosen.teacher
     captions = _captions(recipe)
-    per_caption = _condition_bytes(network, tokens) + (0 if data_free else 4 * math.prod(shape))
+    latents = _references(recipe) + (0 if recipe.data_free else 1)
+    per_caption = _condition_bytes(network, tokens) + latents * 4 * math.prod(shape)
     return Plan(
         recipe, machine, shape, tokens, micro,
         parameters=parameters,
         trained=trained,
         memory=replace(standing, activations=chosen.activations),
         otherwise=replace(standing, activations=other.activations),
-        student_operations=int(chosen.student * times),
-        teacher_operations=int(chosen.teacher * times),
+        student_operations=int(own * times),
+        teacher_operations=int(taught * times),
         captions=captions,
         cache=captions * per_caption,
     )  # fmt: skip
@@ -192,15 +199,14 @@ def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Sh
         shape: (C, H, W) of their latents.
         tokens: token states of each.
     """
-    passes = 1 if recipe.teacher.guidance_scale == 1 else 2
-    queries = recipe.imitation.intermediate_states * passes
+    queries = passes_of(recipe).teacher_at_once
     # FSDP reduces a block's gradients as soon as they are there, and frees them.
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in network.trainable().values()]
     meter = DispatchMeter([*network.parameters(), *network.buffers()])
     try:
         with torch.device("meta"), fused_attention(meter, on_cpu=not recipe.train.gpu), meter:
             x, t = torch.empty(batch, *shape), torch.empty(batch)
-            conditioning = any_conditioning(network, batch, tokens)
+            conditioning = any_conditioning(network, batch, tokens, [shape] * _references(recipe))
             packed = network(x, t, conditioning, student=True)
             predicted = network.head.parameters_of(packed, network._unpack(packed, x))
             student = meter.operations
@@ -216,15 +222,25 @@ def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Sh
     return Pass(meter.peak, meter.operations - teacher, student, teacher)
 
 
-def any_conditioning(network: PolicyNetwork, batch: int, tokens: int) -> Conditioning:
-    """Captions or classes as the family takes them, on the default device."""
+def any_conditioning(
+    network: PolicyNetwork, batch: int, tokens: int, references: Sequence[Shape] = ()
+) -> Conditioning:
+    """Captions or classes as the family takes them, on the default device.
+
+    Args:
+        network: whose family it is.
+        batch: samples.
+        tokens: token states of each caption.
+        references: (C, H, W) of each caption's reference images, as latents.
+    """
     family, transformer = network.family, network.transformer
     if family.classes(transformer) is not None:
         return ClassConditioning(torch.zeros(batch, dtype=torch.long))
     states = torch.empty(batch, tokens, family.condition_width(transformer))
     pooled = family.pooled_width(transformer)
     vectors = None if pooled is None else torch.empty(batch, pooled)
-    return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool), vectors)
+    images = tuple(torch.empty(batch, *shape) for shape in references)
+    return TextConditioning(states, torch.ones(batch, tokens, dtype=torch.bool), vectors, images)
 
 
 def _condition_bytes(network: PolicyNetwork, tokens: int) -> int:
@@ -277,6 +293,12 @@ def square(network: PolicyNetwork, side: int) -> Shape:
 def _captions(recipe: DistillRecipe) -> int:
     data = _dataset(recipe)
     return recipe.train.steps * recipe.data.batch_size if data is None else data.rows("train")
+
+
+def _references(recipe: DistillRecipe) -> int:
+    """Reference images of each row of the recipe's data; none where it is not prepared yet."""
+    data = _dataset(recipe)
+    return 0 if data is None else data.encoding.references
 
 
 def _dataset(recipe: DistillRecipe) -> DatasetInfo | None:

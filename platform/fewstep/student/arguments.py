@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from fewstep.errors import UserError
 from fewstep.models.conditioning import TextConditioning
 from fewstep.models.family import Family, Transformer
 from fewstep.student.card import StudentCard
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +100,38 @@ def _texts(value: object) -> list[str] | None:
     if isinstance(value, Sequence) and all(isinstance(one, str) for one in value):
         return list(value)
     return None
+
+
+def reference_images(image: Any, count: int) -> list[Image.Image]:
+    """The reference images of a call, RGB.
+
+    Args:
+        image: one, or a list of them in the order in which the network takes them: PIL images, or arrays (H, W, 3)
+            uint8; None for none.
+        count: how many the student takes.
+
+    Raises:
+        UserError: it takes another number, or one is no image.
+    """
+    from PIL import Image
+
+    given = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
+    if given and not count:
+        raise UserError(
+            "image: this student makes images of prompts alone, and takes no reference images: leave it out."
+        )
+    if len(given) != count:
+        raise UserError(
+            f"image: this student edits {count} reference images at once, not {len(given)}: give as many."
+        )
+    images = []
+    for one in given:
+        if isinstance(one, np.ndarray) and one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3:
+            one = Image.fromarray(one)
+        if not isinstance(one, Image.Image):
+            raise UserError(f"image must be PIL images or arrays (H, W, 3) of uint8, got {_form(one)}.")
+        images.append(one.convert("RGB"))
+    return images
 
 
 def check_others(others: Mapping[str, Any], prompts: list[str]) -> list[str]:

@@ -36,6 +36,8 @@ class StudentCard(Config):
     """The sampler that it was trained for."""
     teacher_sampler: TeacherSamplerConfig
     """The teacher's guidance, and its own sampler."""
+    references: int = 0
+    """Reference images that it was trained with, and needs, for each image; 0 for a student that takes texts alone."""
     max_tokens: int = MAX_TOKENS
     """Longest prompt in tokens; the limit on captions in training."""
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -69,7 +71,7 @@ def read_student_card(folder: Path) -> StudentCard:
     if not file.exists():
         raise UserError(
             f"{folder} is no exported student: it has no {CARD}; give the folder that a distillation job wrote, "
-            "models:/name@alias, or a bundled name (emoji-student, fashion-student)."
+            "models:/name@alias, or a bundled name (emoji64-student, emoji-student, fashion-student)."
         )
     try:
         fields = json.loads(file.read_text())

@@ -1,6 +1,6 @@
 """Students as diffusers pipelines: a folder that diffusers loads, and to which it can add style LoRAs.
 
-    save_diffusers(FewStepPipeline.from_pretrained("emoji-student"), Path("emoji"))          # or fewstep export
+    save_diffusers(FewStepPipeline.from_pretrained("emoji64-student"), Path("emoji"))          # or fewstep export
 
     pipe = diffusers.DiffusionPipeline.from_pretrained("emoji", trust_remote_code=True)
     pipe("red heart, noto style", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
@@ -246,6 +246,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: StepEnd | None = None,
         return_dict: bool = True,
         *,
+        image: Any = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int | None = 1,
         latents: Tensor | None = None,
@@ -273,6 +274,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
                 evaluations that are left, and the tensors asked for by name; what it returns of them is gone on with.
                 Where it sets the pipeline's `_interrupt`, no more evaluations follow.
             return_dict: return an `ImagePipelineOutput`, or else a tuple with the images.
+            image: the reference image of a student that edits, or a list of as many as it takes.
             callback_on_step_end_tensor_inputs: names of these tensors: "latents" and "prompt_embeds".
             num_images_per_prompt: images of each prompt, which follow each other in the result.
             latents: the noise itself, (images, C, h, w), in place of that of `generator`.
@@ -308,6 +310,7 @@ class FewStepDiffusionPipeline(DiffusionPipeline):
 
             images = self._student(
                 prompt,
+                image=image,
                 num_inference_steps=num_inference_steps,
                 generator=torch.default_generator if generator is None else generator,
                 temperature=temperature,
@@ -574,7 +577,9 @@ class _Grafted(nn.Module):
 
         def exact_time(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
             # The transformer rounds the time to the type of its weights first: in bfloat16, 0.9987 is 1.0.
-            return (family.embedded_time(t_src), *given[1:])
+            # Qwen-Image's networks for editing embed further times after these.
+            known = family.embedded_time(t_src)
+            return (torch.cat([known, given[0][len(known) :].float()]), *given[1:])
 
         def in_own_type(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
             # FLUX.2 hands on sines in the type of the time that it was given.

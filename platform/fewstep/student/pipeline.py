@@ -1,14 +1,17 @@
 """The pipeline that generates images with an exported student.
 
-    pipe = FewStepPipeline.from_pretrained("emoji-student")
+    pipe = FewStepPipeline.from_pretrained("emoji64-student")
     image = pipe("red heart, noto style", num_inference_steps=4, seed=0).images[0]
+    image = editor("in noto style", image=picture).images[0]  # of a student that takes a reference image
 
 A student's folder is an adapter (see `adapter.py`) together with its card (see `card.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from numbers import Integral
@@ -17,10 +20,11 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from fewstep.config import PartsConfig, Shape
-from fewstep.encoders import Autoencoder, ConditionEncoder, load_autoencoder, load_encoder
+from fewstep.encoders import Autoencoder, ConditionEncoder, encode_each, load_autoencoder, load_encoder
 from fewstep.encoders.text import TextEncoder
 from fewstep.errors import UserError
 from fewstep.flow import (
@@ -28,21 +32,22 @@ from fewstep.flow import (
     NextStep,
     SamplerConfig,
     StepSchedule,
-    TimeShift,
-    euler,
     euler_step,
     gaussian_noise,
     generate,
     generate_step,
 )
+from fewstep.images import Size, fit
 from fewstep.models.conditioning import Conditioning, TextConditioning
 from fewstep.models.devices import check_device
 from fewstep.models.family_code import CODE, code_of, find_code
 from fewstep.models.guided_teacher import GuidedTeacher
 from fewstep.models.network import PolicyNetwork
-from fewstep.models.own_schedule import OwnSchedule, samples_by_euler
+from fewstep.models.own_schedule import teacher_schedule
 from fewstep.models.precision import check_arithmetic, precision_of
 from fewstep.models.pretrained import scheduler_config
+from fewstep.models.solvers import Solver, solve
+from fewstep.models.styles import Style, StyledConditioning, StyleMix, read_style
 from fewstep.models.teacher import checked_meanwhile, open_teacher
 from fewstep.student.adapter import load_adapter, save_adapter
 from fewstep.student.arguments import (
@@ -58,10 +63,11 @@ from fewstep.student.arguments import (
     images_as,
     network_guidance,
     prompt_list,
+    reference_images,
     whole_number,
 )
 from fewstep.student.card import StudentCard, read_student_card, write_student_card
-from fewstep.student.resolve import resolve_student
+from fewstep.student.resolve import fetch_lora, resolve_student
 
 
 @dataclass
@@ -112,6 +118,8 @@ class FewStepPipeline:
     ) -> None:
         self.card, self.device, self.parts = card, torch.device(device), parts
         self._schedules: dict[Sequence[int], StepSchedule] = {}  # of the teacher, by the shape of the latents
+        self.styles: dict[str, Style] = {}
+        """Name → style LoRA that calls can ask for."""
         self._interrupt, self.num_timesteps = False, 0  # of the last call, by the names that callbacks know
         self.network = network.to(self.device).eval().requires_grad_(False)
         if isinstance(network, PolicyNetwork):
@@ -205,16 +213,37 @@ class FewStepPipeline:
             network = load_adapter(transformer, family, folder, base, precision, device)
         return cls(network, card, device, parts)
 
+    def load_lora_weights(self, source: str, adapter_name: str, *, tracking_uri: str | None = None) -> None:
+        """Load a style LoRA that was trained on the teacher's base; calls ask for it by name, in `lora`.
+
+        It acts on the student and on its teacher, which share that base.
+
+        Args:
+            source: a safetensors file (keys in the style of diffusers, peft or kohya), a folder with one, `s3://…`, a
+                hub id, or an address in MLflow such as `models:/name@alias`.
+            adapter_name: what calls name it.
+            tracking_uri: address of MLflow, as for `from_pretrained`.
+
+        Raises:
+            UserError: there is no such file, or it holds no LoRA of this network that can be used (see `read_style`).
+        """
+        with tempfile.TemporaryDirectory(prefix="fewstep-lora-") as scratch:
+            path = fetch_lora(source, Path(scratch), tracking_uri)
+            style = read_style(self.network.family, self.network.transformer, path)
+        self.styles[adapter_name] = self.network.take(style)
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
+        image: Any = None,
         num_inference_steps: int | None = None,
         seed: int | Sequence[int] = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         temperature: float | Literal["auto"] | None = None,
         h: float | None = None,
+        lora: Sequence[tuple[str, float]] = (),
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int | None = 1,
@@ -237,13 +266,16 @@ class FewStepPipeline:
 
         Args:
             prompt: one or several captions.
+            image: the reference image of a student that edits, or a list of as many as it takes: PIL images, or arrays
+                (H, W, 3) uint8. All prompts get the same. They are scaled to cover the size of the result, and cropped.
             num_inference_steps: network evaluations (nfe); as trained by default.
             seed: of the noise, one number (image i gets seed + i) or one per image. An image depends only on its own
                 prompt and seed, not on the others of its batch.
             generator: source of the noise, one or one per image, in place of `seed`.
             temperature: mixture temperature, in (0, 1] or "auto"; as trained by default.
             h: how much noise is renewed between segments, from 0 (none, deterministic); as trained by default.
-            height, width: in pixels; as trained by default.
+            lora: names of style LoRAs with their scales, see `load_lora_weights`; none by default.
+            height, width: in pixels; by default as trained, and with a reference image at nearly its aspect ratio.
             num_images_per_prompt: images of each prompt, which follow each other in the result.
             latents: the noise itself, (images, C, h, w), in place of that of `seed` or `generator`.
             prompt_embeds: encoded captions, (B, L, D), in place of `prompt`.
@@ -280,8 +312,12 @@ class FewStepPipeline:
             if num_images_per_prompt is None
             else whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         )
+        references = reference_images(image, self.card.references)
+        if references and height is None and width is None:
+            height, width = self.size_like(references[0].height, references[0].width)
         shape = self.latent_shape(height, width)
         sampler = self.sampler_for(shape, num_inference_steps, temperature, h)
+        self.style_mix(lora)  # refuses what it can't take before anything is done for it
         family, transformer = self.network.family, self.network.transformer
         guidance = network_guidance(
             guidance_scale,
@@ -307,10 +343,12 @@ class FewStepPipeline:
             self._check_length(prompts, whole_number("max_sequence_length", max_sequence_length, 1))
 
         conditioning = self.encode(prompts) if given is None else given.to(self.device)
+        if references:
+            conditioning = self.beside(conditioning, self.encode_images(self.fitted(references, shape)))
         conditioning = conditioning.map(lambda tensor: tensor.repeat_interleave(per_prompt, dim=0))
         noise = gaussian_noise((count, *shape), generators) if latents is None else latents.float()
         x = noise.to(self.device)  # (B, C, h, w)
-        prepared = self.prepare(conditioning)
+        prepared = self.prepare(self.styled(conditioning, lora))
         self._interrupt, self.num_timesteps = False, sampler.nfe
         for index in range(sampler.nfe):
             x, clean = generate_step(
@@ -333,7 +371,7 @@ class FewStepPipeline:
                 x = now.get("latents", x)
                 if "prompt_embeds" in now:
                     conditioning = replace(cast(Any, conditioning), states=now["prompt_embeds"])
-                    prepared = self.prepare(conditioning)
+                    prepared = self.prepare(self.styled(conditioning, lora))
             if self._interrupt:
                 break
         images = x if output_type == "latent" else images_as(self.decode(x), output_type, self.device)
@@ -374,6 +412,57 @@ class FewStepPipeline:
         """Conditions of the prompts, as one batch on the pipeline's device."""
         return self.text_encoder.conditioning(list(prompts)).to(self.device)
 
+    def style_mix(self, lora: Sequence[tuple[str, float]]) -> StyleMix:
+        """The style LoRAs of these names, with their scales.
+
+        Raises:
+            UserError: one of them is not loaded, or is named twice, or its scale is not finite.
+        """
+        if strange := [name for name, _ in lora if name not in self.styles]:
+            known = ", ".join(self.styles) or "none"
+            raise UserError(f"lora: there is no {strange[0]!r}: use one of those that are loaded ({known}).")
+        names = [name for name, _ in lora]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"lora: {min(twice)!r} is named twice: name it once, with the sum of its scales.")
+        if endless := [name for name, scale in lora if not math.isfinite(scale)]:
+            raise UserError(f"lora: the scale of {endless[0]!r} is not finite: give a number such as 0.8.")
+        return tuple((self.styles[name], float(scale)) for name, scale in lora)
+
+    def styled(self, conditioning: Conditioning, lora: Sequence[tuple[str, float]]) -> Conditioning:
+        """A conditioning whose samples all have these style LoRAs; as it is, as long as the pipeline has none.
+
+        Args:
+            conditioning: texts or classes.
+            lora: names of styles, with their scales.
+
+        Raises:
+            UserError: as `style_mix`.
+        """
+        mix = self.style_mix(lora)
+        return StyledConditioning(conditioning, (mix,) * len(conditioning)) if self.styles else conditioning
+
+    def fitted(self, images: Sequence[Image], shape: Shape) -> np.ndarray:
+        """Images of any size at the size of a latent of shape (C, h, w), (N, H', W', 3) uint8: scaled to cover it, and
+        cropped."""
+        height, width = self.autoencoder.image_size(*shape[1:])
+        return np.stack([fit(image, Size(width, height)) for image in images])
+
+    @torch.inference_mode()
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        """Images (N, H', W', 3) uint8 → latents (N, C, h, w) on the CPU; each is encoded by itself."""
+        return encode_each(self.autoencoder, images)
+
+    def beside(self, conditioning: Conditioning, references: Tensor) -> Conditioning:
+        """Encoded prompts with the same reference images beside each of them.
+
+        Args:
+            conditioning: of B prompts.
+            references: latents (N, C, h, w).
+        """
+        there = references.to(conditioning.device)
+        images = tuple(latent.expand(len(conditioning), -1, -1, -1) for latent in there)
+        return replace(cast(TextConditioning, conditioning), references=images)
+
     @torch.no_grad()
     def prepare(self, conditioning: Conditioning, *, by_teacher: bool = False) -> Conditioning:
         """What of conditions the student's evaluations, or the teacher's, all share; see `Family.prepare`.
@@ -399,6 +488,7 @@ class FewStepPipeline:
         sampler: SamplerConfig,
         *,
         generator: Generators = None,
+        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Sample the student: noise → latents, (B, C, H, W) both, in `sampler.nfe` network evaluations.
 
@@ -407,9 +497,10 @@ class FewStepPipeline:
             conditioning: of B samples, on the pipeline's device.
             sampler: as `sampler_for` gives it.
             generator: source of the noise that is renewed if `sampler.h` is not 0.
+            on_step: called after each evaluation; see `generate`.
         """
         policy_at = partial(self.network.policy, conditioning=self.prepare(conditioning))
-        return generate(policy_at, noise.to(self.device), sampler, generator=generator)
+        return generate(policy_at, noise.to(self.device), sampler, generator=generator, on_step=on_step)
 
     @torch.inference_mode()
     def sample_step(
@@ -437,17 +528,39 @@ class FewStepPipeline:
         return generate_step(policy_at, x, step, shift, substeps=substeps, generator=generator)
 
     @torch.inference_mode()
-    def sample_teacher(self, noise: Tensor, conditioning: Conditioning, steps: int) -> Tensor:
-        """Sample the teacher by guided Euler steps: noise → latents, (B, C, H, W) both.
+    def sample_teacher(
+        self, noise: Tensor, conditioning: Conditioning, steps: int, solver: Solver = "euler"
+    ) -> Tensor:
+        """Sample the teacher, by guided Euler steps or another solver: noise → latents, (B, C, H, W) both.
 
         Args:
             noise: x at σ = 1.
             conditioning: of B samples, on the pipeline's device.
-            steps: Euler steps, of `teacher.passes` network passes each.
+            steps: evaluations of the velocity, of `teacher.passes` network passes each; of Euler, one a step.
+            solver: see `fewstep.models.solvers`.
         """
         prepared = self.prepare(conditioning, by_teacher=True)
         velocity = partial(self.teacher.velocity, conditioning=prepared)
-        return euler(velocity, noise.to(self.device), steps, self._teacher_schedule(noise))
+        return solve(solver, velocity, noise.to(self.device), steps, self._teacher_schedule(noise))
+
+    @torch.inference_mode()
+    def teacher_trajectory(
+        self, noise: Tensor, conditioning: Conditioning, steps: int
+    ) -> Iterator[tuple[float, Tensor]]:
+        """σ and state (B, C, H, W) before the first and after each of the teacher's guided Euler steps.
+
+        Args:
+            noise, conditioning, steps: as for `sample_teacher`.
+        """
+        prepared = self.prepare(conditioning, by_teacher=True)
+        x, schedule = noise.to(self.device), self._teacher_schedule(noise)
+        sigmas = schedule.sigmas(steps).tolist()
+        yield sigmas[0], x
+        for index in range(steps):
+            x = self.sample_teacher_step(
+                x, prepared, torch.full((len(x),), index), torch.full((len(x),), steps)
+            )
+            yield sigmas[index + 1], x
 
     @torch.inference_mode()
     def sample_teacher_step(
@@ -457,19 +570,19 @@ class FewStepPipeline:
         velocity = partial(self.teacher.velocity, conditioning=conditioning)
         return euler_step(velocity, x, step, steps, self._teacher_schedule(x))
 
+    def teacher_sigmas(self, shape: Shape, steps: int) -> Tensor:
+        """σ before each of the teacher's steps and after the last, (steps + 1,), for latents of shape (C, H, W)."""
+        return self._teacher_schedule(torch.empty(1, *shape, device="meta")).sigmas(steps)
+
     def _teacher_schedule(self, x: Tensor) -> StepSchedule:
         """The schedule of the teacher's own sampler for latents of the size of `x`."""
         how, shape = self.card.teacher_sampler, x.shape[1:]
-        if how.shift is not None:
-            return TimeShift(how.shift)
         if shape not in self._schedules:
             family, transformer = self.network.family, self.network.transformer
-            # Without a scheduler of its own, the student's shift for this size (which may be dynamic).
-            self._schedules[shape] = (
-                OwnSchedule(how.scheduler, family, family.tokens(transformer, *shape[1:]))
-                if how.scheduler is not None and samples_by_euler(how.scheduler)
-                else self.sampler_for((shape[0], shape[1], shape[2])).time_shift
-            )
+            tokens = family.tokens(transformer, *shape[1:])
+            # Which may be dynamic
+            students = self.sampler_for((shape[0], shape[1], shape[2])).time_shift
+            self._schedules[shape] = teacher_schedule(how.shift, how.scheduler, family, tokens, students)
         return self._schedules[shape]
 
     @property
@@ -512,9 +625,43 @@ class FewStepPipeline:
             raise UserError(f"an image of {width}x{height} pixels doesn't fit this model: {sides} {columns}.")
         most = self.network.family.largest_side(self.network.transformer)
         if most is not None and max(shape[1] // self.network.family.frames, shape[2]) > most:
-            _, largest = self.autoencoder.image_size(most, most)
+            _, largest = self._largest(most)
             raise UserError(
                 f"an image of {width}x{height} pixels doesn't fit this model: it has positions for sides of at most "
                 f"{largest}."
             )
         return shape
+
+    def size_like(self, height: int, width: int) -> tuple[int, int]:
+        """The size in pixels of about as many as trained, at nearly the aspect ratio of an image of (height, width)."""
+        most = math.prod(self.size)
+        scale = max(1, math.ceil(math.sqrt(most / (height * width))))
+        return self.nearest_size(height * scale, width * scale, most)
+
+    def nearest_size(self, height: int, width: int, most_pixels: float) -> tuple[int, int]:
+        """The size in pixels nearest to (height, width), at nearly its aspect ratio, that the model can generate.
+
+        Args:
+            height, width: that is asked for.
+            most_pixels: height times width of the largest image that is allowed.
+        """
+        family, transformer = self.network.family, self.network.transformer
+        rows, columns = self.autoencoder.image_size(*family.multiples(transformer))
+        tallest = widest = math.inf
+        if (most := family.largest_side(transformer)) is not None:
+            tallest, widest = self._largest(most)
+        scale = min(1.0, math.sqrt(most_pixels / (height * width)), tallest / height, widest / width)
+        # Down where a limit is what decides, so that it is kept; elsewhere to the nearest.
+        whole: Callable[[float], int] = round if scale == 1 else math.floor
+        tall = max(1, whole(height * scale / rows)) * rows
+        wide = max(1, whole(width * scale / columns)) * columns
+        if tall * wide > most_pixels:  # a side is a single multiple, or was rounded up
+            if tall > wide:
+                tall = max(1, int(most_pixels / wide / rows)) * rows
+            else:
+                wide = max(1, int(most_pixels / tall / columns)) * columns
+        return tall, wide
+
+    def _largest(self, most: int) -> tuple[int, int]:
+        """(height, width) in pixels of an image of so many latent cells on each side of a frame."""
+        return self.autoencoder.image_size(self.network.family.frames * most, most)

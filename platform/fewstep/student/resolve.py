@@ -8,12 +8,20 @@ import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.assets import bundled_folder, expanded
 from fewstep.errors import UserError
 from fewstep.hub import HUB_ID, hub_folder, is_hub_id
 
-BUNDLED_STUDENTS = {"emoji-student": "emoji_student", "fashion-student": "fashion_student"}
+if TYPE_CHECKING:
+    from fewstep.storage import Storage
+
+BUNDLED_STUDENTS = {
+    "emoji64-student": "emoji64_student",
+    "emoji-student": "emoji_student",
+    "fashion-student": "fashion_student",
+}
 """Names of the bundled students → their folders in the assets."""
 
 DEFAULT_TRACKING = "sqlite:///mlflow.db"
@@ -75,6 +83,39 @@ def current_version(source: str, tracking_uri: str | None = None) -> str | None:
     return resolve_student(source).version if local else None
 
 
+def fetch_lora(source: str, into: Path, tracking_uri: str | None = None) -> str:
+    """The path of a LoRA, fetched if it is in object storage or in MLflow; hub ids are returned as they are.
+
+    Args:
+        source: a safetensors file or a folder with one, of this machine or `s3://…`; a hub id; or an address in MLflow,
+            such as `models:/name@alias`, whose files have one safetensors file.
+        into: folder that files are fetched to.
+        tracking_uri: as for `resolve_student`.
+
+    Raises:
+        UserError: there is nothing, or a library that fetching it needs is not installed.
+    """
+    if source.startswith(REGISTERED):
+        from fewstep.tracking.registry import fetch
+
+        into.mkdir(parents=True, exist_ok=True)
+        folder, _ = fetch(source, registry_uri(tracking_uri), into)
+        files = list(folder.rglob("*.safetensors"))  # MLflow's models have their files in folders
+        if len(files) != 1:
+            raise UserError(f"{source} has {len(files)} *.safetensors files: register a LoRA as one file.")
+        return str(files[0])
+    if "://" not in source:
+        return source
+    if not source.endswith(".safetensors"):
+        return str(_fetch(source, into))
+    storage, name = _storage().of_file(source)
+    if (content := storage.read(name)) is None:
+        raise UserError(f"there is no file {source}: correct the address.")
+    into.mkdir(parents=True, exist_ok=True)
+    (into / name).write_bytes(content)
+    return str(into / name)
+
+
 def fetch_folder(address: str, into: Path | None, field: str, bundled: dict[str, str]) -> Path:
     """The local folder of a model, fetched if it is not on this machine.
 
@@ -132,19 +173,22 @@ def _fetch(address: str, into: Path) -> Path:
     Raises:
         UserError: there are none, the storage can't be reached, or pyarrow is not installed.
     """
+    if not _storage().at(address).copy_to(into):
+        raise UserError(f"no model lies at {address}: give the folder that a distillation job exported.")
+    return into
+
+
+def _storage() -> type[Storage]:
+    """The class that reads object storage.
+
+    Raises:
+        UserError: pyarrow is not installed.
+    """
     try:
         from fewstep.storage import Storage
     except ImportError as error:
-        raise UserError(f"{address} needs pyarrow: pip install 'fewstep[train]'.") from error
-
-    storage = Storage.at(address)
-    if not (names := storage.list()):
-        raise UserError(f"no model lies at {address}: give the folder that a distillation job exported.")
-    for name in names:
-        file = into / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(storage.read(name) or b"")
-    return into
+        raise UserError("object storage needs pyarrow: pip install 'fewstep[train]'.") from error
+    return Storage
 
 
 def _from_hub(name: str, field: str) -> Path:

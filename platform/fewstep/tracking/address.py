@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fewstep.assets import expanded
 from fewstep.errors import UserError, one_line
+from fewstep.passwords import has_password, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,7 +42,17 @@ def absolute_uri(uri: str) -> str:
 
     Ray workers run in working directories of their own: a relative `sqlite:///mlflow.db` would become one
     database per worker.
+
+    Raises:
+        UserError: it holds a password, which messages, recipes and runs would repeat.
     """
+    uri = uri.strip()
+    if has_password(uri):
+        raise UserError(
+            f"tracking address {without_password(uri)} holds a password, and it is written to recipes and checkpoints: "
+            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a PostgreSQL database: "
+            "PGUSER and PGPASSWORD) in the environment"
+        )
     path = sqlite_path(uri)
     return uri if path is None else _sqlite_uri(path)
 
@@ -132,7 +143,7 @@ def check_reachable(uri: str) -> str:
         The address to hand to workers: sqlite paths are absolute.
 
     Raises:
-        UserError: an unreachable server, a file store, an unwritable or outdated database.
+        UserError: an unreachable server, a file store, an unwritable or outdated database, an address with a password.
     """
     uri = absolute_uri(uri)
     if (path := sqlite_path(uri)) is not None:

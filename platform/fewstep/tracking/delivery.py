@@ -44,6 +44,8 @@ class Item:
     """When a metric was logged, in milliseconds since 1970."""
     step: int = 0
     """The optimizer step that a metric belongs to."""
+    once: tuple[str, float] | None = None
+    """Name and value of a metric by which it is told that MLflow has the metrics of this step already."""
 
 
 @dataclass
@@ -89,6 +91,9 @@ class Courier:
         self._client: MlflowClient | None = None
         self._bad_requests = 0
         self._warned: set[str] = set()
+        self._known: dict[
+            str, set[tuple[int, float]]
+        ] = {}  # what MLflow had when this session was first sent
 
     def send_records(self) -> bool:
         """Send the records that wait now, in batches as full as they can be.
@@ -102,8 +107,8 @@ class Courier:
         until, sent = records.end, False
         while records.sent < until and (batch := next_batch(records.read())) is not None:
             with mlflow_settings(RECORD_SECONDS):
-                if batch.items:
-                    self._log(batch.items)
+                if items := [item for item in batch.items if not self._has(item)]:
+                    self._log(items)
                 if batch.status is not None:
                     self._set_status(batch.status)
             sent = True
@@ -145,6 +150,16 @@ class Courier:
         if self._client is None:
             self._client = connect(self.session.uri)
         return self._client
+
+    def _has(self, item: Item) -> bool:
+        """Whether MLflow has an item from an earlier process of the run, which took the same step."""
+        if item.once is None:
+            return False
+        name, value = item.once
+        if name not in self._known:
+            history = self._mlflow.get_metric_history(self.session.run_id, name)
+            self._known[name] = {(point.step, point.value) for point in history}
+        return (item.step, value) in self._known[name]
 
     def _log(self, items: list[Item]) -> None:
         """Send items in order; a refused batch is halved until the invalid item stands alone."""
@@ -218,4 +233,6 @@ def next_batch(waiting: list[tuple[Record, int]]) -> LogBatch | None:
 def unpack(record: Record) -> list[Item]:
     """The items of a journal's record, such as {"kind": "metric", "values": {key: value}, "time_ms", "step"}."""
     common: dict[str, Any] = {name: record[name] for name in ("time_ms", "step") if name in record}
+    if "once" in record:
+        common["once"] = tuple(record["once"])
     return [Item(record["kind"], key, value, **common) for key, value in record["values"].items()]

@@ -142,16 +142,29 @@ def resolve(model: str, uri: str, into: Path | None = None) -> tuple[Path, Model
     """
     if "://" not in model and not model.startswith(("models:", "runs:")):
         return _require_folder(Path(model)), ModelVersionInfo()
+    folder, info = fetch(model, uri, into)
+    return _student_in(folder), info
+
+
+def fetch(model: str, uri: str, into: Path | None = None) -> tuple[Path, ModelVersionInfo]:
+    """Fetch the files that an address in MLflow means, whatever they are.
+
+    Args:
+        model, uri, into: as for `resolve`, without plain folders.
+
+    Raises:
+        UserError: as `resolve`.
+    """
     uri = absolute_uri(uri)
-    client = connect(uri)
+    client = _client(uri)
     with mlflow_settings(REGISTRY_SECONDS, retries=2):
         if match := _REGISTERED.fullmatch(model):
             version = _find_version(client, uri, match["name"], match["alias"], match["version"])
             info = ModelVersionInfo(version.name, int(version.version), version.run_id or None)
-            return _student_in(_download(client, uri, _files_of(client, version), model, into)), info
+            return _download(client, uri, _files_of(client, version), model, into), info
         if match := _RUN_FILES.fullmatch(model):
             info = ModelVersionInfo(run_id=match["run_id"])
-            return _student_in(_download(client, uri, model, model, into)), info
+            return _download(client, uri, model, model, into), info
     raise UserError(
         f"model address {model!r} is of no known form: "
         "use models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, runs:/RUN_ID/PATH or a local folder"
@@ -172,7 +185,7 @@ def look_up(model: str, uri: str) -> ModelVersionInfo:
         )
     uri = absolute_uri(uri)
     with mlflow_settings(LOOK_UP_SECONDS):
-        version = _find_version(connect(uri), uri, match["name"], match["alias"], match["version"])
+        version = _find_version(_client(uri), uri, match["name"], match["alias"], match["version"])
     return ModelVersionInfo(version.name, int(version.version), version.run_id or None)
 
 
@@ -276,10 +289,28 @@ def _describe(description: str, run_id: str, metrics: Mapping[str, float]) -> st
     return "\n\n".join(part for part in parts if part)
 
 
+def _client(uri: str) -> MlflowClient:
+    try:
+        return connect(uri)
+    except ModuleNotFoundError:
+        raise  # MLflow is not installed: the command says which extra has it
+    except Exception as error:  # an address that MLflow does not know, a file that is no database
+        raise UserError(
+            f"registered models can't be looked up at {uri} ({readable(error)}): "
+            "correct the address or start the server"
+        ) from error
+
+
 def _find_version(
     client: MlflowClient, uri: str, name: str, alias: str | None, version: str | None
 ) -> ModelVersion:
     from mlflow.exceptions import MlflowException
+
+    def fault(error: Exception) -> UserError:
+        return UserError(
+            f"registered model {name!r} can't be looked up at {uri} ({readable(error)}): "
+            "correct the address or start the server"
+        )
 
     try:
         if alias is not None:
@@ -290,14 +321,15 @@ def _find_version(
         if _too_large(version):
             raise UserError(_what_exists(client, uri, name, f"version {version}"))
         return client.get_model_version(name, version)
+    except UserError:
+        raise
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise UserError(
-                f"registered model {name!r} can't be looked up at {uri} ({readable(error)}): "
-                "correct the address or start the server"
-            ) from error
+            raise fault(error) from error
         what = f"alias {alias!r}" if alias is not None else f"version {version}"
         raise UserError(_what_exists(client, uri, name, what)) from error
+    except Exception as error:  # sqlalchemy's, and whatever other stores raise
+        raise fault(error) from error
 
 
 def _too_large(version: str) -> bool:

@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -44,6 +45,8 @@ FIRST_BACKOFF_SECONDS = 1.0
 """Wait after a failed delivery; doubled with each further failure."""
 
 LONGEST_BACKOFF_SECONDS = 30.0
+MOST_UNWRITTEN = 10_000
+"""How many calls are kept in memory while the spool's disk is full; the oldest are lost beyond that."""
 FLUSH_RETRY_SECONDS = 0.5
 """Wait between attempts while somebody waits for all to be delivered."""
 
@@ -84,6 +87,8 @@ class Tracker:
         self._session = session
         self._closed = False
         self._said: set[str] = set()
+        self._unwritten: deque[Record] = deque(maxlen=MOST_UNWRITTEN)
+        self._writing = threading.Lock()
         self._sender = Sender([Courier(one) for one in [*earlier, session]], self._session.uri)
 
     @classmethod
@@ -146,11 +151,22 @@ class Tracker:
         """Where this run is; hand it to another process, which then can `join` it."""
         return TrackedRun(self.uri, self.run_id, self._spool)
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers (anything `float` takes) at a step, with the time of this call."""
+    def log_metrics(self, values: Mapping[str, float], step: int, *, once: str | None = None) -> None:
+        """Log numbers (anything `float` takes) at a step, with the time of this call.
+
+        Args:
+            values: by name.
+            step: the optimizer step that they belong to.
+            once: one of the names. Nothing is sent where MLflow has that very value of it at this step already: a run
+                that goes on from a checkpoint takes the steps after it again.
+        """
         # In parts that fit into one call to MLflow, so that delivering never has to split a record.
-        for part in _chunks({key: float(value) for key, value in values.items()}, MAX_ITEMS):
-            self._append({"kind": "metric", "values": part, "time_ms": _now_ms(), "step": int(step)})
+        numbers = {key: float(value) for key, value in values.items()}
+        repeated = {} if once is None else {"once": [once, numbers[once]]}
+        for part in _chunks(numbers, MAX_ITEMS):
+            self._append(
+                {"kind": "metric", "values": part, "time_ms": _now_ms(), "step": int(step), **repeated}
+            )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings; MLflow keeps the first value of a key for good."""
@@ -188,7 +204,8 @@ class Tracker:
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until everything logged so far is in MLflow; False when `timeout` seconds were not enough."""
-        return self._sender.flush(timeout)
+        written = self._write()
+        return self._sender.flush(timeout) and written
 
     def finish(self, status: Status = "FINISHED", timeout: float = 30.0) -> bool:
         """End the run.
@@ -204,7 +221,8 @@ class Tracker:
             return True
         self._append({"kind": "status", "status": status, "time_ms": _now_ms()})
         self._closed = True
-        delivered = self._sender.flush(timeout)
+        written = self._write()
+        delivered = self._sender.flush(timeout) and written
         self._sender.stop()
         if not delivered:
             log.warning(
@@ -244,12 +262,26 @@ class Tracker:
         if self._closed:
             self._say_once(f"run {self.run_id} is finished, later calls are dropped")
             return
-        # Two journals, so that a file that can't be delivered is not in the way of metrics.
-        journal = self._session.uploads if record["kind"] == "upload" else self._session.records
-        try:
-            journal.append(record)
-        except OSError as error:
-            self._say_once(f"could not write to the spool {self._spool}, values are lost: {error}")
+        with self._writing:
+            self._unwritten.append(record)
+        self._write()
+
+    def _write(self) -> bool:
+        """Move what waits in memory into the spool; False while its disk takes nothing."""
+        with self._writing:
+            try:
+                while self._unwritten:
+                    record = self._unwritten[0]
+                    # Two journals, so that a file that can't be delivered is not in the way of metrics.
+                    journal = self._session.uploads if record["kind"] == "upload" else self._session.records
+                    journal.append(record)
+                    self._unwritten.popleft()
+            except OSError as error:
+                self._say_once(
+                    f"could not write to the spool {self._spool}, the last {MOST_UNWRITTEN} values and files wait in "
+                    f"memory: {error}"
+                )
+            return not self._unwritten
 
     def _say_once(self, message: str) -> None:
         # A full disk fails every step of a training in the same way.

@@ -83,6 +83,15 @@ def run_tags() -> dict[str, str]:
     return tags | {f"library.{name}": version for name, version in library_versions().items()}
 
 
+def processor() -> str:
+    """Name of this machine's processor."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def _package_version() -> str:
     try:
         return metadata.version("fewstep")

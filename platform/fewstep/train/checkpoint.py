@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import tempfile
 import zlib
@@ -29,7 +28,8 @@ import torch.distributed.checkpoint as dcp
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from fewstep.storage import Storage
+from fewstep.storage import Storage, through_outages
+from fewstep.train.checkpoint_index import INDEX, IndexReader, read_index
 from fewstep.train.optimizers import first_slots
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ FOLDER = "step-"
 
 _NAME = re.compile(rf"{FOLDER}(?P<step>\d{{7,}})-[0-9a-f]{{4}}")
 """Names that `Checkpoints` gives to folders; other folders there, such as copies of these, are the user's own."""
-
-INDEX = ".metadata"
-"""Name of the file in a checkpoint in which torch lists the tensors."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,10 @@ class TrainState:
     """The last metrics that were logged."""
     ranks: int = 0
     """Number of ranks that wrote it, each with a manifest; 0 in checkpoints of before fewstep 0.2, which have none."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """What coming readings are compared with, see `HealthMonitor.state`."""
+    best: dict[str, Any] | None = None
+    """The best student so far, see `BestStudent`; None before the first measurement."""
 
     @classmethod
     def parse(cls, content: bytes) -> TrainState:
@@ -92,11 +93,17 @@ class Checkpoints:
         self._origin = replace(origin, ranks=dist.get_world_size(group))
         self._pending: tuple[Path, TrainState, Any] | None = None  # the last is a future of writing
 
-    def begin(self, step: int, metrics: dict[str, float]) -> None:
-        """Copy the tensors and begin to write them; a checkpoint that is still being written is reported before."""
+    def begin(self, step: int, metrics: dict[str, float], **more: Any) -> None:
+        """Copy the tensors and begin to write them; a checkpoint that is still being written is reported before.
+
+        Args:
+            step: optimizer steps done.
+            metrics: the last ones.
+            more: other fields of the `TrainState`.
+        """
         self.settle()
         # The state that belongs to the tensors of this step; it is reported with them later.
-        state = replace(self._origin, step=step, metrics=metrics)
+        state = replace(self._origin, step=step, metrics=metrics, **more)
         # Local to this worker: Ray Train copies it to the run's storage when it is reported.
         folder = Path(tempfile.mkdtemp(prefix="fewstep-checkpoint-"))
         # Returns when the tensors are copied to memory of their own, so that training may change them.
@@ -125,6 +132,10 @@ class Checkpoints:
 
     def _upload(self, local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """Copy this rank's files to the run's storage, and then their manifest."""
+        return through_outages(lambda: self._copied(local, name), f"the checkpoint {name}")
+
+    def _copied(self, local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copy, once."""
         import ray.train
 
         kept = ray.train.get_context().get_storage().persist_current_checkpoint(local, name)
@@ -134,15 +145,16 @@ class Checkpoints:
         place.write(_manifest(self._rank), json.dumps(files, indent=1).encode())
         return kept
 
-    def finish(self, step: int, export: Callable[[Path], None] | None) -> None:
+    def finish(self, step: int, export: Callable[[Path], None] | None, **more: Any) -> None:
         """Report the last checkpoint.
 
         Args:
             step: the run's last step.
             export: on rank 0, writes the trained model into the checkpoint's folder; None on other ranks.
+            more: as for `begin`.
         """
         if self._pending is None:  # resumed at the last step: the export still has to be written
-            self.begin(step, {})
+            self.begin(step, {}, **more)
         assert self._pending is not None
         if export is not None:
             export(self._pending[0])
@@ -236,7 +248,7 @@ def _sizes_in_manifest(content: bytes) -> dict[str, int]:
 def _sizes_in_index(content: bytes) -> dict[str, int]:
     """Name → bytes that each file has at least, by torch's list of tensors."""
     sizes: dict[str, int] = {}
-    for part in pickle.loads(content).storage_data.values():
+    for part in read_index(content).storage_data.values():
         sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
     return sizes
 
@@ -290,8 +302,12 @@ def read_state(folder: Path) -> TrainState:
 
 
 def load_tensors(tensors: Mapping[str, Any], folder: Path) -> None:
-    """Fill nested tensors in place from a checkpoint, which may be of another number of ranks."""
-    dcp.load(dict(tensors), checkpoint_id=str(folder))
+    """Fill nested tensors in place from a checkpoint, which may be of another number of ranks.
+
+    Raises:
+        UserError: its list of tensors holds what is no data.
+    """
+    dcp.load(dict(tensors), storage_reader=IndexReader(folder))
 
 
 def optimizer_tensors(

@@ -23,22 +23,26 @@ class DrainNotice:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._every, self._steps = 1, 0
-        self._since = time.perf_counter()
+        self._asked = time.perf_counter()
+        self._since = torch.zeros(())
+        self._agreed: dist.Work | None = None
         self._told = False
 
     def arrived(self) -> bool:
         """Whether a notice has come since the last call; once for each. To be called by all workers each step."""
         import ray.train
 
-        self._steps += 1
-        if self._steps < self._every:
-            return False
-        coming = ray.train.get_preemption_info() is not None
-        # All workers have to ask at the same steps: they agree on the slowest one's time.
-        seconds = torch.tensor((time.perf_counter() - self._since) / self._steps)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self._group)
-        self._every = max(1, int(ASK_EVERY_SECONDS / max(seconds.item(), 1e-3)))
-        self._steps, self._since = 0, time.perf_counter()
-        new, self._told = coming and not self._told, coming
+        # All workers have to ask at the same step, and their clocks differ. They agree on the longest time since they
+        # asked last: while a step is computed, so that none waits for it, and by time, as any step may be a long one.
+        due = False
+        if self._agreed is not None:
+            self._agreed.wait()
+            due = self._since.item() >= ASK_EVERY_SECONDS
+        new = False
+        if due:
+            coming = ray.train.get_preemption_info() is not None
+            new, self._told = coming and not self._told, coming
+            self._asked = time.perf_counter()
+        self._since = torch.tensor(time.perf_counter() - self._asked)
+        self._agreed = dist.all_reduce(self._since, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return new

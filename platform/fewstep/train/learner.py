@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.data.stream import Batch
-from fewstep.distill import PowerEMA
+from fewstep.distill import PowerEMA, sample_rms
 from fewstep.draws import SampleGenerators, mixed_seed
 from fewstep.models.conditioning import Conditioning
 from fewstep.models.dropout import seed_dropout
@@ -29,6 +30,13 @@ from fewstep.train.recipe import DistillRecipe, TeacherRecipe
 class Learner:
     """The objective with its model, the optimizers, and the EMA of the weights.
 
+    Args:
+        recipe: what is trained, and how.
+        null: the null condition (B = 1) of guidance.
+        device: of the model.
+        rank, world_size: this process, and the number of processes that train together.
+        setbacks: how often the run went back to an earlier checkpoint.
+
     Attributes:
         recipe: what is trained, and how.
         device: of the model.
@@ -39,6 +47,8 @@ class Learner:
         optimizers: of those parameters.
         ema: of those parameters.
         share: this rank's part of every global batch.
+        draw_seed: seed of the order of the data and of all random numbers of the steps.
+        lr_factor: factor on the scheduled learning rates.
     """
 
     def __init__(
@@ -48,8 +58,12 @@ class Learner:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        setbacks: int = 0,
     ) -> None:
         self.recipe, self.device = recipe, device
+        # After the run went back: other random numbers and a lower rate, or the same would happen again.
+        self.draw_seed = mixed_seed(recipe.train.seed, setbacks) if setbacks else recipe.train.seed
+        self.lr_factor = recipe.health.lr_factor**setbacks
         self.rank, self.world_size = rank, world_size
         self.sharded = is_sharded(recipe.train, world_size)
         self.objective = build_objective(recipe, null, device, self.sharded)
@@ -68,13 +82,18 @@ class Learner:
         # The EMA is called "average" in checkpoints since the first version: under another name, those would not load.
         return {"model": self.parameters, "average": self.ema.state_dict(), "optimizer": slots}
 
+    def averaged(self) -> dict[str, Tensor]:
+        """The EMA's weights by name, whole and on the CPU; every rank has to call it at the same time."""
+        # Shards are sent from the GPUs, also where the host keeps the EMA.
+        return {name: whole(ema.to(self.device)).cpu() for name, ema in self.ema.state_dict().items()}
+
     def set_lr(self, step: int) -> float:
         """Set the learning rates of an optimizer step (from 1) by the recipe's schedule.
 
         Returns:
             Their share of the peak rates.
         """
-        share = lr_share(self.recipe.optimizer, step, self.recipe.train.steps)
+        share = self.lr_factor * lr_share(self.recipe.optimizer, step, self.recipe.train.steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = share * group["peak_lr"]
@@ -89,7 +108,10 @@ class Learner:
     def backward(self, batch: Batch, part: range, step: int, meter: LossMeter) -> None:
         """Add the gradients of one micro-batch, the part of step's global batch that has these indices."""
         weight = self.share.weight(part)
-        for result in self.objective.losses(self.to_device(batch), self.seed(step, part), step):
+        batch = self.to_device(batch)
+        if batch.latent is not None:
+            meter.data(batch.keys, sample_rms(batch.latent))
+        for result in self.objective.losses(batch, self.seed(step, part), step):
             # Before the next loss is computed: data-free losses keep the graph of one segment at a time.
             (weight * result.loss).backward()
             meter.add(result)  # on the device: reading values here would make the host wait for them
@@ -114,7 +136,7 @@ class Learner:
         use.
         """
         # Anew for each micro-batch, so that a resumed run draws what the uninterrupted one would have drawn.
-        seed = self.recipe.train.seed
+        seed = self.draw_seed
         torch.manual_seed(mixed_seed(seed, step, part.start, self.share.total))
         seed_dropout(
             self.objective.model, [mixed_seed(seed, step, index, self.share.total) for index in part]

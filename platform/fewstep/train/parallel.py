@@ -50,7 +50,8 @@ def shard(objective: Objective, settings: TrainConfig, world_size: int) -> None:
     """
     if settings.activation_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
-    blocks = [b for network in objective.model.transformers() for b in objective.family.blocks(network)]
+    networks = [one for model in objective.models for one in model.transformers()]
+    blocks = [block for network in networks for block in objective.family.blocks(network)]
     if settings.compile is not None:
         # Block by block: FSDP gathers weights between blocks, which would break a graph of the whole anyway.
         for block in blocks:
@@ -60,9 +61,10 @@ def shard(objective: Objective, settings: TrainConfig, world_size: int) -> None:
     # One dimension: all workers share one copy of the model.
     mesh = init_device_mesh("cuda" if settings.gpu else "cpu", (world_size,))
     # Blocks first: what is left of the parameters when the whole model is sharded becomes its own group.
-    for module in (*blocks, objective.model):
+    for module in (*blocks, *objective.models):
         fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(objective.model, "prepare")  # which reads weights outside of blocks, too
+    for model in objective.models:
+        register_fsdp_forward_method(model, "prepare")  # which reads weights outside of blocks, too
 
 
 @torch.no_grad()

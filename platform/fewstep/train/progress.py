@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.distill import LossResult
+from fewstep.train.health import LARGEST_RMS, RANGES
 
 QUARTILES = 4
 """Parts of raw time for which losses are also averaged separately."""
@@ -22,8 +23,30 @@ class LossMeter:
         self._counts = torch.zeros(QUARTILES, device=device)
         self._norm = torch.zeros((), device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._largest = torch.zeros(len(RANGES), device=device)
+        self._rows: list[tuple[list[str], Tensor]] = []
+        self._read_rows = self._rows
         self._steps = 0
         self._since = time.perf_counter()
+
+    def data(self, keys: list[str], rms: Tensor) -> None:
+        """Add the root mean squares (B,) of the latents of a micro-batch, whose rows have these keys."""
+        self._widen(0, rms)
+        self._rows.append((keys, rms))
+
+    def _widen(self, place: int, rms: Tensor) -> None:
+        # NaN would be lost in a comparison, on the way to other workers at the latest.
+        largest = rms.detach().nan_to_num(nan=torch.inf).max()
+        self._largest[place] = torch.maximum(self._largest[place], largest)
+
+    def suspect_rows(self) -> list[str]:
+        """Keys of this worker's rows in the last reading whose latents are no latents: NaN, or far too large."""
+        return [
+            key
+            for keys, rms in self._read_rows
+            for key, value in zip(keys, rms.tolist(), strict=True)
+            if not value <= LARGEST_RMS
+        ]
 
     def add(self, result: LossResult) -> None:
         """Add the losses of one micro-batch, by quarter of raw time."""
@@ -33,6 +56,8 @@ class LossMeter:
         self._sums.index_add_(0, quartile, result.per_sample)
         self._counts.index_add_(0, quartile, torch.ones_like(result.per_sample))
         self._finite &= result.per_sample.isfinite().all()
+        if result.state_rms is not None:
+            self._widen(1, result.state_rms)
 
     def norm(self, gradient_norm: Tensor) -> None:
         """Add the gradient norm of one optimizer step, before clipping."""
@@ -48,6 +73,7 @@ class LossMeter:
             dist.all_reduce(sums)
             self._sums, self._counts, broken = sums.split([QUARTILES, QUARTILES, 1])
             self._finite = broken[0] == 0
+            dist.all_reduce(self._largest, dist.ReduceOp.MAX)
 
     def read(self, batch_size: int, seconds_waited: float) -> dict[str, float]:
         """Means since the last call, as MLflow metrics.
@@ -71,8 +97,14 @@ class LossMeter:
         for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
             if count:
                 metrics[f"train/loss_t{index + 1}of{QUARTILES}"] = total / count
+        # What the loss does not look at has no point: data of prompts alone, states of a teacher's training.
+        for name, largest in zip(RANGES, self._largest.tolist(), strict=True):
+            if largest:
+                metrics[name] = largest
         self._sums.zero_()
         self._counts.zero_()
+        self._largest.zero_()
+        self._read_rows, self._rows = self._rows, []
         self._norm = torch.zeros_like(self._norm)
         self._steps, self._since = 0, now
         return metrics

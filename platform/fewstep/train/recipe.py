@@ -23,13 +23,21 @@ from pydantic import Field, PositiveInt, model_validator
 from fewstep.config import Config, Precision, checked_settings
 from fewstep.data.datasets import EMOJI_DATA, SHIPPED_DATA, streamed
 from fewstep.data.stream_config import OPEN_SHARDS, CacheConfig, EncodersConfig, Reading
-from fewstep.distill import ImitationConfig
+from fewstep.distill import (
+    ConsistencyConfig,
+    DMD2Config,
+    ImitationConfig,
+    MeanFlowConfig,
+    RegressionConfig,
+)
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig
 from fewstep.models.adapters import LoRAConfig
 from fewstep.models.heads import GMFlowConfig, PolicyConfig
 from fewstep.models.teacher_folder import LoRAFile
 from fewstep.text import read_settings
+from fewstep.tracking.aliases import CHALLENGER, alias_fault
+from fewstep.train.health import HealthConfig
 from fewstep.train.overrides import override
 from fewstep.train.share import BatchShare
 
@@ -155,8 +163,8 @@ class DataConfig(Config):
     """The training data."""
 
     path: str = EMOJI_DATA
-    """Folder or s3:// address of a prepared dataset (fewstep prepare-data); data/emoji16 and data/fashion28 are
-    prepared if they don't exist."""
+    """Folder or s3:// address of a prepared dataset (fewstep prepare-data); data/emoji64, data/emoji16 and
+    data/fashion28 are prepared if they don't exist."""
     encode: Literal["shards", "stream"] = "shards"
     """shards: captions and images were encoded when the dataset was prepared. stream: they are encoded while the
     training runs, of a dataset prepared with --encode stream, which is captions and images alone."""
@@ -303,20 +311,26 @@ class TrackingConfig(Config):
     """MLflow's tracking address: a server's http(s) address, or sqlite:///file."""
     experiment: str = "fewstep"
     """Name of the MLflow experiment."""
+    parent_run: str | None = None
+    """Id of the MLflow run below which this one is shown, as those of a grid are (`fewstep ablate`)."""
     model: str = "emoji-4step"
     """Name of the registered model."""
     alias: str = "champion"
-    """Alias that the new version of the model gets."""
+    """Alias that the new version of the model gets, and that is served."""
+    promote: Literal["criteria", "always"] = "criteria"
+    """criteria: only a version that keeps the acceptance criteria (evaluation.criteria) gets that alias, or the first
+    one, without which nothing could be served; others get the alias `challenger`, and a tag with the reason. always:
+    every version gets it."""
 
     @model_validator(mode="after")
     def _mlflow_takes_the_names(self) -> TrackingConfig:
         # MLflow itself would refuse them only after the training.
         if not re.fullmatch(r"[^/:.%\"']+", self.model):
             raise ValueError(f"model {self.model!r} must not hold any of / : . % \" ' (MLflow's rule)")
-        if not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", self.alias, re.IGNORECASE):
-            raise ValueError(
-                f"alias {self.alias!r} must be of letters, digits, _ and -, not 'latest' nor 'v1' (MLflow's rule)"
-            )
+        if (fault := alias_fault(self.alias)) is not None:
+            raise ValueError(fault)
+        if self.alias == CHALLENGER:
+            raise ValueError(f"alias {CHALLENGER!r} is that of versions which are not served: choose another")
         return self
 
 
@@ -329,10 +343,38 @@ class EvaluationConfig(Config):
     """Euler steps of the teacher for the reference images."""
     baseline_steps: tuple[int, ...] = (2, 4, 8, 16)
     """The baseline: numbers of Euler steps of the teacher that the student is compared with."""
+    solvers: tuple[Literal["heun", "dpmpp", "unipc"], ...] = ()
+    """Further solvers of the teacher's ODE, each compared with at as many evaluations (Heun's method at one less where
+    their number is even)."""
     criteria: Literal["quick", "full", "classes"] = "quick"
     """Acceptance criteria that are checked: of the quick run, of the long one, or of class-conditional students."""
+    features: str = "efficientnet"
+    """Network of the features: efficientnet; inception:FILE, the TorchScript file of Inception-v3 that the FIDs of
+    StyleGAN and EDM are made with; clip:MODEL or dinov2:MODEL, a folder or hub id of transformers'."""
+    clip: str | None = None
+    """CLIP model, a folder or hub id, for CLIP scores and retrieval; null for none."""
+    lpips: str | None = None
+    """TorchScript file of VGG16 with LPIPS's weights (StyleGAN's vgg16.pt); null for none."""
+    scores: tuple[str, ...] = ()
+    """Scores of one's own as module:function, from images (N, H, W, 3) uint8 and captions to N numbers, such as of
+    HPSv2 or VQAScore (docs/commands/evaluate.md)."""
+    images_per_caption: int = Field(0, ge=0)
+    """Images of each of the first 32 captions, for the diversity per prompt; 0 for none, and otherwise two at least."""
+    training_images: int = Field(0, ge=0)
+    """Training images among which those that the student and the reference generate are looked for; 0 for none."""
     enabled: bool = True
     """Whether the job evaluates at its end."""
+    every: int = Field(0, ge=0)
+    """Steps between measurements of the paired distance to the teacher's pictures on 32 held-out captions, while the
+    run trains; the best student is kept, and registered where it is clearly better than the last. 0 for none."""
+
+    @model_validator(mode="after")
+    def _one_image_has_no_diversity(self) -> EvaluationConfig:
+        if self.images_per_caption == 1:
+            raise ValueError(
+                "images_per_caption must be 0, or 2 and more: one image of a caption has no diversity"
+            )
+        return self
 
     @model_validator(mode="after")
     def _baseline_has_the_steps_of_the_criteria(self) -> EvaluationConfig:
@@ -350,6 +392,7 @@ class _Recipe(Config):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -379,8 +422,35 @@ class DistillRecipe(_Recipe):
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     sampler: SamplerConfig = SamplerConfig()
+    objective: Literal["imitation", "consistency", "dmd2", "meanflow", "regression"] = "imitation"
+    """What the student is trained by: π-ID, or one of the methods that it is compared with; each has a section."""
     imitation: ImitationConfig = ImitationConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
+    dmd2: DMD2Config = DMD2Config()
+    meanflow: MeanFlowConfig = MeanFlowConfig()
+    regression: RegressionConfig = RegressionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def data_free(self) -> bool:
+        """Whether the objective takes captions alone, and no images."""
+        sections = {
+            "imitation": self.imitation.data_free,
+            "regression": self.regression.data_free,
+            "dmd2": True,
+        }
+        return sections.get(self.objective, False)
+
+    @property
+    def unjudged_steps(self) -> int:
+        """Optimizer steps in the beginning whose losses rise, or mean different things, in a healthy run."""
+        sections = {
+            "imitation": self.imitation.mixing_steps,
+            "consistency": self.consistency.warmup_steps if self.consistency.continuous else 0,
+            "meanflow": self.meanflow.warmup_steps,
+            "dmd2": self.train.steps,  # two networks' losses take turns
+        }
+        return sections.get(self.objective, 0)
 
 
 class TeacherRecipe(_Recipe):

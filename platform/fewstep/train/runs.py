@@ -20,6 +20,8 @@ from fewstep.train.recipe import DistillRecipe, TeacherRecipe, upgraded
 RECORDS = Path(".fewstep") / "runs"
 """Folder with two files of each run: RUN.json, its `RunRecord`, and RUN.yaml, its recipe."""
 
+EXPORTS = Path(".fewstep") / "models"
+"""Folder with each run's student or teacher, by the run's name."""
 
 SHAPING = (
     "teacher.family", "student.policy", "student.lora", "student.full",

@@ -17,19 +17,23 @@ from fewstep.data.encode import EncoderPool
 from fewstep.data.schema import DatasetInfo
 from fewstep.data.stream import read_split
 from fewstep.encoders import load_encoder
-from fewstep.errors import UserError
+from fewstep.errors import DivergenceError, UserError
 from fewstep.models.family_code import code_of
 from fewstep.storage import Storage
 from fewstep.student.card import read_student_card, write_student_card
 from fewstep.tracking import spool_folder
 from fewstep.tracking.run import TrackedRun, Tracker, has_run
 from fewstep.tracking.version import run_tags
-from fewstep.train.checkpoint import TrainState
+from fewstep.train.checkpoint import TrainState, read_state
+from fewstep.train.grids import SamplePlan
+from fewstep.train.health import HealthConfig
+from fewstep.train.preview import BestStudent
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe, TrainConfig, network_section
 from fewstep.train.recovery import recover
-from fewstep.train.runs import RunRecord, last_checkpoint, record_file, run_folder
+from fewstep.train.runs import EXPORTS, RunRecord, last_checkpoint, record_file, run_folder
+from fewstep.train.setbacks import Setback, go_back, read_setbacks
 from fewstep.train.validation import check
-from fewstep.train.worker import EXPORT, SamplePlan, WorkerJob, train_worker
+from fewstep.train.worker import EXPORT, EarlyEnd, WorkerJob, train_worker
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -75,14 +79,16 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
 
     Raises:
         UserError: see `check`; the run has no whole checkpoint any more, or one of a later step than the recipe's last;
-            the loss became infinite or NaN; or workers died more often than the recipe allows.
+            workers died more often than the recipe allows; or Ray Train's controller died.
+        DivergenceError: the loss became infinite, NaN or far too large.
     """
+    from ray.exceptions import RayActorError
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     info = check(recipe)
     run_name = run_name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     resolved = recipe.model_dump(mode="json")
-    begun = recover(run_folder(recipe.train.storage, run_name))
+    begun = recover(run := run_folder(recipe.train.storage, run_name))
     if begun is not None and begun.step > recipe.train.steps:
         raise UserError(
             f"--resume: run {run_name!r} can't end at step {recipe.train.steps}, its last checkpoint is of step "
@@ -97,7 +103,7 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         experiment=recipe.tracking.experiment,
         run_name=run_name,
         params=resolved,
-        tags=run_tags() | {"recipe": recipe.name},
+        tags=run_tags() | {"recipe": recipe.name} | _parent(recipe),
         spool=spool_folder(),
         run_id=_mlflow_run(recipe, run_name, begun),
     )
@@ -110,16 +116,18 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(LOOK_SECONDS))
         try:
             with told_own_cluster(), _reader(recipe, info) as reader:
-                result = _ray_trainer(recipe, run_name, info, tracker.run, reader).fit()
+                result = _train(recipe, run_name, info, tracker, reader)
         except TrainingFailedError as error:
             way_on = _way_on(recipe, run_name, begun)
             reason = _no_room(error, recipe.train) or _root_cause(error)
             raise UserError(f"run {run_name} failed: {reason.rstrip('.')}; {way_on}.") from error
-        # Ray Train v2's results and settings have fields that its type annotations, those of v1, lack.
-        if (stopped := cast(Any, result).return_value) is not None:
-            raise UserError(f"run {run_name} stopped: {stopped}")
-        folder = Path(".fewstep") / "models" / run_name
-        _fetch_export(result.checkpoint, folder)
+        except RayActorError as error:
+            raise UserError(
+                f"run {run_name} failed: Ray Train's controller, a process on this machine, was killed or ran out of "
+                f"memory; {_way_on(recipe, run_name, begun)}."
+            ) from error
+        folder = EXPORTS / run_name
+        _fetch_export(result.checkpoint, folder, run)
     if isinstance(recipe, DistillRecipe):
         # The worker's copy of the recipe has the data's absolute address; a published card should not show the folders
         # of this machine.
@@ -127,6 +135,63 @@ def fit(recipe: DistillRecipe | TeacherRecipe, run_name: str | None = None) -> T
         write_student_card(card, folder)
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, (int, float))}
     return TrainedModel(run_name, folder, cast(Any, result).checkpoint.path, tracker.run_id, metrics)
+
+
+def _train(
+    recipe: DistillRecipe | TeacherRecipe,
+    run_name: str,
+    info: DatasetInfo,
+    tracker: Tracker,
+    reader: EncoderPool | None,
+) -> Any:
+    """Train to the last step, from the last good checkpoint again if the run diverges; returns Ray Train's result.
+
+    Raises:
+        DivergenceError: the run diverged and may not go back, or not once more.
+        UserError: something else stopped it.
+    """
+    run, config = run_folder(recipe.train.storage, run_name), recipe.health
+    while True:
+        setbacks = read_setbacks(run)
+        if setbacks:
+            print(_told(setbacks, config), flush=True)
+            tracker.set_tags({"health.times_back": len(setbacks)})
+        trainer = _ray_trainer(recipe, run_name, info, tracker.run, reader, len(setbacks))
+        # Ray Train v2's results and settings have fields that its type annotations, those of v1, lack.
+        result = cast(Any, trainer.fit())
+        end: EarlyEnd | None = result.return_value
+        if end is None:
+            return result
+        if end.diverged_at is None:
+            raise UserError(f"run {run_name} stopped: {end.message}")
+        if config.on_divergence != "go_back" or len(setbacks) >= config.go_back_times:
+            again = f" again, after it had gone back {_times(len(setbacks))}" if setbacks else ""
+            raise DivergenceError(
+                f"run {run_name} diverged{again}: {end.message}: lower optimizer.lr or optimizer.max_grad_norm, or "
+                f"look at the data, and go on with --resume {run_name}; the last good checkpoint is kept."
+            )
+        setback = go_back(run, end.diverged_at, end.message)
+        tracker.log_metrics({"health/went_back_to": setback.back_to}, end.diverged_at)
+        recover(run)
+
+
+def _parent(recipe: DistillRecipe | TeacherRecipe) -> dict[str, str]:
+    """The tag by which MLflow shows a run below another."""
+    parent = recipe.tracking.parent_run
+    return {} if parent is None else {"mlflow.parentRunId": parent}
+
+
+def _told(setbacks: list[Setback], config: HealthConfig) -> str:
+    """A line about a run that went back."""
+    where = f"the checkpoint of step {setbacks[-1].back_to}" if setbacks[-1].back_to else "its beginning"
+    return (
+        f"health: the run went back {_times(len(setbacks))}, the last time from step {setbacks[-1].found} to {where}; "
+        f"learning rates are {config.lr_factor ** len(setbacks):g} of the recipe's, and random numbers are others"
+    )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _changed(before: Any, now: Any, name: str = "") -> list[str]:
@@ -180,7 +245,7 @@ def _reader(recipe: DistillRecipe | TeacherRecipe, info: DatasetInfo) -> Iterato
     if info.raw is None:
         yield None
         return
-    if isinstance(recipe, DistillRecipe) and recipe.imitation.data_free:
+    if isinstance(recipe, DistillRecipe) and recipe.data_free:
         info = replace(info, has_latents=False)  # captions are all that it uses: no image need be read
     pool = EncoderPool.start(info, recipe.data.encoders, recipe.data.cache)
     try:
@@ -195,6 +260,7 @@ def _ray_trainer(
     info: DatasetInfo,
     tracking: TrackedRun,
     reader: EncoderPool | None,
+    setbacks: int = 0,
 ) -> TorchTrainer:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -204,7 +270,8 @@ def _ray_trainer(
     job = WorkerJob(
         recipe=recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": info.root})}),
         null=load_encoder(info.encoding.text_encoder, max_tokens=info.encoding.max_tokens).null(),
-        samples=_sample_plan(info) if settings.sample_every else None,
+        samples=_sample_plan(info) if settings.sample_every or _measures(recipe) else None,
+        setbacks=setbacks,
         reader=reader,
         code=code_of(network_section(recipe).family),
         home=str(Path.cwd()),
@@ -266,14 +333,34 @@ def _sample_plan(info: DatasetInfo) -> SamplePlan:
     split = "held_out" if "held_out" in info.splits else "train"
     shape = next(iter(info.buckets(split)))
     batch = read_split(info.root, split, PREVIEW_CAPTIONS, shape=shape)
-    return SamplePlan(batch.conditioning, shape, info.encoding.autoencoder)
+    return SamplePlan(batch.conditioning, shape, info.encoding.autoencoder, batch.latent)
 
 
-def _fetch_export(checkpoint: Any, folder: Path) -> None:
-    """Copy the trained model out of the last checkpoint into a folder on this machine."""
+def _measures(recipe: DistillRecipe | TeacherRecipe) -> bool:
+    """Whether the student is measured while it trains."""
+    return isinstance(recipe, DistillRecipe) and recipe.evaluation.every > 0
+
+
+def _fetch_export(checkpoint: Any, folder: Path, run: Storage) -> None:
+    """Copy the trained model into a folder on this machine: out of the last checkpoint, or the best student.
+
+    Args:
+        checkpoint: the last one.
+        folder: where to.
+        run: the run's folder in its storage.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
     with checkpoint.as_directory() as local:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(Path(local) / EXPORT, folder)
+        state = read_state(Path(local))
+        best = BestStudent.of(state.best)
+        if best is None or best.step == state.step or not run.copy_to(folder, best.folder):
+            shutil.copytree(Path(local) / EXPORT, folder)
+            return
+    print(
+        f"the student of step {best.step} is taken: its held-out paired distance, {best.distance:.4g}, is clearly less "
+        f"than after step {state.step}",
+        flush=True,
+    )
 
 
 def _no_room(error: BaseException, settings: TrainConfig) -> str | None:

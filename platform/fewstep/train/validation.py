@@ -125,9 +125,11 @@ def _check_data(info: DatasetInfo, recipe: DistillRecipe | TeacherRecipe) -> Non
     Raises:
         UserError: it is one.
     """
-    data_free = isinstance(recipe, DistillRecipe) and recipe.imitation.data_free
+    data_free = isinstance(recipe, DistillRecipe) and recipe.data_free
     if not info.has_latents and not data_free:
-        remedy = ", or set imitation.data_free=true" if isinstance(recipe, DistillRecipe) else ""
+        # The objectives that can do without images, where they are told to.
+        objective = recipe.objective if isinstance(recipe, DistillRecipe) else ""
+        remedy = f", or set {objective}.data_free=true" if objective in ("imitation", "regression") else ""
         raise UserError(
             f"data.path: {info.root} holds prompts alone, and this training needs images: prepare a dataset with "
             f"images (fewstep prepare-data --source folder){remedy}."
@@ -179,6 +181,11 @@ def _check_fit(info: DatasetInfo, transformer: Transformer, family: Family, teac
         raise UserError(
             f"data.path: {info.root} has {known} classes ({info.encoding.text_encoder!r}), the teacher {teacher!r} "
             f"knows {classes}: prepare the data with the teacher's own classes."
+        )
+    if info.encoding.references and not family.takes_references:
+        raise UserError(
+            f"data.path: the rows of {info.root} have reference images, and the family {family.name!r} takes none: "
+            "choose a family for editing (qwen_image, flux2), or a dataset without references."
         )
     if uneven := [
         f"{shape[1]}x{shape[2]}" for shape in sorted(shapes) if shape[1] % rows or shape[2] % columns

@@ -1,48 +1,34 @@
-"""The training loop, which every Ray Train worker runs: sample grids, metrics and checkpoints around a learner."""
+"""The training loop, which every Ray Train worker runs: metrics, sample grids and checkpoints around a learner."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fewstep.config import Shape
 from fewstep.data.encode import EncoderPool
 from fewstep.data.stream import ShardStream
-from fewstep.encoders import load_autoencoder
-from fewstep.evaluate.grid import sample_grid
-from fewstep.flow import gaussian_noise
 from fewstep.models.conditioning import Conditioning
 from fewstep.models.family_code import FamilyCode
-from fewstep.models.sharded import whole
+from fewstep.storage import through_outages
 from fewstep.tracking.run import TrackedRun, Tracker
 from fewstep.train import checkpoint as ckpt
 from fewstep.train.drain import DrainNotice
+from fewstep.train.gauges import RunGauges
+from fewstep.train.grids import SampleGrids, SamplePlan
 from fewstep.train.learner import Learner
-from fewstep.train.parallel import drop_gathered
 from fewstep.train.progress import LossMeter, progress_line
 from fewstep.train.recipe import DistillRecipe, TeacherRecipe
+from fewstep.train.watch import Diverged, HealthWatch, TrainingStopped
 
 EXPORT = "export"
 """Name of the folder in the final checkpoint that holds the trained model."""
-
-
-@dataclass(frozen=True)
-class SamplePlan:
-    """What a run's sample grids show."""
-
-    conditioning: Conditioning
-    """The conditions, one per image."""
-    shape: Shape
-    """(C, H, W) of the latents."""
-    autoencoder: str
-    """Name of the autoencoder that decodes them."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +49,31 @@ class WorkerJob:
     """Encodes the rows of a dataset that is not encoded yet."""
     code: FamilyCode | None = None
     """The user's file that registers the network's family, if there is one."""
+    setbacks: int = 0
+    """How often the run went back to an earlier checkpoint."""
 
 
-class TrainingStopped(Exception):
-    """Training can't go on; the message is for the user."""
+@dataclass(frozen=True)
+class EarlyEnd:
+    """Why training stopped before its last step."""
+
+    message: str
+    """For the user; if the run diverged, without a remedy."""
+    diverged_at: int | None = None
+    """The step at which the run was found to diverge; None if something else is wrong."""
 
 
-def train_worker(job: WorkerJob) -> str | None:
+def train_worker(job: WorkerJob) -> EarlyEnd | None:
     """Train to the recipe's last step, from Ray Train's latest checkpoint if there is one.
 
     Returns:
-        None, or the reason why training stopped early. It is returned rather than raised, because after an exception
-        Ray Train would restart from the last checkpoint and come to the same numbers.
+        None, or why training stopped early. It is returned rather than raised, because after an exception Ray Train
+        would restart from the last checkpoint and come to the same numbers.
     """
     try:
         _train(job)
     except TrainingStopped as reason:
-        return str(reason)
+        return EarlyEnd(str(reason), reason.step if isinstance(reason, Diverged) else None)
     return None
 
 
@@ -91,25 +85,26 @@ def _train(job: WorkerJob) -> None:
     device = _prepare_process(job)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    learner = Learner(recipe, job.null, device, rank, world_size)
+    learner = Learner(recipe, job.null, device, rank, world_size, job.setbacks)
 
     origin = ckpt.TrainState(0, settings.seed, job.tracking.run_id, recipe.model_dump(mode="json"))
     # A process group of its own: writing in the background must not wait for the training's collectives.
     group = dist.new_group(backend="gloo")
     checkpoints = ckpt.Checkpoints(learner.tensors, origin, group)
-    done = _resume(learner, group)
-
-    tracker = None
-    if rank == 0:  # only one worker reports to MLflow
-        tracker = Tracker.join(job.tracking)
-        if done:
-            tracker.set_tags({"resumed_from_step": done})
+    tracker = Tracker.join(job.tracking) if rank == 0 else None  # only one worker reports to MLflow
+    # Not the group of the checkpoints, whose messages are sent by another thread.
+    unjudged = recipe.unjudged_steps if isinstance(recipe, DistillRecipe) else 0
+    watch = HealthWatch(recipe.health, dist.new_group(backend="gloo"), tracker, unjudged)
+    done = _resume(learner, watch, group)
+    if tracker is not None and done:
+        tracker.set_tags({"resumed_from_step": done})
+    grids = SampleGrids(learner, watch, job.samples)
 
     stream = ShardStream(
         recipe.data.path,
         "train",
         batch_size=recipe.data.batch_size,
-        seed=settings.seed,
+        seed=learner.draw_seed,
         parts=learner.share.parts,
         open_shards=recipe.data.open_shards,
         reading=recipe.data.reading,
@@ -117,13 +112,14 @@ def _train(job: WorkerJob) -> None:
         reader=job.reader,
         stored=device.type != "cpu",  # half as much to copy; on CPUs the reading thread converts
     )
-    _loop(job, learner, stream, checkpoints, DrainNotice(dist.new_group(backend="gloo")), tracker, done)
+    notice = DrainNotice(dist.new_group(backend="gloo"))
+    _loop(job, learner, stream, checkpoints, notice, watch, grids, done)
 
     # The end: the trained model, with the EMA's weights, goes into the last checkpoint. `whole` gathers shards, so all
-    # ranks take part, although only rank 0 writes. They send shards from their GPUs, also where the host keeps the EMA.
-    weights = {name: whole(ema.to(device)).cpu() for name, ema in learner.ema.state_dict().items()}
+    # ranks take part, although only rank 0 writes.
+    weights = learner.averaged()
     export = (lambda folder: learner.objective.export(folder / EXPORT, weights)) if rank == 0 else None
-    checkpoints.finish(settings.steps, export)
+    checkpoints.finish(settings.steps, export, **watch.state())
     if tracker is not None:
         tracker.flush(timeout=30)
 
@@ -144,11 +140,12 @@ def _prepare_process(job: WorkerJob) -> torch.device:
     return ray.train.torch.get_device() if job.recipe.train.gpu else torch.device("cpu")
 
 
-def _resume(learner: Learner, group: Any) -> int:
+def _resume(learner: Learner, watch: HealthWatch, group: Any) -> int:
     """Load Ray Train's latest checkpoint, if there is one; returns the optimizer steps that are done.
 
     Args:
         learner: gets the checkpoint's tensors.
+        watch: gets what readings are compared with.
         group: a process group of all ranks, on CPUs.
 
     Raises:
@@ -158,17 +155,21 @@ def _resume(learner: Learner, group: Any) -> int:
 
     if (latest := ray.train.get_checkpoint()) is None:
         return 0
-    with latest.as_directory() as folder:
+    with ExitStack() as stack:
+        folder = through_outages(
+            lambda: stack.enter_context(latest.as_directory()), "going on from a checkpoint"
+        )
         if (file := ckpt.altered_file(Path(folder), group)) is not None:
             raise TrainingStopped(
                 f"{file} in its last checkpoint is not what was written there: delete the folder {latest.path}, and "
                 "--resume goes on from the checkpoint before."
             )
-        done = ckpt.read_state(Path(folder)).step
+        state = ckpt.read_state(Path(folder))
+        watch.load(state.health, state.best)
         ckpt.load_tensors(learner.tensors(), Path(folder))
     if learner.rank == 0:
-        print(f"resumed from the checkpoint of step {done}", flush=True)
-    return done
+        print(f"resumed from the checkpoint of step {state.step}", flush=True)
+    return state.step
 
 
 def _loop(
@@ -177,86 +178,57 @@ def _loop(
     stream: ShardStream,
     checkpoints: ckpt.Checkpoints,
     notice: DrainNotice,
-    tracker: Tracker | None,
+    watch: HealthWatch,
+    grids: SampleGrids,
     done: int,
 ) -> None:
-    """Take the optimizer steps after the `done` ones, with sample grids, metrics and checkpoints.
+    """Take the optimizer steps after the `done` ones, with metrics, sample grids and checkpoints.
 
     Raises:
-        TrainingStopped: a loss or gradient is not finite.
+        Diverged: the run turns to noise, and the recipe doesn't have it go on.
     """
     recipe, settings = job.recipe, job.recipe.train
     source, meter = iter(stream), LossMeter(learner.device)
+    gauges = RunGauges(recipe.name) if learner.rank == 0 else None
+    due = False  # whether a checkpoint is to be written
     started = time.perf_counter()
     for step in range(done + 1, settings.steps + 1):
-        # Sample grids: by all ranks if the model is sharded, as each holds a part of it; otherwise by rank 0
-        samplers = learner.sharded or learner.rank == 0
-        if job.samples and samplers and (step - 1) % settings.sample_every == 0 and step > 1:
-            latents = sample(learner, job.samples)
-            if tracker is not None:
-                pixels = load_autoencoder(job.samples.autoencoder).decode(latents).numpy()
-                tracker.log_image(sample_grid(pixels, columns=8), f"samples/step-{step - 1:06d}.png")
-
         lr = recipe.optimizer.lr * learner.set_lr(step)
         learner.step(step, source, meter)
 
         # Progress and metrics: the only place where the host waits for the device
         drained = notice.arrived()
-        save = step % settings.checkpoint_every == 0 or step == settings.steps or drained
-        if step % settings.log_every == 0 or save or step == 1:
-            meter.sum_over_workers(learner.world_size)
-            metrics = meter.read(recipe.data.batch_size, stream.seconds_waited) | {"train/learning_rate": lr}
-            stream.seconds_waited = 0.0
-            if metrics["train/non_finite"]:
-                checkpoints.settle()  # the last good checkpoint has to be complete before the run ends
-                raise TrainingStopped(_non_finite(step, metrics))
-            if tracker is not None:
-                print(progress_line(recipe.name, step, done, settings.steps, started, metrics), flush=True)
-                tracker.log_metrics(metrics, step)
+        now = step % settings.checkpoint_every == 0 or step == settings.steps or drained
+        due = due or now
+        read = now or step % settings.log_every == 0 or step == 1
+        try:
+            if read:
+                meter.sum_over_workers(learner.world_size)
+                metrics = meter.read(recipe.data.batch_size, stream.seconds_waited)
+                metrics |= {"train/learning_rate": lr}
+                stream.seconds_waited = 0.0
+                if gauges is not None:
+                    gauges.show(step, metrics)
+                    print(
+                        progress_line(recipe.name, step, done, settings.steps, started, metrics), flush=True
+                    )
+                metrics = watch.read(step, metrics, meter.suspect_rows)
+            grids.after(step, checkpoints.settle)
+        except Diverged:
+            checkpoints.settle()  # the last good checkpoint has to be complete before the run ends
+            raise
 
-        # Checkpoints: writing begins here, and has long ended when it is reported some steps later
-        if save:
-            checkpoints.begin(step, metrics)
+        # Checkpoints: writing begins here, and has long ended when it is reported some steps later. They wait while the
+        # run may be turning to noise, so that the last one is always one to go back to.
+        if read and due and (watch.good or step == settings.steps):
+            due = False
+            checkpoints.begin(step, metrics, **watch.state())
             if drained:  # there is no later for this one
                 checkpoints.settle()
                 if learner.rank == 0:
                     print(f"a node is about to go: the checkpoint of step {step} is complete", flush=True)
         elif step % settings.log_every == 0:
             checkpoints.settle()
-
-
-@torch.no_grad()
-def sample(learner: Learner, plan: SamplePlan) -> Tensor:
-    """Latents (B, C, H, W) of the plan's conditions, with the EMA's weights, from noise that is the same in every call.
-
-    Args:
-        learner: has the model, and samples it.
-        plan: conditions and shape.
-    """
-    objective, device, conditioning = learner.objective, learner.device, plan.conditioning
-    generator = torch.Generator().manual_seed(learner.recipe.train.seed)
-    noise = gaussian_noise((len(conditioning), *plan.shape), generator)
-    objective.model.eval()
-    latents = []
-    with learner.ema.swapped():
-        drop_gathered(objective.model)  # FSDP may still hold the weights from before the swap
-        for first in range(
-            0, len(noise), learner.share.largest
-        ):  # so that it takes no more memory than training
-            part = slice(first, first + learner.share.largest)
-            latents.append(objective.sample(noise[part].to(device), conditioning[part].to(device)).cpu())
-    drop_gathered(objective.model)
-    objective.model.train()
-    return torch.cat(latents)
-
-
-def _non_finite(step: int, metrics: dict[str, float]) -> str:
-    """The message about a loss or gradient that is not finite."""
-    return (
-        f"loss or gradient became infinite or NaN at or before step {step} (last loss {metrics['train/loss']:.4g}, "
-        f"gradient norm {metrics['train/gradient_norm']:.4g}): lower optimizer.lr or optimizer.max_grad_norm; the last "
-        "good checkpoint is kept."
-    )
 
 
 def _quiet_reports() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from shlex import quote
 
 from fewstep.data.schema import DatasetInfo, read_shard
-from fewstep.evaluate.criteria import check_criteria
+from fewstep.evaluate.criteria import CriterionResult, check_criteria
 from fewstep.evaluate.model_card import PICTURE
 from fewstep.evaluate.plots import loss_plot
+from fewstep.evaluate.report import Report
 from fewstep.student import (
     PYFUNC_MODEL,
     model_code,
@@ -19,11 +20,12 @@ from fewstep.student import (
     write_student_card,
 )
 from fewstep.tracking import Tracker, spool_folder
-from fewstep.tracking.address import connect
+from fewstep.tracking.promotion import give_alias
 from fewstep.tracking.registry import register
 from fewstep.train.recipe import DistillRecipe
 from fewstep.train.trainer import TrainedModel, fit
-from fewstep.workflow.evaluation import evaluate, summary
+from fewstep.workflow.evaluation import evaluate, held_out, summary, training_images, write_page
+from fewstep.workflow.training_metrics import training_losses
 
 
 def distil(recipe: DistillRecipe, run_name: str | None = None) -> None:
@@ -57,16 +59,26 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
         params={}, tags={}, spool=spool_folder(), run_id=trained.mlflow_run,
     )  # fmt: skip
     metrics: dict[str, float] = {}
+    unmet = ["was not measured (evaluation.enabled: false)"]
     failure: Exception | None = None
+    report: Report | None = None
     with tracker:
         if recipe.evaluation.enabled:
             try:
-                metrics = _measure(recipe, trained, results, tracker)
+                metrics, outcomes, report = _measure(recipe, trained, results, tracker)
+                unmet = [
+                    f"misses the criterion {one.criterion!r} ({one.value:.4g} against {one.bound:.4g})"
+                    for one in outcomes
+                    if not one.met
+                ]
             except Exception as error:
                 # Raised at the end: a student that took hours to train is registered even if measuring it fails.
-                failure = error
+                failure, unmet = error, ["could not be measured"]
         results.mkdir(parents=True, exist_ok=True)
-        loss_plot(_losses(tracker)).savefig(results / "loss.png")
+        losses = training_losses(tracker.uri, tracker.run_id)
+        loss_plot(losses).savefig(results / "loss.png")
+        if report is not None:
+            write_page(report, recipe.evaluation, results, trained.run_name, losses)
         tracker.log_artifact(results, "results")
     print(
         f"student     {trained.folder.absolute()}\n"
@@ -80,15 +92,22 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
         settings.model,
         tracker.uri,
         tracker.run_id,
-        settings.alias,
+        None,  # the alias comes last, when all of the version is there
         metrics,
         script=PYFUNC_MODEL,
         requirements=model_requirements(),
         code=partial(model_code, trained.folder),
     )
-    model = f"models:/{settings.model}@{settings.alias}"
+    given = give_alias(version, tracker.uri, settings.alias, None if settings.promote == "always" else unmet)
+    model = given.address
+    print(f"registered  {version.uri}, now {model}", flush=True)
+    if given.alias != settings.alias:
+        print(
+            f"not served  {given.reason}; to serve it all the same: fewstep promote {quote(settings.model)} "
+            f"{version.version}",
+            flush=True,
+        )
     print(
-        f"registered  models:/{version.name}/{version.version}, now {model}\n"
         f"generate    fewstep generate --model {model} --prompt {quote(_held_out_caption(recipe))} --seed 0",
         flush=True,
     )
@@ -98,20 +117,24 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
 
 def _measure(
     recipe: DistillRecipe, trained: TrainedModel, results: Path, tracker: Tracker
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[CriterionResult], Report]:
     """Evaluate; write the metrics to MLflow and into the student's card, and print the table."""
-    report = evaluate(trained.folder, recipe.data.path, recipe.evaluation, results, gpu=recipe.train.gpu)
+    config = recipe.evaluation
+    card, data = read_student_card(trained.folder), recipe.data.path
+    report = evaluate(
+        trained.folder, held_out(card, data, config.captions), config, results,
+        training=training_images(card, data, config), gpu=recipe.train.gpu,
+    )  # fmt: skip
     metrics, criteria = report.metrics(), recipe.evaluation.criteria
-    tracker.log_metrics(metrics, recipe.train.steps)
+    tracker.log_metrics(metrics, recipe.train.steps, once=next(iter(metrics), None))
     outcomes = check_criteria(report, criteria)
     tracker.set_tags({f"criterion.{one.name}": "met" if one.met else "missed" for one in outcomes})
     text = summary(report, criteria)
     (results / "report.txt").write_text(text)
-    card = read_student_card(trained.folder).model_copy(update={"metrics": metrics})
-    write_student_card(card, trained.folder)
+    write_student_card(card.model_copy(update={"metrics": metrics}), trained.folder)
     shutil.copy(results / PICTURE, trained.folder)  # for its model card, wherever the student goes
     print(f"\n{text}\npicture     {results.absolute() / 'comparison.png'}", flush=True)
-    return metrics
+    return metrics, outcomes, report
 
 
 def _held_out_caption(recipe: DistillRecipe) -> str:
@@ -119,20 +142,3 @@ def _held_out_caption(recipe: DistillRecipe) -> str:
     info = DatasetInfo.open(recipe.data.path)
     shard = next(iter(info.buckets("held_out").values()))[0]
     return read_shard(info.storage, shard.path)["caption"][0].as_py()
-
-
-def _losses(tracker: Tracker) -> list[dict[str, float]]:
-    """The run's training losses as rows for `loss_plot`; none while MLflow can't be reached."""
-    from mlflow.exceptions import MlflowException
-
-    client = connect(tracker.uri)
-    rows: dict[int, dict[str, float]] = {}
-    try:
-        # From MLflow and not from this process: a resumed run's first losses are there alone.
-        for name in client.get_run(tracker.run_id).data.metrics:
-            if name.startswith("train/loss"):
-                for point in client.get_metric_history(tracker.run_id, name):
-                    rows.setdefault(point.step, {"step": point.step})[name] = point.value
-    except MlflowException:
-        return []
-    return [rows[step] for step in sorted(rows) if "train/loss" in rows[step]]

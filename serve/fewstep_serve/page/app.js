@@ -10,10 +10,16 @@ start();
 async function start() {
   $("base").textContent = new URL("v1", location.href).href;
   $("steps").addEventListener("input", () => { $("steps-value").textContent = $("steps").value; });
+  $("lora-scale").addEventListener("input", () => { $("lora-scale-value").textContent = $("lora-scale").value; });
   $("model").addEventListener("change", showModel);
+  $("lora").addEventListener("change", showStyle);
   $("key").addEventListener("change", loadModels);
   $("form").addEventListener("submit", (event) => { event.preventDefault(); generate(read()); });
   $("stop").addEventListener("click", () => stopping?.abort());
+  $("reproduce-close").addEventListener("click", () => $("reproduce").close());
+  for (const button of document.querySelectorAll("#reproduce .copy")) {
+    button.addEventListener("click", () => navigator.clipboard?.writeText($(button.dataset.of).textContent));
+  }
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("form").requestSubmit(); }
   });
@@ -47,10 +53,22 @@ function showModel() {
     sizes.push([`${1.5 * width}x${height}`, `${1.5 * width}×${height}`], [`${width}x${1.5 * height}`, `${width}×${1.5 * height}`]);
   }
   $("size").replaceChildren(...sizes.map(([value, text]) => new Option(text, value)));
+  $("lora-field").hidden = model.loras.length === 0;
+  $("lora").replaceChildren(new Option("none", ""), ...model.loras.map(({ name }) => new Option(name, name)));
+  showStyle();
   const most = model.max_teacher_steps;
   $("teacher-field").hidden = most === 0;
   $("teacher-steps").replaceChildren(...[4, 8, 16, 32, 64, 128].filter((n) => n <= most).map((n) => new Option(n, n)));
   $("teacher-steps").value = $("teacher-steps").lastElementChild?.value ?? "";
+}
+
+function showStyle() {
+  const model = models.find((one) => one.id === $("model").value);
+  const style = model.loras.find((one) => one.name === $("lora").value);
+  $("lora-scale-field").hidden = !style;
+  $("lora-scale").max = style?.max_scale ?? 1;
+  $("lora-scale").value = Math.min(1, $("lora-scale").max);
+  $("lora-scale-value").textContent = $("lora-scale").value;
 }
 
 function read() {
@@ -58,6 +76,7 @@ function read() {
   return {
     prompt: $("prompt").value.trim(), model: $("model").value || null, n: Number($("count").value), seed,
     size: $("size").value, num_inference_steps: Number($("steps").value),
+    lora: $("lora").value ? [{ name: $("lora").value, scale: Number($("lora-scale").value) }] : [],
     teacherSteps: !$("teacher-field").hidden && $("teacher").checked ? Number($("teacher-steps").value) : 0,
   };
 }
@@ -123,11 +142,16 @@ async function run(entry, body, sampler) {
     figure.classList.remove("empty");
     if (event.type === "image_generation.completed") {
       last = event;
-      [image.width, image.height] = event.size.split("x").map(Number);
+      const [width, height] = event.size.split("x").map(Number);
+      [image.width, image.height] = [width, height];
       image.alt = `${body.prompt}, seed ${event.seed}, by the ${sampler}`;
+      image.classList.toggle("pixels", width < 48);
       figure.querySelector("a").href = source;
       figure.querySelector("a").download = `${body.prompt.replace(/[^\w]+/g, "-").slice(0, 40)}-${event.seed}.png`;
       figure.querySelector("progress").remove();
+      const link = figure.querySelector(".reproduce");
+      link.hidden = false;
+      link.addEventListener("click", () => reproduce(body, sampler, event));
     } else {
       figure.querySelector("progress").value = (event.partial_image_index + 1) / event.num_inference_steps;
     }
@@ -138,6 +162,32 @@ async function run(entry, body, sampler) {
     `${milliseconds} ms, of which ${network} in the network · batch of ${Math.round(last.batch_size)} · ${last.model} ${short(last.version)}`;
   return `${sampler} in ${milliseconds} ms`;
 }
+
+/** Show how to draw one image again, by command and by curl: another seed or number of images changes nothing of it. */
+function reproduce(body, sampler, event) {
+  const model = models.find((one) => one.id === event.model);
+  // The exact version, where it has an address of its own; an alias may have moved since.
+  const source = event.version.startsWith("models:") ? event.version : model?.source ?? event.model;
+  const steps = sampler === "teacher" ? "--teacher-steps" : "--steps";
+  $("reproduce-command").textContent =
+    `jobs/generate.py --model ${quoted(source)} --prompt ${quoted(body.prompt)} ${steps} ${body.num_inference_steps} --seed ${event.seed}` +
+    body.lora.map(({ name, scale }) => ` --lora ${quoted(`${model.loras.find((one) => one.name === name).source}:${scale}`)}`).join("");
+  // Commands draw images of the size that a model was trained at.
+  $("reproduce-by-command").hidden = body.size !== "auto";
+  const wish = {
+    model: event.model, prompt: body.prompt, seed: event.seed, num_inference_steps: body.num_inference_steps,
+    size: body.size, lora: body.lora, sampler,
+  };
+  const key = $("key").value ? ` -H "authorization: Bearer $FEWSTEP_API_KEY"` : "";
+  const save = "import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)[\"data\"][0][\"b64_json\"]))";
+  $("reproduce-curl").textContent =
+    `curl -s ${new URL("v1/images/generations", location.href).href} -H 'content-type: application/json'${key} \\\n` +
+    `  -d ${quoted(JSON.stringify(wish))} \\\n  | python3 -c '${save}' > image.png`;
+  $("reproduce").showModal();
+}
+
+/** As one word of a shell. */
+function quoted(text) { return `'${text.replaceAll("'", `'\\''`)}'`; }
 
 /** The data of server-sent events, as objects. */
 async function* events(stream) {

@@ -5,12 +5,16 @@ Images come from pinned npm packages (fetched with `npm pack`, checked against t
 composited on white and resampled to a square of `size` pixels. Within a style, near-duplicates are dropped *before* the
 split, so that no held-out image has a duplicate among the training images. The held-out split consists of pairs: its
 concepts may occur in training in another style.
+
+Edits are made of the same images: a concept in one style as the reference, "in noto style" as the instruction, and the
+concept in that style as the image. No held-out image has a part in a training edit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import subprocess
 import tarfile
@@ -23,18 +27,27 @@ import numpy as np
 import pyarrow as pa
 
 from fewstep.assets import asset
-from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig
 from fewstep.data.rows import Source, index_table
 from fewstep.errors import UserError
 from fewstep.home import cache_folder
+from fewstep.images import Size
 
-BUNDLE, LICENCES = asset("emoji16.parquet"), asset("EMOJI_LICENCES.md")
-BUNDLE_SIZE = 16
-"""Pixels per side of the set that ships with fewstep."""
+LICENCES = asset("EMOJI_LICENCES.md")
+BUNDLES = {16: asset("emoji16.parquet"), 64: asset("emoji64.parquet")}
+"""Pixels per side of the sets that ship with fewstep → their files."""
 
-PREPARATION = PreparationConfig(sizes=(Size(BUNDLE_SIZE, BUNDLE_SIZE),))
-"""Settings with which the bundled set is prepared; the defaults for folders of images and for prompts."""
+PREPARATION = PreparationConfig(sizes=(Size(16, 16),))
+"""Settings with which the set of 16 pixels is prepared; the defaults for folders of images and for prompts."""
+
+PREPARATION_64 = PreparationConfig(sizes=(Size(64, 64),), autoencoder="emoji64")
+"""Settings with which the set of 64 pixels is prepared: as latents (4, 16, 16) of the bundled autoencoder."""
+
+LARGEST_PNG = 32
+"""Pixels per side up to which bundled images are PNG, which loses nothing; larger ones are AVIF, a third of that."""
+
+AVIF_QUALITY = 90
+"""Of 100: errors of 0.0065 of the pixels' range (root mean square), with colours at full resolution."""
 
 GROUPS = (
     "smileys", "people", "components", "animals", "food",
@@ -119,12 +132,12 @@ def fetch(package: EmojiPackage, cache: Path) -> Path:
         except FileNotFoundError:
             raise UserError(
                 "npm is needed to rebuild the emoji set from its packages: install Node.js, or use the "
-                "prepared 16x16 set that ships with fewstep (--source emoji --size 16)."
+                "sets of 16 and 64 pixels that ship with fewstep (--source emoji --size 64)."
             ) from None
         except subprocess.CalledProcessError as error:
             raise UserError(
                 f"`{' '.join(command)}` failed ({error.stderr.strip()[-300:]}): npm needs its registry once; "
-                "check the network, or use the prepared 16x16 set (--source emoji --size 16)."
+                "check the network, or use a set that ships with fewstep (--source emoji --size 64)."
             ) from None
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
@@ -167,8 +180,13 @@ def build(size: int, cache: Path) -> list[EmojiImage]:
     ]
 
 
-def emoji_set(sizes: Sequence[Size] = (Size(BUNDLE_SIZE, BUNDLE_SIZE),), cache: Path | None = None) -> Source:
-    """The emoji set as a source: at 16 pixels from the bundled file, at other sizes rebuilt from its packages.
+def preparation(sizes: Sequence[Size] | None) -> PreparationConfig:
+    """Settings with which the set is prepared where no others are given: pixels as latents but for 64 pixels."""
+    return PREPARATION_64 if sizes and tuple(sizes) == PREPARATION_64.sizes else PREPARATION
+
+
+def emoji_set(sizes: Sequence[Size], cache: Path | None = None) -> Source:
+    """The emoji set as a source: at 16 and 64 pixels from the bundled files, at other sizes rebuilt from its packages.
 
     Args:
         sizes: a single square.
@@ -177,33 +195,60 @@ def emoji_set(sizes: Sequence[Size] = (Size(BUNDLE_SIZE, BUNDLE_SIZE),), cache: 
     Raises:
         UserError: another choice of sizes; or see `fetch`.
     """
-    if len(sizes) != 1 or sizes[0].width != sizes[0].height:
-        raise UserError(
-            f"the emoji set is square, not {', '.join(map(str, sizes))}: give one --size such as 32."
-        )
-    size = sizes[0].width
-    table = read_bundle() if size == BUNDLE_SIZE else _table(build(size, cache or default_cache()))
+    table = _of_size(sizes, cache)
     columns = {name: table[name] for name in ("key", "caption", "split", "image")} | {"where": table["key"]}
     return Source("emoji", index_table(columns, len(table)), attribution=attributions())
 
 
-def read_bundle() -> pa.Table:
-    """The bundled 16-pixel emoji set: key, concept, style, group, caption, split, image (PNG)."""
-    import pyarrow.parquet as pq
+def emoji_edits(sizes: Sequence[Size], cache: Path | None = None) -> Source:
+    """Changes of style as a source: every pair of images of one concept in two styles.
 
-    return pq.read_table(BUNDLE)
-
-
-def write_bundle(cache: Path, target: Path = BUNDLE) -> int:
-    """Rebuild the bundled emoji set from its packages; returns the number of images.
+    An edit is held out if its target is; references of training edits are training images, too.
 
     Args:
+        sizes, cache: as for `emoji_set`.
+
+    Raises:
+        UserError: as `emoji_set`.
+    """
+    concepts: dict[str, list[dict[str, Any]]] = {}
+    for image in _of_size(sizes, cache).to_pylist():
+        concepts.setdefault(image["concept"], []).append(image)
+    edits = [
+        {
+            "key": f"{reference['key']}-{target['style']}",
+            "caption": f"in {target['style']} style",
+            "split": target["split"],
+            "image": target["image"],
+            "where": target["key"],
+            "references": [{"image": reference["image"]}],
+        }
+        for images in concepts.values()
+        for reference, target in itertools.permutations(images, 2)
+        if target["split"] == "held_out" or reference["split"] == "train"
+    ]
+    columns = {name: [edit[name] for edit in edits] for name in edits[0]}
+    return Source("emoji-edits", index_table(columns, len(edits)), attribution=attributions())
+
+
+def read_bundle(size: int) -> pa.Table:
+    """A bundled emoji set, of so many pixels per side: key, concept, style, group, caption, split, image (a file)."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(BUNDLES[size])
+
+
+def write_bundle(size: int, cache: Path, target: Path) -> int:
+    """Rebuild a bundled emoji set from its packages; returns the number of images.
+
+    Args:
+        size: pixels per side.
         cache: folder of the npm archives.
         target: file to write.
     """
     import pyarrow.parquet as pq
 
-    table = _table(build(BUNDLE_SIZE, cache))
+    table = _table(build(size, cache))
     metadata = {b"attribution": attributions().encode()}
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata(metadata), target, compression="zstd", compression_level=19)
@@ -227,18 +272,31 @@ def attributions() -> str:
     return "\n".join(lines) + "\nChanged: composited on white and resampled.\n"
 
 
+def _of_size(sizes: Sequence[Size], cache: Path | None) -> pa.Table:
+    """The set as `read_bundle` gives it; arguments and errors are those of `emoji_set`."""
+    if len(sizes) != 1 or sizes[0].width != sizes[0].height:
+        raise UserError(
+            f"the emoji set is square, not {', '.join(map(str, sizes))}: give one --size such as 32."
+        )
+    size = sizes[0].width
+    return read_bundle(size) if size in BUNDLES else _table(build(size, cache or default_cache()))
+
+
 def _table(images: Sequence[EmojiImage]) -> pa.Table:
     names = ("key", "concept", "style", "group", "caption", "split")
     columns: dict[str, Any] = {name: [getattr(image, name) for image in images] for name in names}
-    columns["image"] = pa.array([_png(image.pixels) for image in images], pa.large_binary())
+    columns["image"] = pa.array([_file(image.pixels) for image in images], pa.large_binary())
     return pa.table(columns)
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def _file(pixels: np.ndarray) -> bytes:
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    buffer, image = io.BytesIO(), Image.fromarray(pixels)
+    if max(image.size) <= LARGEST_PNG:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "AVIF", quality=AVIF_QUALITY, subsampling="4:4:4")
     return buffer.getvalue()
 
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 
 import numpy as np
 
-from fewstep.data.images import Size
 from fewstep.data.prepare import PreparationConfig
 from fewstep.data.rows import Source, index_table
 from fewstep.encoders.autoencoders import GREY
 from fewstep.encoders.labels import FASHION_MNIST
 from fewstep.errors import UserError
+from fewstep.images import Size
 from fewstep.storage import Storage
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"

@@ -1,0 +1,1 @@
+"""Grids of `fewstep ablate`, as YAML files."""
