@@ -166,6 +166,16 @@ def test_large_pictures_have_a_limit_that_can_be_set() -> None:
             function(content, 1199)
 
 
+@pytest.mark.parametrize("limit", [None, 500])
+def test_the_limit_is_named_whether_or_not_pillow_has_one_of_its_own(
+    limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for read in (open_image, measure):
+        with pytest.raises(ValueError, match="at most 1100 are allowed"):
+            read(encoded(Image.new("L", (40, 30))), max_pixels=1100)
+
+
 def test_what_is_no_picture_is_said_without_addresses_in_memory() -> None:
     for function in (open_image, measure):
         with pytest.raises(ValueError, match=r"^not an image that Pillow reads$"):

@@ -1,4 +1,4 @@
-"""One class per name, every public name documented, one place for a sampler's setting."""
+"""One class per name, one file of tests per name, every public name documented, one place for a sampler's setting."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ def test_no_two_classes_have_one_name() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(str(file.relative_to(ROOT)))
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest collects files outside of packages by their names alone, and stops at the second of a name."""
+    places = defaultdict(list)
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        places[file.name].append(str(file.relative_to(ROOT)))
     assert not {name: where for name, where in places.items() if len(where) > 1}
 
 

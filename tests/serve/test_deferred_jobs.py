@@ -269,7 +269,7 @@ def test_a_job_that_ran_when_the_service_ended_is_run_by_the_next_one(storage: s
 VICTIM = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
-from test_jobs import *
+from test_deferred_jobs import *
 with serving(sys.argv[1], FakeGenerator(never)) as client:
     job = submit(client)
     until(client, job, "running")
