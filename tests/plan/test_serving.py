@@ -128,6 +128,8 @@ def test_a_text_encoder_is_counted_in_its_precision() -> None:
             84e6,
         ),
         ("flux2_klein_4nfe", [], 4.02e9, 84e6),
+        ("flux2_edit_4nfe", [], 23.5e9, 84e6),
+        ("flux2_klein_edit_4nfe", [], 4.02e9, 84e6),
         ("sd35_4nfe", [], 4.76e9 + 0.123e9 + 0.695e9, 84e6),
         ("longcat_4nfe", [], 7.62e9, 84e6),
         ("z_image_4nfe", [], 4.02e9, 84e6),

@@ -282,6 +282,18 @@ def test_reference_images_are_counted(tiny_teacher: Path, tmp_path: Path) -> Non
         plans.append(make_plan(settings, Machine(1, 80), tokens=4))
         [one] = plan_serving(Served.recipe(settings), GPU(80), tokens=4, precisions=["float32"])
         served.append(one)
+        unprepared = tiny.recipe(tmp_path / "none", tiny_teacher)
+        asked = make_plan(unprepared, Machine(1, 80), tokens=4, references=references)
+        assert asked.operations == plans[-1].operations
+        [also] = plan_serving(
+            Served.recipe(unprepared), GPU(80), tokens=4, references=references, precisions=["float32"]
+        )
+        assert also.operations == one.operations
+        assert ("4 tokens, reference images: 1" in plan_table(asked)) == bool(references)
+    with pytest.raises(UserError, match=r"--references 2: the data or the student has 1"):
+        make_plan(settings, Machine(1, 80), references=2)
+    with pytest.raises(UserError, match=r"--references 1: this network takes none"):
+        make_plan(recipe("teacher.path=fashion", "teacher.family=dit"), Machine(1, 80), references=1)
     # 32 image tokens in place of 16, beside 4 of the text, everywhere but in the head.
     assert plans[1].operations > 1.3 * plans[0].operations
     assert plans[1].memory.activations > 1.3 * plans[0].memory.activations

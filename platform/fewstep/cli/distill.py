@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fewstep.cli.common import add_recipe_options, chosen_recipe, number
-from fewstep.cli.dry_run import add_machine_options, plan_only, refuse_unread
+from fewstep.cli.dry_run import add_machine_options, add_references_option, plan_only, refuse_unread
 
 if TYPE_CHECKING:
     from fewstep.plan import Machine
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, recipe: str = "emoji64_qwe
     group.add_argument(
         "--tokens", type=number(int, 1), default=256, metavar="N", help="per caption; default: %(default)s"
     )
+    add_references_option(group)
     many = parser.add_argument_group("dry run on many GPUs")
     _add_scaling_options(many)
     plan_only(parser, group, many)
@@ -115,7 +116,7 @@ def _print_plan(recipe: DistillRecipe, options: argparse.Namespace) -> None:
     """Print what the recipe costs on the machine that the options of the dry run describe."""
     from fewstep.plan import make_plan, plan_table
 
-    plan = make_plan(recipe, _machine(recipe, options), side=options.latent_size, tokens=options.tokens)
+    plan = make_plan(recipe, _machine(recipe, options), **_sizes(options))
     print(plan_table(plan), flush=True)
 
 
@@ -128,13 +129,18 @@ def _print_scaling(recipe: DistillRecipe, options: argparse.Namespace) -> None:
         options.gpu_bandwidth,
     )  # fmt: skip
     machine = _machine(recipe, options)
-    scaling = Scaling(recipe, machine, side=options.latent_size, tokens=options.tokens)
+    scaling = Scaling(recipe, machine, **_sizes(options))
     numbers = options.scaling or GPUS
     print(scaling_table(scaling, links, numbers), flush=True)
     if options.plot is not None:
         from fewstep.plan.scaling_plot import scaling_plot
 
         scaling_plot(scaling, links, numbers).savefig(options.plot)
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, int | None]:
+    """Those of a caption's images and text, as plans take them."""
+    return {"side": options.latent_size, "tokens": options.tokens, "references": options.references}
 
 
 def _machine(recipe: DistillRecipe, options: argparse.Namespace) -> Machine:

@@ -74,7 +74,16 @@ def add_serving_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
         metavar="N",
         help="per caption; default: as many as a caption may have",
     )
+    add_references_option(group)
     return group
+
+
+def add_references_option(group: argparse._ArgumentGroup) -> None:
+    """Declare how many reference images are planned for."""
+    group.add_argument(
+        "--references", type=number(int, 0), metavar="N",
+        help="reference images per caption, for editing; default: of the data or the student, if there is one, or 0",
+    )  # fmt: skip
 
 
 def add_parts_options(group: argparse._ActionsContainer) -> None:
@@ -142,6 +151,7 @@ def print_serving_plans(
     for served in _served(options, models, tracking_uri):
         plans = plan_serving(
             served, gpu, side=options.latent_size, batch=options.batch or 1, tokens=options.tokens,
+            references=options.references,
             encoder_precision=options.encoder_precision,
             autoencoder_precision=options.autoencoder_precision or "float32",
         )  # fmt: skip

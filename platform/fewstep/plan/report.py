@@ -37,7 +37,7 @@ def plan_table(plan: Plan) -> str:
     return "\n".join(
         [
             f"{recipe.name} on {machine.gpus} x {machine.memory_gb:g} GB: {plan.micro_batch} samples per micro-batch, "
-            f"{train.accumulate} of them on each GPU per step, latents {size}, {plan.tokens} tokens",
+            f"{train.accumulate} of them on each GPU per step, latents {size}, {_conditions(plan)}",
             f"frozen weights in {train.precision}, computed as {'GPUs do' if train.gpu else 'CPUs do'}",
             "",
             f"parameters            {_amount(plan.parameters)}, of the student's own {_amount(plan.trained)}",
@@ -87,7 +87,7 @@ def serving_table(plans: Sequence[ServingPlan], configured: Precision | None = N
         notes.append(f"fits in no precision: {_serving_remedy(plans[-1])}")
     return "\n".join(
         [
-            f"{first.served.name} on {device}: {images} at a time, latents {size}, {first.tokens} tokens",
+            f"{first.served.name} on {device}: {images} at a time, latents {size}, {_conditions(first)}",
             "",
             head,
             *(_serving_row(plan) + (" (chosen)" if plan.precision == configured else "") for plan in plans),
@@ -159,6 +159,12 @@ def _thrift(plan: Plan) -> list[str]:
             f"train.accumulate={math.ceil(recipe.data.batch_size / (plan.machine.gpus * fitting))}"
         )
     return settings
+
+
+def _conditions(plan: Plan | ServingPlan) -> str:
+    """What each image is made of, in words."""
+    images = f", reference images: {plan.references}" if plan.references else ""
+    return f"{plan.tokens} tokens{images}"
 
 
 def _amount(count: int) -> str:

@@ -24,7 +24,7 @@ from fewstep.models.network import PolicyNetwork
 from fewstep.models.planned import lower_on_meta
 from fewstep.models.precision import LIBRARIES, held_bytes
 from fewstep.plan.memory import standing_memory
-from fewstep.plan.training import Machine, Pass, latent_shape, measure, new_student
+from fewstep.plan.training import Machine, Pass, latent_shape, measure, new_student, planned_references
 from fewstep.train.passes import passes_of
 from fewstep.train.recipe import DistillRecipe
 from fewstep.train.share import BatchShare
@@ -317,7 +317,7 @@ class Scaling:
     Args:
         recipe: what is trained; its micro-batches are kept, or smaller ones where a GPU's share is less.
         machine: the kind of GPU; how many of them does not matter.
-        side, tokens: as for `make_plan`.
+        side, tokens, references: as for `make_plan`.
 
     Attributes:
         work: what a step computes and exchanges.
@@ -328,7 +328,13 @@ class Scaling:
     """
 
     def __init__(
-        self, recipe: DistillRecipe, machine: Machine, *, side: int | None = None, tokens: int = 256
+        self,
+        recipe: DistillRecipe,
+        machine: Machine,
+        *,
+        side: int | None = None,
+        tokens: int = 256,
+        references: int | None = None,
     ) -> None:
         if recipe.objective != "imitation":
             raise UserError(
@@ -338,10 +344,13 @@ class Scaling:
         self.recipe, self.machine = recipe, machine
         network = self._network = new_student(recipe)
         shape = latent_shape(recipe, network, side)
+        images = planned_references(recipe, network, references)
         lower_on_meta(network, recipe.train.precision)
         if recipe.train.activation_checkpointing:
             network.transformer.enable_gradient_checkpointing()
-        self._measured = functools.cache(lambda samples: measure(network, recipe, samples, shape, tokens))
+        self._measured = functools.cache(
+            lambda samples: measure(network, recipe, samples, shape, tokens, images)
+        )
         self.work = Workload.of(network, recipe, self._measured(recipe.micro_batch), recipe.micro_batch)
 
     @property

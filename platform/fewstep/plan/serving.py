@@ -28,7 +28,7 @@ from fewstep.models.precision import held_bytes
 from fewstep.models.teacher import read_card
 from fewstep.plan.meter import DispatchMeter, fused_attention
 from fewstep.plan.parts import autoencoder_on_meta, text_encoder_bytes, usual_parts
-from fewstep.plan.training import FULL_SIZE, any_conditioning, new_student, square
+from fewstep.plan.training import FULL_SIZE, agreed_references, any_conditioning, new_student, square
 from fewstep.student.card import StudentCard, read_student_card
 from fewstep.student.weights import student_on_meta
 from fewstep.train.recipe import DistillRecipe
@@ -77,8 +77,8 @@ class Served:
     """Longest caption in tokens."""
     source: Path | DistillRecipe
     """The student's folder, or the recipe."""
-    references: int = 0
-    """Reference images that it edits."""
+    references: int | None = None
+    """Reference images that it edits; None where that is not known."""
 
     @classmethod
     def student(cls, folder: Path, name: str | None = None) -> Served:
@@ -96,7 +96,7 @@ class Served:
     @classmethod
     def recipe(cls, recipe: DistillRecipe) -> Served:
         """The student of a recipe that need not have run: its encoders are those of its data or its teacher's."""
-        shape, tokens, references = None, CAPTION_TOKENS, 0
+        shape, tokens, references = None, CAPTION_TOKENS, None
         encoder, autoencoder = usual_parts(recipe.teacher.family, recipe.teacher.path)
         try:
             info = DatasetInfo.open(recipe.data.path)
@@ -173,6 +173,8 @@ class ServingPlan:
     """Images of a batch."""
     tokens: int
     """Token states per caption."""
+    references: int
+    """Reference images per caption."""
     memory: ServingMemory
     """On the device."""
     operations: int
@@ -208,6 +210,7 @@ def plan_serving(
     side: int | None = None,
     batch: int = 1,
     tokens: int | None = None,
+    references: int | None = None,
     encoder_precision: Precision | None = None,
     autoencoder_precision: Precision = "float32",
     precisions: Sequence[Precision] = PRECISIONS,
@@ -220,6 +223,7 @@ def plan_serving(
         side: latent cells per side; by default as trained, or 128.
         batch: images of a batch.
         tokens: token states per caption; by default as many as a caption may have.
+        references: reference images per caption; by default as trained, or none.
         encoder_precision: of the text encoder; by default as it is loaded where none is asked for.
         autoencoder_precision: of the autoencoder, "float32" or "bfloat16".
         precisions: of the network's frozen weights.
@@ -233,7 +237,8 @@ def plan_serving(
     for precision in precisions:
         network = served.network(precision)
         shape = _latent_shape(served, network, side)
-        evaluation, operations = _evaluation(network, shape, batch, tokens, served.references, gpu.on_cpu)
+        images = agreed_references(network, served.references, references)
+        evaluation, operations = _evaluation(network, shape, batch, tokens, images, gpu.on_cpu)
         held, whole, tiled = _autoencoder_bytes(served.autoencoder, autoencoder_precision, shape, batch)
         memory = ServingMemory(network.nbytes, encoder, held, evaluation, whole, tiled)
         plans.append(
@@ -246,6 +251,7 @@ def plan_serving(
                 shape,
                 batch,
                 tokens,
+                images,
                 memory,
                 operations,
             )

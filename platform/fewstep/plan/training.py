@@ -80,6 +80,8 @@ class Plan:
     """(C, H, W) of the latents."""
     tokens: int
     """Token states per caption."""
+    references: int
+    """Reference images per caption."""
     micro_batch: int
     """Samples of a GPU's largest micro-batch."""
     parameters: int
@@ -111,7 +113,14 @@ class Plan:
         return self.recipe.train.steps * self.operations / rate / 3600
 
 
-def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = None, tokens: int = 256) -> Plan:
+def make_plan(
+    recipe: DistillRecipe,
+    machine: Machine,
+    *,
+    side: int | None = None,
+    tokens: int = 256,
+    references: int | None = None,
+) -> Plan:
     """Plan a run.
 
     Args:
@@ -119,6 +128,7 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
         machine: what to train it on.
         side: latent cells per side; by default those of the prepared data or the teacher's card, or 128.
         tokens: token states per caption.
+        references: reference images per caption; by default those of the prepared data, or none.
 
     Raises:
         UserError: the teacher's architecture can't be found, the batch can't be spread, or FSDP would have to shard
@@ -130,6 +140,7 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     micro = recipe.model_copy(update={"train": alone}).share(0, machine.gpus).largest
     network = new_student(recipe)
     shape = latent_shape(recipe, network, side)
+    references = planned_references(recipe, network, references)
     parameters = count_parameters(network)
     trained = sum(p.numel() for p in network.trainable().values())
     lower_on_meta(network, train.precision)
@@ -137,10 +148,10 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     if recipe.objective == "dmd2":  # its fake score is a copy of the teacher that is trained like the student
         standing = standing.twice()
 
-    chosen = other = measure(network, recipe, micro, shape, tokens)
+    chosen = other = measure(network, recipe, micro, shape, tokens, references)
     try:
         network.transformer.enable_gradient_checkpointing()  # second, because it can't be switched off again
-        thrifty = measure(network, recipe, micro, shape, tokens)
+        thrifty = measure(network, recipe, micro, shape, tokens, references)
         chosen, other = (thrifty, chosen) if train.activation_checkpointing else (chosen, thrifty)
     except UserError:  # a network of one's own may have none
         if train.activation_checkpointing:
@@ -150,10 +161,10 @@ def make_plan(recipe: DistillRecipe, machine: Machine, *, side: int | None = Non
     own = passes.with_gradient * chosen.student + passes.forward * chosen.forward
     taught = passes.teacher / passes.teacher_at_once * chosen.teacher
     captions = _captions(recipe)
-    latents = _references(recipe) + (0 if recipe.data_free else 1)
+    latents = references + (0 if recipe.data_free else 1)
     per_caption = _condition_bytes(network, tokens) + latents * 4 * math.prod(shape)
     return Plan(
-        recipe, machine, shape, tokens, micro,
+        recipe, machine, shape, tokens, references, micro,
         parameters=parameters,
         trained=trained,
         memory=replace(standing, activations=chosen.activations),
@@ -189,7 +200,9 @@ def count_parameters(network: PolicyNetwork) -> int:
     return sum(p.numel() for p in teacher.parameters() if not p.requires_grad)
 
 
-def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Shape, tokens: int) -> Pass:
+def measure(
+    network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Shape, tokens: int, references: int = 0
+) -> Pass:
     """Run one micro-batch on the meta device, and say what it costs.
 
     Args:
@@ -198,6 +211,7 @@ def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Sh
         batch: samples.
         shape: (C, H, W) of their latents.
         tokens: token states of each.
+        references: reference images of each, of the same shape.
     """
     queries = passes_of(recipe).teacher_at_once
     # FSDP reduces a block's gradients as soon as they are there, and frees them.
@@ -206,7 +220,7 @@ def measure(network: PolicyNetwork, recipe: DistillRecipe, batch: int, shape: Sh
     try:
         with torch.device("meta"), fused_attention(meter, on_cpu=not recipe.train.gpu), meter:
             x, t = torch.empty(batch, *shape), torch.empty(batch)
-            conditioning = any_conditioning(network, batch, tokens, [shape] * _references(recipe))
+            conditioning = any_conditioning(network, batch, tokens, [shape] * references)
             packed = network(x, t, conditioning, student=True)
             predicted = network.head.parameters_of(packed, network._unpack(packed, x))
             student = meter.operations
@@ -290,15 +304,40 @@ def square(network: PolicyNetwork, side: int) -> Shape:
     return network.channels, network.family.frames * side, side
 
 
+def planned_references(recipe: DistillRecipe, network: PolicyNetwork, asked: int | None) -> int:
+    """Reference images of each row of the recipe's data; where it is not prepared yet, as many as asked for, or none.
+
+    Raises:
+        UserError: as `agreed_references`.
+    """
+    data = _dataset(recipe)
+    return agreed_references(network, None if data is None else data.encoding.references, asked)
+
+
+def agreed_references(network: PolicyNetwork, known: int | None, asked: int | None) -> int:
+    """How many reference images a plan is for.
+
+    Args:
+        network: that takes them.
+        known: of the data or the student; None where there is none yet.
+        asked: by an option.
+
+    Raises:
+        UserError: the two differ, or the network takes none.
+    """
+    if None not in (known, asked) and known != asked:
+        raise UserError(f"--references {asked}: the data or the student has {known}: leave the option out.")
+    number = (asked if known is None else known) or 0
+    if number and not network.family.takes_references:
+        raise UserError(
+            f"--references {number}: this network takes none (qwen_image and flux2 do): leave it out."
+        )
+    return number
+
+
 def _captions(recipe: DistillRecipe) -> int:
     data = _dataset(recipe)
     return recipe.train.steps * recipe.data.batch_size if data is None else data.rows("train")
-
-
-def _references(recipe: DistillRecipe) -> int:
-    """Reference images of each row of the recipe's data; none where it is not prepared yet."""
-    data = _dataset(recipe)
-    return 0 if data is None else data.encoding.references
 
 
 def _dataset(recipe: DistillRecipe) -> DatasetInfo | None:
