@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
 
 import tiny
 from fewstep.data.schema import DatasetInfo
@@ -20,6 +23,8 @@ from fewstep.train.learner import Learner
 from fewstep.train.progress import LossMeter
 from fewstep.train.recipe import DistillRecipe
 
+NEAR = {"rtol": 1e-3, "atol": 1e-5}
+"""Weights after three steps whose sums were taken in another order; a step changes them by some 1e-4."""
 ONE_IMAGE = "student.policy={type: dx, points: 1}"
 OBJECTIVES = {
     "consistency": ["objective=consistency", ONE_IMAGE, "consistency.step=0.1"],
@@ -66,10 +71,10 @@ def test_the_student_comes_nearer_to_the_teacher(
     assert distance(150) < 0.8 * distance(1)
 
 
-def learner_of(recipe: DistillRecipe) -> Learner:
+def learner_of(recipe: DistillRecipe, rank: int = 0) -> Learner:
     encoding = DatasetInfo.open(recipe.data.path).encoding
     encoder = load_encoder(encoding.text_encoder, max_tokens=encoding.max_tokens)
-    return Learner(recipe, encoder.null(), torch.device("cpu"))
+    return Learner(recipe, encoder.null(), torch.device("cpu"), rank, recipe.train.fewest_workers)
 
 
 def train(learner: Learner, steps: range) -> None:
@@ -115,3 +120,37 @@ def test_dmd2_trains_its_networks_in_turns(tiny_data: Path, tiny_teacher: Path) 
     assert changed(range(1, 2)) == {True}
     assert changed(range(2, 3)) == {False}
     assert changed(range(3, 4)) == {True}
+
+
+def train_sharded(rank: int, recipes: dict[str, DistillRecipe], folder: str) -> None:
+    """One of two ranks' work: three steps of each recipe, whose weights are kept in a checkpoint of both."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for name, recipe in recipes.items():
+        learner = learner_of(recipe, rank)
+        train(learner, range(1, 4))
+        dcp.save(learner.tensors(), checkpoint_id=f"{folder}/{name}")
+    dist.destroy_process_group()
+
+
+def test_sharded_workers_train_as_one_that_is_alone(
+    tiny_data: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """All networks of an objective are sharded, DMD2's fake score among them."""
+    settings = {
+        name: ["train.steps=6", "train.accumulate=1", *objective] for name, objective in OBJECTIVES.items()
+    }
+    both = {
+        name: tiny.recipe(tiny_data, tiny_teacher, *own, "train.workers=2", "train.parallel=fsdp")
+        for name, own in settings.items()
+    }
+    mp.spawn(train_sharded, (both, str(tmp_path)), nprocs=2)
+    for name, own in settings.items():
+        recipe = tiny.recipe(tiny_data, tiny_teacher, *own, "train.accumulate=2")
+        alone, sharded = learner_of(recipe), learner_of(recipe)
+        moved = [parameter.detach().clone() for parameter in alone.parameters.values()]
+        train(alone, range(1, 4))
+        load_tensors(sharded.tensors(), tmp_path / name)
+        for key, parameter in alone.parameters.items():
+            torch.testing.assert_close(sharded.parameters[key], parameter, **NEAR, msg=f"{name}: {key}")
+        assert not all(map(partial(torch.allclose, **NEAR), moved, alone.parameters.values())), name

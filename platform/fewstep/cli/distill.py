@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.common import add_recipe_options, chosen_recipe, number
 from fewstep.cli.dry_run import add_machine_options, add_references_option, plan_only, refuse_unread
@@ -138,7 +138,7 @@ def _print_scaling(recipe: DistillRecipe, options: argparse.Namespace) -> None:
         scaling_plot(scaling, links, numbers).savefig(options.plot)
 
 
-def _sizes(options: argparse.Namespace) -> dict[str, int | None]:
+def _sizes(options: argparse.Namespace) -> dict[str, Any]:
     """Those of a caption's images and text, as plans take them."""
     return {"side": options.latent_size, "tokens": options.tokens, "references": options.references}
 
