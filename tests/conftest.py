@@ -125,6 +125,14 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{bucket}"
 
 
+@pytest.fixture
+def emulated_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower precisions are taken also on a CPU that has to emulate bfloat16: for small networks it is quick enough."""
+    from fewstep.models import precision
+
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of `tiny.write_teacher`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
@@ -25,6 +26,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 """Of images that may be uploaded, as Pillow has their names."""
 IMAGES, MASK = ("image", "image[]"), "mask"
 """Names of the files; OpenAI's client calls several images `image[]`."""
+STYLES = "lora"
+"""Name of the field whose text is JSON, as a form has no lists of its own."""
 MOST_TEXTS, MOST_TEXT_BYTES = 64, 64 * 1024
 """Of the form's other fields."""
 
@@ -68,9 +71,9 @@ async def read_edit(request: Request, limits: Limits, *, lenient: bool) -> tuple
     return body.model_copy(update=uploaded), unknown
 
 
-def _texts(form: FormData, *, lenient: bool) -> tuple[dict[str, str], list[str]]:
-    """The form's fields that are no images, and the names of those that there are not, where these are ignored."""
-    texts: dict[str, str] = {}
+def _texts(form: FormData, *, lenient: bool) -> tuple[dict[str, Any], list[str]]:
+    """The form's fields that are no images, with texts as leaves, and the names of those that are to be ignored."""
+    texts: dict[str, Any] = {}
     unknown = []
     for name, value in form.multi_items():
         if name in (*IMAGES, MASK):
@@ -81,6 +84,13 @@ def _texts(form: FormData, *, lenient: bool) -> tuple[dict[str, str], list[str]]
             raise _refused(name[:64], "it is a file: send images as image, and all else as text.")
         elif name in texts:
             raise _refused(name[:64], "the form has it twice: send it once.")
+        elif name == STYLES:
+            try:
+                texts[name] = json.loads(value, parse_float=str, parse_int=str)
+            except (ValueError, RecursionError):  # the second where it is nested too deeply
+                raise _refused(
+                    name, 'it is no JSON: send a list, as [{"name": "ink", "scale": 1}].'
+                ) from None
         else:
             texts[name] = value
     return texts, unknown

@@ -526,6 +526,7 @@ class Generator:
             canary=canary,
             size="{1}x{0}".format(*loaded.size) if loaded else None,
             num_inference_steps=loaded.pipeline.card.sampler.nfe if loaded else None,
+            references=loaded.pipeline.card.references if loaded else None,
             max_teacher_steps=0,  # the ingress knows the limit
             loras=[LoRAEntry.model_validate(lora.model_dump()) for lora in source.loras],
             max_loras=source.max_loras,

@@ -294,6 +294,9 @@ class ModelEntry(BaseModel):
     """WIDTHxHEIGHT it was trained at; None until it is loaded."""
     num_inference_steps: int | None
     """Evaluations it was trained for; None until it is loaded."""
+    references: int | None
+    """Reference images that it edits, with `/v1/images/edits`; 0: it generates from text alone; None until it is
+    loaded."""
     max_teacher_steps: int
     """0: its teacher is not offered."""
     loras: list[LoRAEntry] = []

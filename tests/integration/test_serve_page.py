@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fewstep_loadtest.running import deploy
 
@@ -31,7 +32,9 @@ def address(ray_cluster: str):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    models = [{"name": name, "source": name} for name in ("emoji64-student", "emoji-student")]
+    models = [
+        {"name": name, "source": name} for name in ("emoji64-student", "emoji-student", "emoji-edit-student")
+    ]
     config = {"offer": {"models": models}}
     deploy(f"http://127.0.0.1:{port}", config, ray_actor_options={"num_cpus": 0.5})
     yield f"http://127.0.0.1:{port}"
@@ -155,6 +158,31 @@ def test_each_image_can_be_drawn_again_by_command_and_by_curl(browser, address: 
     subprocess.run(browser.find_element("id", "reproduce-curl").text, shell=True, check=True, cwd=tmp_path)
     assert (tmp_path / "image.png").read_bytes() == base64.b64decode(shown.partition(",")[2])
     browser.find_element("id", "reproduce-close").click()
+
+
+def test_an_image_is_edited_and_can_be_edited_again_by_command_and_by_curl(browser, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "it's red.png")
+    assert not browser.find_element("id", "images").is_displayed(), (
+        "the first model generates from text alone"
+    )
+    browser.find_element("css selector", "#model option[value='emoji-edit-student']").click()
+    browser.find_element("id", "images").send_keys(str(tmp_path / "it's red.png"))
+    prompt = browser.find_element("id", "prompt")
+    prompt.clear()
+    prompt.send_keys("in noto style")
+    browser.find_element("id", "generate").click()
+    wait(browser, lambda: status(browser).startswith("Done"))
+    assert len(finished(browser, 16)) == 4
+    assert browser.find_element("css selector", ".references img").get_property("naturalWidth") == 16
+    figure = browser.find_elements("css selector", "figure")[1]
+    shown = figure.find_element("css selector", "a").get_attribute("href")
+    figure.find_element("css selector", ".reproduce").click()
+    command = shlex.split(browser.find_element("id", "reproduce-command").text)
+    assert command[command.index("--image") + 1] == "it's red.png"
+    subprocess.run(browser.find_element("id", "reproduce-curl").text, shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "image.png").read_bytes() == base64.b64decode(shown.partition(",")[2])
+    browser.find_element("id", "reproduce-close").click()
+    wait(browser, lambda: browser.find_element("id", "images-label").text == "Image to edit")
 
 
 def test_a_refusal_is_shown_to_the_reader(browser) -> None:

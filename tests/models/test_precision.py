@@ -47,6 +47,8 @@ from fewstep.models.teacher import load_teacher, open_teacher
 from fewstep.student import FewStepPipeline, resolve_student
 from fewstep.student.diffusers import save_diffusers
 
+pytestmark = pytest.mark.usefixtures("emulated_bfloat16")
+
 LOWER: tuple[Precision, ...] = ("bfloat16", "int8", "int4")
 TIMES = torch.tensor([0.9987, 0.8889, 0.7059])
 """The first is 1 in bfloat16; the others are starts of four evaluations, 0.8906 and 0.7070 there."""
@@ -81,12 +83,6 @@ FAMILIES: dict[str, tuple[Family, dict, float]] = {
     ),
 }
 """Small networks of every kind, and the unit of time in which their embeddings are called."""
-
-
-@pytest.fixture(autouse=True)
-def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks are quick enough also on a CPU that has to emulate bfloat16."""
-    monkeypatch.setattr(precisions, "cpu_has_bfloat16", lambda: True)
 
 
 def student(name: str) -> PolicyNetwork:

@@ -26,7 +26,6 @@ from fewstep.engine.generation import Generation
 from fewstep.engine.models import LoadedModel
 from fewstep.errors import UserError
 from fewstep.flow import SamplerConfig, TeacherSamplerConfig, generate, guided_velocity
-from fewstep.models import precision as precisions
 from fewstep.models.adapters import LoRAConfig, lora_target_modules
 from fewstep.models.cached_texts import CachedTexts
 from fewstep.models.conditioning import Conditioning, TextConditioning
@@ -250,8 +249,8 @@ def test_a_network_filled_from_files_is_the_one_loaded(tmp_path: Path) -> None:
             assert torch.equal(one, other)
 
 
-def test_in_bfloat16_the_time_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precisions, "cpu_has_bfloat16", lambda: True)
+@pytest.mark.usefixtures("emulated_bfloat16")
+def test_in_bfloat16_the_time_stays_exact() -> None:
     network, x, conditioning = student().eval(), latents(3, 6, 4), texts(5, 9, 7)
     exact = network.velocity(x, TIMES, conditioning)
     network.lower("bfloat16")

@@ -23,6 +23,8 @@ from fewstep.student import FewStepPipeline, read_student_card, resolve_student,
 from fewstep.student.weights import student_on_meta
 from fewstep.train.recipe import DistillRecipe, load_recipe
 
+pytestmark = pytest.mark.usefixtures("emulated_bfloat16")
+
 STUDENT = resolve_student("emoji-student").folder
 ON_CPU = GPU(1, on_cpu=True)
 

@@ -26,6 +26,7 @@ from fewstep.models.weights_hash import weights_hash
 
 BUNDLED_TEACHERS = {
     "emoji": "emoji_teacher",
+    "emoji-edit": "emoji_edit_teacher",
     "emoji64": "emoji64_teacher",
     "emoji-flux": "emoji_flux_teacher",
     "fashion": "fashion_teacher",

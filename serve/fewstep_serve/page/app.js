@@ -13,7 +13,7 @@ async function start() {
   $("lora-scale").addEventListener("input", () => { $("lora-scale-value").textContent = $("lora-scale").value; });
   $("model").addEventListener("change", showModel);
   $("lora").addEventListener("change", showStyle);
-  $("key").addEventListener("change", loadModels);
+  $("key").addEventListener("change", () => loadModels());
   $("form").addEventListener("submit", (event) => { event.preventDefault(); generate(read()); });
   $("stop").addEventListener("click", () => stopping?.abort());
   $("reproduce-close").addEventListener("click", () => $("reproduce").close());
@@ -26,7 +26,7 @@ async function start() {
   await loadModels();
 }
 
-async function loadModels() {
+async function loadModels(selected = null) {
   try {
     const response = await fetch("v1/models", { headers: headers() });
     const answer = await response.json();
@@ -34,6 +34,7 @@ async function loadModels() {
     if (!response.ok) throw new Error(answer.error.message);
     models = answer.data;
     $("model").replaceChildren(...models.map((model) => new Option(model.id, model.id)));
+    if (models.some((one) => one.id === selected)) $("model").value = selected;
     showModel();
     complain("");
   } catch (error) {
@@ -47,6 +48,11 @@ function showModel() {
   $("steps").value = model.num_inference_steps ?? 4;
   $("steps-value").textContent = $("steps").value;
   $("about").textContent = `${model.id} · ${short(model.version ?? "")}`;
+  // Of a model that nobody has used yet, it is not known whether it edits: an image may be chosen, and need not be.
+  const { references } = model;
+  $("images-field").hidden = references === 0;
+  $("images").multiple = references !== 1;
+  $("images-label").textContent = references > 1 ? `${references} images to edit` : references ? "Image to edit" : "Image, if the model edits";
   const sizes = [["auto", model.size ? model.size.replace("x", "×") : "as trained"]];
   if (model.size) {
     const [width, height] = model.size.split("x").map(Number);
@@ -75,8 +81,9 @@ function read() {
   const seed = $("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number($("seed").value);
   return {
     prompt: $("prompt").value.trim(), model: $("model").value || null, n: Number($("count").value), seed,
+    images: $("images-field").hidden ? [] : [...$("images").files],
     size: $("size").value, num_inference_steps: Number($("steps").value),
-    lora: $("lora").value ? [{ name: $("lora").value, scale: Number($("lora-scale").value) }] : [],
+    lora: !$("lora-field").hidden && $("lora").value ? [{ name: $("lora").value, scale: Number($("lora-scale").value) }] : [],
     teacherSteps: !$("teacher-field").hidden && $("teacher").checked ? Number($("teacher-steps").value) : 0,
   };
 }
@@ -91,6 +98,7 @@ async function generate(wish) {
   say("Generating…");
   const entry = clone("entry-template");
   entry.querySelector("h3").textContent = wish.prompt;
+  entry.querySelector(".references").replaceChildren(...wish.images.map(shown));
   entry.querySelector(".again").addEventListener("click", () => generate(wish));
   $("history-title").hidden = false;
   $("history").prepend(entry);
@@ -105,6 +113,8 @@ async function generate(wish) {
   entry.querySelectorAll("figure.empty").forEach((figure) => figure.remove());
   if (!entry.querySelector("figure")) entry.remove();
   $("history-title").hidden = !$("history").childElementCount;
+  const used = models.find((one) => one.id === $("model").value);
+  if (used && used.references === null && !failure) await loadModels(used.id);  // now its size is known, too
   stopping = null;
   $("generate").disabled = false;
   $("stop").hidden = true;
@@ -123,10 +133,7 @@ async function run(entry, body, sampler) {
   strip.querySelector(".images").replaceChildren(...figures);
   entry.querySelector(".strips").append(strip);
   const begin = performance.now();
-  const response = await fetch("v1/images/generations", {
-    method: "POST", signal: stopping.signal, headers: { "content-type": "application/json", ...headers() },
-    body: JSON.stringify({ ...body, sampler, stream: true }),
-  });
+  const response = await fetch(endpoint(body), { method: "POST", signal: stopping.signal, ...content({ ...body, sampler, stream: true }) });
   if (!response.ok) {
     const { error } = await response.json();
     if (response.status === 401) $("key-field").hidden = false;
@@ -140,7 +147,7 @@ async function run(entry, body, sampler) {
     const image = figure.querySelector("img");
     image.src = source;
     figure.classList.remove("empty");
-    if (event.type === "image_generation.completed") {
+    if (event.type.endsWith(".completed")) {
       last = event;
       const [width, height] = event.size.split("x").map(Number);
       [image.width, image.height] = [width, height];
@@ -163,15 +170,40 @@ async function run(entry, body, sampler) {
   return `${sampler} in ${milliseconds} ms`;
 }
 
+function endpoint({ images }) { return images.length ? "v1/images/edits" : "v1/images/generations"; }
+
+/** Headers and body of a request: JSON, or for an edit the form that takes files. */
+function content({ images, ...fields }) {
+  if (!images.length) return { headers: { "content-type": "application/json", ...headers() }, body: JSON.stringify(fields) };
+  const form = new FormData();
+  for (const [name, value] of texts(fields)) form.append(name, value);
+  for (const image of images) form.append("image", image);
+  return { headers: headers(), body: form };
+}
+
+/** The fields of an edit's form beside its images. */
+function texts(fields) {
+  return Object.entries({ ...fields, lora: JSON.stringify(fields.lora) }).filter(([, value]) => value !== null);
+}
+
+function shown(file) {
+  const image = new Image();
+  image.src = URL.createObjectURL(file);
+  image.alt = file.name;
+  return image;
+}
+
 /** Show how to draw one image again, by command and by curl: another seed or number of images changes nothing of it. */
 function reproduce(body, sampler, event) {
   const model = models.find((one) => one.id === event.model);
   // The exact version, where it has an address of its own; an alias may have moved since.
   const source = event.version.startsWith("models:") ? event.version : model?.source ?? event.model;
   const steps = sampler === "teacher" ? "--teacher-steps" : "--steps";
+  const styles = body.lora.map(({ name, scale }) => ` --lora ${quoted(`${model.loras.find((one) => one.name === name).source}:${scale}`)}`);
+  const files = body.images.map(({ name }) => quoted(name));
   $("reproduce-command").textContent =
-    `jobs/generate.py --model ${quoted(source)} --prompt ${quoted(body.prompt)} ${steps} ${body.num_inference_steps} --seed ${event.seed}` +
-    body.lora.map(({ name, scale }) => ` --lora ${quoted(`${model.loras.find((one) => one.name === name).source}:${scale}`)}`).join("");
+    `jobs/generate.py --model ${quoted(source)} --prompt ${quoted(body.prompt)}` + files.map((name) => ` --image ${name}`).join("") +
+    ` ${steps} ${body.num_inference_steps} --seed ${event.seed}` + styles.join("");
   // Commands draw images of the size that a model was trained at.
   $("reproduce-by-command").hidden = body.size !== "auto";
   const wish = {
@@ -180,9 +212,11 @@ function reproduce(body, sampler, event) {
   };
   const key = $("key").value ? ` -H "authorization: Bearer $FEWSTEP_API_KEY"` : "";
   const save = "import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)[\"data\"][0][\"b64_json\"]))";
+  const sent = files.length
+    ? [...files.map((name) => `-F image=@${name}`), ...texts(wish).map(([name, value]) => `-F ${quoted(`${name}=${value}`)}`)].join(" ")
+    : `-H 'content-type: application/json' \\\n  -d ${quoted(JSON.stringify(wish))}`;
   $("reproduce-curl").textContent =
-    `curl -s ${new URL("v1/images/generations", location.href).href} -H 'content-type: application/json'${key} \\\n` +
-    `  -d ${quoted(JSON.stringify(wish))} \\\n  | python3 -c '${save}' > image.png`;
+    `curl -s ${new URL(endpoint(body), location.href).href}${key} ${sent} \\\n  | python3 -c '${save}' > image.png`;
   $("reproduce").showModal();
 }
 
