@@ -3,6 +3,7 @@
 # make serve     the bundled student behind HTTP: page, API, OpenAI's client (serve/config.yaml)
 # make ui        the MLflow pages of what was run        make stop   end the local Ray node
 # make chaos     what is promised of machines, storage and MLflow that fail (docs/chaos.md)
+# make clients   OpenAI's, LiteLLM's, Open WebUI's and MLflow's clients on the service; from the package registries
 # make lint      ruff       make types   mypy and declared dependencies       make docs   the documentation, in site/
 # make sbom      the bill of materials of an image, in out/       make audit   its packages against published advisories
 # make help      all of them
@@ -30,7 +31,7 @@ export RAY_AUTH_MODE ?= disabled
 # is told, by this variable, that it can't be part of a cluster of several machines.
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER ?= 0
 
-.PHONY: help setup node distill teacher serve test test-slow chaos lint types docs ui sbom audit stop clean
+.PHONY: help setup node distill teacher serve test test-slow chaos clients lint types docs ui sbom audit stop clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -65,6 +66,9 @@ test-slow: setup
 
 chaos: setup
 	$(BIN)/python -m pytest -m "" tests/chaos $(ARGS)
+
+clients: setup
+	PYTHON=$(BIN)/python tests/clients/run.sh
 
 lint: setup
 	$(BIN)/ruff check .

@@ -269,7 +269,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        seen, limit = 0, self._others.get(scope["path"], self._limit)
+        # Where the application has a prefix, paths begin with it.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        seen, limit = 0, self._others.get(path, self._limit)
 
         async def counted() -> Message:
             nonlocal seen

@@ -2,96 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
-import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2
 import numpy as np
 import openai
 import pytest
-import uvicorn
+from local_service import serving
 from PIL import Image
 
-from fewstep.engine.engine import Engine
-from fewstep.engine.models import LoadedModel
-from fewstep.engine.source import ModelSource
 from fewstep.student import FewStepPipeline
 from fewstep_loadtest.client import decode_image
-from fewstep_serve.config import EngineConfig, ServeConfig
-from fewstep_serve.generator import Generator
-from fewstep_serve.http import build_api
-from fewstep_serve.metrics import EngineMetrics
+from fewstep_serve.config import Limits
 from tiny import write_editor
 
 PROMPT = "in noto style"
-
-
-class Handle:
-    """What the ingress knows of a generator, which lives in the same process."""
-
-    def __init__(self, generator: Any) -> None:
-        self._generator = generator
-        self.generate = SimpleNamespace(
-            remote=lambda *asked: asyncio.ensure_future(generator.generate(*asked))
-        )
-        self.generate_stream = SimpleNamespace(
-            remote=lambda *asked: Stream(generator.generate_stream(*asked))
-        )
-
-    def options(self, **options: Any) -> Handle:
-        return self
-
-
-class Stream:
-    """Messages of a generator, as Ray hands them on."""
-
-    def __init__(self, messages: AsyncIterator[Any]) -> None:
-        self._messages = messages
-
-    async def __anext__(self) -> Any:
-        return await anext(self._messages)
-
-    def cancel(self) -> None:
-        pass
-
-
-def generator_of(models: dict[str, FewStepPipeline]) -> Any:
-    """A generator that offers these models; the first is the default."""
-    loaded = {name: LoadedModel(name, "1", pipeline) for name, pipeline in models.items()}
-
-    async def get(name: str, track: str) -> LoadedModel:
-        return loaded[name]
-
-    generator = object.__new__(Generator.func_or_class)
-    generator._config, generator._metrics = EngineConfig(), EngineMetrics()
-    sources = {name: ModelSource(name=name, source="nowhere") for name in models}
-    generator._store = SimpleNamespace(get=get, default=next(iter(models)), sources=sources)
-    generator._max_relative_pixels, generator._other_size = 4.0, "refuse"
-    generator._engine, generator._image_check = Engine(), None
-    return generator
-
-
-@contextmanager
-def serving(models: dict[str, FewStepPipeline], **settings: Any) -> Iterator[str]:
-    """The address of the API in front of these models."""
-    config = ServeConfig.model_validate({"access": {"open_to_all": True}, **settings})
-    api = build_api(config, Handle(generator_of(models)))  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        thread.join(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +172,17 @@ def test_bodies_are_bounded_and_forms_of_another_kind_refused(address: str) -> N
     broken = {"content-type": "multipart/form-data; boundary=x"}
     answer = httpx2.post(f"{address}/images/edits", content=b"--x\r\nno form", headers=broken, timeout=60)
     assert answer.status_code == 400
+
+
+def test_a_large_form_is_read_where_the_application_has_a_prefix(
+    models: dict[str, FewStepPipeline],
+) -> None:
+    large = file_of(pixels(200, 200))
+    with serving(models, prefix="/pictures", limits={"max_edit_bytes": 200_000}) as address:
+        assert len(large) > Limits().max_body_bytes  # that of other requests
+        answer = post(address, {"prompt": PROMPT}, [("image", ("a.png", large))])
+        assert answer.status_code == 200, answer.text
+        assert post(address, {"prompt": PROMPT}, [("image", ("a.png", large + large))]).status_code == 413
 
 
 def test_generations_and_variations_of_an_editor_are_told_the_way(
