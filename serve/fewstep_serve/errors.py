@@ -70,6 +70,8 @@ def add_error_handlers(api: FastAPI, service: Service) -> None:
         headers = dict(headers or {})
         if refusal.status in (429, 503):
             headers["retry-after"] = str(refusal.retry_after_s or service.retry_after_s)
+        if refusal.status == 504:  # OpenAI's clients would by default have the same work done twice more
+            headers["x-should-retry"] = "false"
         if refusal.status == 401:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse(error_body(refusal), refusal.status, headers)

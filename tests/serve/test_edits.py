@@ -214,3 +214,15 @@ def test_the_api_s_document_describes_the_form(address: str) -> None:
     assert form["required"] == ["image", "prompt"]
     assert form["properties"]["image"]["items"] == {"type": "string", "format": "binary"}
     assert "multipart/form-data" in document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]
+
+
+def test_what_took_too_long_is_not_tried_again_by_openai_s_client(models: dict[str, FewStepPipeline]) -> None:
+    answers: list[httpx2.Response] = []
+    with serving(models, limits={"time_limit_s": 0.001}) as address:
+        hooks = {"response": [answers.append]}
+        client = openai.OpenAI(
+            base_url=address, api_key="any", http_client=openai.DefaultHttpxClient(event_hooks=hooks)
+        )
+        with pytest.raises(openai.InternalServerError, match="not ready within"):
+            client.images.generate(prompt="owl", model="plain")
+    assert [answer.status_code for answer in answers] == [504]
