@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from fewstep.student import read_student_card, resolve_student
 from fewstep.tracking import Tracker, spool_folder
 from fewstep.tracking.address import connect
 from fewstep.tracking.registry import look_up
 from fewstep.train.recipe import DistillRecipe, load_recipe
 from fewstep.train.trainer import TrainedModel
-from fewstep.workflow.distil import evaluate_and_register
+from fewstep.workflow.distil import _example_of, evaluate_and_register
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,10 @@ def test_what_was_not_measured_does_not_take_the_place_of_what_is_served(recipe,
     assert look_up(f"models:/{model}@champion", uri).version == 1
     reason = connect(uri).get_model_version(model, "2").tags["promotion.reason"]
     assert reason == "champion stays at version 1, as version 2 was not measured (evaluation.enabled: false)"
+
+
+def test_the_command_that_is_told_names_a_file_for_each_reference(tiny_teacher: Path, tmp_path: Path) -> None:
+    tiny.write_data(tmp_path, references=2)
+    example = _example_of(tiny.recipe(tmp_path, tiny_teacher))
+    assert example.startswith("--prompt ")
+    assert example.endswith(" --image FILE --image FILE")

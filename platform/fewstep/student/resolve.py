@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BUNDLED_STUDENTS = {
     "emoji64-student": "emoji64_student",
     "emoji-student": "emoji_student",
+    "emoji-edit-student": "emoji_edit_student",
     "fashion-student": "fashion_student",
 }
 """Names of the bundled students → their folders in the assets."""

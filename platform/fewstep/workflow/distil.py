@@ -108,7 +108,7 @@ def evaluate_and_register(recipe: DistillRecipe, trained: TrainedModel) -> None:
             flush=True,
         )
     print(
-        f"generate    fewstep generate --model {model} --prompt {quote(_held_out_caption(recipe))} --seed 0",
+        f"generate    fewstep generate --model {model} {_example_of(recipe)} --seed 0",
         flush=True,
     )
     if failure is not None:
@@ -137,8 +137,9 @@ def _measure(
     return metrics, outcomes, report
 
 
-def _held_out_caption(recipe: DistillRecipe) -> str:
-    """A caption of the kind that the model was trained on, for the command that is printed."""
+def _example_of(recipe: DistillRecipe) -> str:
+    """Options with a caption of the kind that the model was trained on, for the command that is printed."""
     info = DatasetInfo.open(recipe.data.path)
     shard = next(iter(info.buckets("held_out").values()))[0]
-    return read_shard(info.storage, shard.path)["caption"][0].as_py()
+    caption = read_shard(info.storage, shard.path)["caption"][0].as_py()
+    return f"--prompt {quote(caption)}" + " --image FILE" * info.encoding.references
