@@ -174,6 +174,7 @@ def test_an_image_is_edited_and_can_be_edited_again_by_command_and_by_curl(brows
     wait(browser, lambda: status(browser).startswith("Done"))
     assert len(finished(browser, 16)) == 4
     assert browser.find_element("css selector", ".references img").get_property("naturalWidth") == 16
+    assert browser.save_screenshot(str(tmp_path / "page.png"))
     figure = browser.find_elements("css selector", "figure")[1]
     shown = figure.find_element("css selector", "a").get_attribute("href")
     figure.find_element("css selector", ".reproduce").click()
@@ -195,7 +196,7 @@ def test_a_refusal_is_shown_to_the_reader(browser) -> None:
     assert not browser.find_elements("css selector", ".entry")
 
 
-def test_it_fits_a_phone(browser) -> None:
+def test_it_fits_a_phone(browser, tmp_path: Path) -> None:
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": 375, "height": 740, "deviceScaleFactor": 2, "mobile": True},
@@ -204,6 +205,7 @@ def test_it_fits_a_phone(browser) -> None:
     wait(browser, lambda: status(browser).startswith("Done"))
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
     assert browser.find_element("id", "generate").rect["height"] >= 40
+    assert browser.save_screenshot(str(tmp_path / "phone.png"))
 
 
 def test_the_api_s_page_needs_nothing_but_this_service(browser, address: str) -> None:
