@@ -63,10 +63,11 @@ def states(run: Path) -> dict[int, dict]:
 
 
 def test_a_run_goes_back_finishes_and_is_resumed_bit_for_bit(tiny_data, tiny_teacher, home, capfd) -> None:
+    # The rate rises until the run diverges, sooner or later, as the arithmetic of the CPU has it.
     settings = [
-        "train.steps=30", "train.log_every=1", "train.checkpoint_every=2", "optimizer.lr=1",
+        "train.steps=80", "train.log_every=1", "train.checkpoint_every=2", "optimizer.lr=1",
         "optimizer.warmup_steps=100", "optimizer.decay=none", "health.lr_factor=0.001", "evaluation.every=8",
-        "train.keep_checkpoints=20",
+        "train.keep_checkpoints=50",
     ]  # fmt: skip
     wanted = tiny.recipe(tiny_data, tiny_teacher, *settings)
     trained = fit(wanted, "run")
@@ -84,16 +85,16 @@ def test_a_run_goes_back_finishes_and_is_resumed_bit_for_bit(tiny_data, tiny_tea
     assert run.data.tags["health.finding"] == setback["reason"]
     assert run.data.tags["health.times_back"] == "1"
     rates = client.get_metric_history(run.info.run_id, "train/learning_rate")
-    assert rates[-1].value == pytest.approx(0.001 * 30 / 100)
+    assert rates[-1].value == pytest.approx(0.001 * 80 / 100)
     measured = {
         point.step for point in client.get_metric_history(run.info.run_id, "held_out/paired_distance")
     }
-    assert {8, 30} <= measured
+    assert {8, 80} <= measured
 
     kept = states(home / "runs" / "run")
-    assert kept[30]["best"]["step"] in measured
-    assert len(kept[30]["best"]["distances"]) == tiny.ROWS
-    assert len(kept[30]["health"]["bands"]) > 3
+    assert kept[80]["best"]["step"] in measured
+    assert len(kept[80]["best"]["distances"]) == tiny.ROWS
+    assert len(kept[80]["health"]["bands"]) > 3
     expected = load_file(home / trained.folder / WEIGHTS)
     begin = setback["back_to"]
     for folder in home.glob("runs/run/step-*"):
@@ -101,8 +102,8 @@ def test_a_run_goes_back_finishes_and_is_resumed_bit_for_bit(tiny_data, tiny_tea
             shutil.rmtree(folder)  # as if the run had been killed there
     again = fit(wanted, "run")
     assert f"resumed from the checkpoint of step {begin}" in capfd.readouterr().out
-    resumed = states(home / "runs" / "run")[30]
-    assert (resumed["health"], resumed["best"]) == (kept[30]["health"], kept[30]["best"])
+    resumed = states(home / "runs" / "run")[80]
+    assert (resumed["health"], resumed["best"]) == (kept[80]["health"], kept[80]["best"])
     for name, tensor in load_file(home / again.folder / WEIGHTS).items():
         assert torch.equal(tensor, expected[name]), name
         assert tensor.isfinite().all(), name

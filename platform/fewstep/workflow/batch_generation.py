@@ -2,7 +2,8 @@
 
 Prompts are cut into units of work. A unit writes its images and then, as its last act, its part of the manifest, so
 that a job that was ended goes on with the units that have no part. An image that was written twice is the same both
-times, as it depends on nothing but its prompt, its seed and the settings.
+times, as it depends on nothing but its prompt, its seed and the settings; with another `batch_size`, or on another kind
+of machine, rounding may move pixels by one level.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def _settle(storage: Storage, student: Path, prompts: Sequence[str], config: Bat
         "student": [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights],
         "sampler": read_student_card(student).sampler.model_dump(mode="json"),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-        **config.model_dump(mode="json", exclude={"batch_size"}),  # which changes no image
+        **config.model_dump(
+            mode="json", exclude={"batch_size"}
+        ),  # which moves no pixel by more than one level
     }
     if (known := storage.read(SETTINGS)) is None:
         storage.write(SETTINGS, json.dumps(settings, indent=2).encode())
