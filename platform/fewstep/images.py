@@ -291,9 +291,8 @@ def _opened(content: bytes, max_pixels: int, formats: tuple[str, ...] | None = N
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width}x{image.height} pixels, and at most {max_pixels} are allowed")
             yield image
-    except (
-        PIL.Image.DecompressionBombError
-    ) as error:  # where `lift_limit` was not called; its text names no setting
+    except PIL.Image.DecompressionBombError as error:
+        # Where `lift_limit` was not called. Pillow's own text names a limit that is not the one that was set.
         raise ValueError(f"more pixels than Pillow opens, and at most {max_pixels} are allowed") from error
     except PIL.UnidentifiedImageError as error:
         # Pillow's own text has a memory address in it, and shards store the text: the same input must make the same

@@ -1,6 +1,6 @@
 """The rate of `fewstep generate-batch` beside that of bare engines in as many processes, in turns on one machine.
 
-    RAY_ADDRESS=local python -m fewstep_loadtest.batch_rate --rounds 3
+    python -m fewstep_loadtest.batch_rate --rounds 3
 
 The job's rate is that between the ends of its first and last units of work: what comes before, the start of Ray and of
 its actors, is told apart, since it does not grow with the number of images.
@@ -9,7 +9,10 @@ its actors, is told apart, since it does not grow with the number of images.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -41,20 +44,29 @@ def engines_rate(source: str, processes: int, seconds: float) -> float:
 
 
 def job_rate(source: str, images: int, unit: int) -> tuple[float, float]:
-    """Images per second of a batch job on the connected Ray cluster, and the seconds until its first unit was done.
+    """Images per second of the command on a Ray node of its own, and the seconds until its first unit was done.
 
     Args:
         source: of the student.
         images: of the job.
         unit: images of a unit of work; far fewer than `images`.
-    """
-    from fewstep.workflow.batch_generation import MANIFEST, BatchConfig, generate_batch
 
-    config = BatchConfig(batch_size=BATCH_SIZE, unit=unit)
-    with tempfile.TemporaryDirectory() as out:
+    Raises:
+        CalledProcessError: the command failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, texts = Path(folder) / "out", Path(folder) / "prompts.txt"
+        texts.write_text("\n".join(prompts(images, 7)))
         begin = time.time()
-        generate_batch(resolve_student(source).folder, prompts(images, 7), config, out)
-        ends = sorted(part.stat().st_mtime for part in (Path(out) / MANIFEST).iterdir())
+        subprocess.run(
+            [
+                str(Path(sys.executable).with_name("fewstep")), "generate-batch", "--model", source,
+                "--prompts", str(texts), "--out", str(out), "--batch-size", str(BATCH_SIZE), "--unit", str(unit),
+            ],
+            env=os.environ | {"RAY_ADDRESS": "local"},
+            check=True,
+        )  # fmt: skip
+        ends = sorted(part.stat().st_mtime for part in (out / "manifest").iterdir())
     return (images - unit) / (ends[-1] - ends[0]), ends[0] - begin
 
 
@@ -72,11 +84,7 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    from fewstep.cluster import connect_ray
-    from fewstep.evaluate.generation import places
-
-    connect_ray()
-    processes = places(gpu=False)
+    processes = os.cpu_count() or 1  # as many as the job has actors
     engines, jobs = [], []
     for _ in range(options.rounds):
         engines.append(engines_rate(options.model, processes, options.seconds))

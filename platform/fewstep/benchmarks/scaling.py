@@ -152,7 +152,7 @@ def measured_steps(recipe: DistillRecipe, repeats: int) -> dict[str, float]:
     from fewstep.encoders import load_encoder
     from fewstep.models.conditioning import TextConditioning
     from fewstep.plan.scaling import Messages, Workload, nothing, step_seconds
-    from fewstep.plan.training import measure, new_student
+    from fewstep.plan.training import measure, new_student, planned_references
     from fewstep.train import parallel
     from fewstep.train.learner import Learner
     from fewstep.train.progress import LossMeter
@@ -202,7 +202,9 @@ def measured_steps(recipe: DistillRecipe, repeats: int) -> dict[str, float]:
     network = new_student(recipe)
     texts = batch.conditioning
     tokens = texts.states.shape[1] if isinstance(texts, TextConditioning) else 0  # classes have none
-    work = Workload.of(network, recipe, measure(network, recipe, samples, shape, tokens), samples)
+    references = planned_references(recipe, network, None)
+    cost = measure(network, recipe, samples, shape, tokens, references)
+    work = Workload.of(network, recipe, cost, samples)
     operations = work.segments * samples * work.operations
     predicted = {
         f"{layout}_predicted": step_seconds(
