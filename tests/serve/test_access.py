@@ -38,11 +38,14 @@ def test_without_keys_http_listens_on_loopback_alone() -> None:
             require_loopback(host)
 
 
-def test_keys_of_a_file_change_while_the_service_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for a file of keys, which are read again at each request."""
     monkeypatch.setattr(access, "READ_AGAIN_S", 0)
-    file = tmp_path / "keys"
+    return tmp_path / "keys"
+
+
+def test_keys_of_a_file_change_while_the_service_runs(file: Path, tmp_path: Path) -> None:
     file.write_text("old\n")
     control = AccessControl(Access(api_keys_file=str(file)))
     control.who(with_key("old"))
@@ -58,11 +61,7 @@ def test_keys_of_a_file_change_while_the_service_runs(
 
 
 @pytest.mark.parametrize("content", [None, "zwei\xe4".encode("latin-1"), "zweiä".encode()])
-def test_a_keys_file_that_breaks_leaves_the_former_keys(
-    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(access, "READ_AGAIN_S", 0)
-    file = tmp_path / "keys"
+def test_a_keys_file_that_breaks_leaves_the_former_keys(content: bytes | None, file: Path) -> None:
     file.write_text("one\n")
     control = AccessControl(Access(api_keys_file=str(file)))
     file.unlink()
@@ -75,11 +74,7 @@ def test_a_keys_file_that_breaks_leaves_the_former_keys(
     control.who(with_key("two"))
 
 
-def test_the_only_key_can_be_taken_back_and_that_opens_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(access, "READ_AGAIN_S", 0)
-    file = tmp_path / "keys"
+def test_the_only_key_can_be_taken_back_and_that_opens_nothing(file: Path) -> None:
     file.write_text("lost\n")
     control = AccessControl(Access(api_keys_file=str(file)))
     file.write_text("# none\n")
