@@ -1,5 +1,5 @@
 # make distill   from nothing to a distilled, measured, registered 4-step model
-# make test      what is promised, checked; make test-slow adds larger cases of the same
+# make test      what is promised, checked; make test-slow adds what takes minutes each
 # make serve     the bundled student behind HTTP: page, API, OpenAI's client (serve/config.yaml)
 # make ui        the MLflow pages of what was run        make stop   end the local Ray node
 # make chaos     what is promised of machines, storage and MLflow that fail (docs/chaos.md)

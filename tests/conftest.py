@@ -23,6 +23,11 @@ ROOT = Path(__file__).parents[1]
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs two at once: each, and what it starts, on one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A shell that starts the tests in the background has SIGINT ignored, here and in all that is started here; but there
+# are tests of Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Triton reads this when it is imported, and torch may be the first to do so.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -58,6 +58,7 @@ def pictures(notebook: nbformat.NotebookNode, cell_id: str) -> int:
     return sum("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
+@pytest.mark.slow
 def test_the_pictures_become_a_dataset(executed: tuple[Path, nbformat.NotebookNode]) -> None:
     home, notebook = executed
     assert pictures(notebook, "draw") == 1
@@ -65,6 +66,7 @@ def test_the_pictures_become_a_dataset(executed: tuple[Path, nbformat.NotebookNo
     assert (home / "data" / "shapes" / "dataset.json").exists()
 
 
+@pytest.mark.slow
 def test_a_student_is_distilled_measured_and_registered(executed: tuple[Path, nbformat.NotebookNode]) -> None:
     home, notebook = executed
     assert "20/20" in printed(notebook, "distil")
@@ -74,6 +76,7 @@ def test_a_student_is_distilled_measured_and_registered(executed: tuple[Path, nb
     assert (home / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_the_registered_student_generates(executed: tuple[Path, nbformat.NotebookNode]) -> None:
     home, notebook = executed
     with Image.open(home / "out" / "circles.png") as image:

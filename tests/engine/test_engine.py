@@ -619,7 +619,7 @@ def test_a_store_holds_its_models_in_its_precision(model, precision: str) -> Non
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("how", ["blocks", True])
+@pytest.mark.parametrize("how", ["blocks", pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_network_draws_the_same_and_is_compiled_once(model, how) -> None:
     torch._dynamo.reset()
     store = ModelStore({"s": ModelSource(name="s", source="emoji-student")}, compile=how)

@@ -181,7 +181,7 @@ def of_captions(student: Path, count: int) -> Batch:
             EMOJI_DATA,
             16,
             ((64, 0), (64, 1), (16, 0), (8, 0), (4, 0), (2, 0)),
-            ((4, 0), (64, 1)),
+            ((4, 0),),
         ),
         pytest.param(
             "emoji64-student",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,18 +27,28 @@ def run(
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_job_is_executable_and_its_help_page_has_examples(job: str) -> None:
-    done = run(f"jobs/{job}", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "examples" in done.stdout
-    assert f"jobs/{job}" in done.stdout
+def test_every_job_is_executable_and_its_help_page_has_examples(
+    job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = ROOT / "jobs" / job
+    assert os.access(script, os.X_OK)
+    assert script.read_text().startswith("#!/usr/bin/env python\n")
+    # In this process, which has loaded what each of twenty others would have to load again.
+    monkeypatch.setattr(sys, "argv", [f"jobs/{job}", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    page = capsys.readouterr().out
+    assert "examples" in page
+    assert f"jobs/{job}" in page
 
 
 def test_the_help_page_of_the_main_job_documents_every_recipe_field() -> None:
     from fewstep.config import document
     from fewstep.train.recipe import DistillRecipe
 
-    page = run("jobs/distill_qwen.py", "--help").stdout
+    done = run("jobs/distill_qwen.py", "--help")
+    assert done.returncode == 0, done.stderr
+    page = done.stdout
     for key, default, text in document(DistillRecipe):
         assert f"{key} = {default}" in page
         assert text.split("\n")[0][:60] in page

@@ -158,7 +158,7 @@ def sharded(rank: int, rendezvous: str, name: str, into: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+@pytest.mark.parametrize("name", ["qwen_image", pytest.param("flux", marks=pytest.mark.slow)])
 def test_time_and_position_stay_exact_under_fsdp(name: str, tmp_path: Path) -> None:
     mp.spawn(sharded, (f"file://{tmp_path}/rendezvous", name, str(tmp_path)), nprocs=2)
     for rank in range(2):

@@ -93,7 +93,8 @@ def from_prompts(_: Path, teacher: Path, folder: Path) -> Path:
     return folder / "student"
 
 
-@pytest.mark.parametrize("student", [pytest.param(from_videos, marks=pytest.mark.slow), from_prompts])
+@pytest.mark.slow
+@pytest.mark.parametrize("student", [from_videos, from_prompts])
 def test_a_student_of_videos(
     student: Callable[[Path, Path, Path], Path],
     videos: Path,

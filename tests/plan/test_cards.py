@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGE, SHORT = ROOT / "docs" / "gpus.md", ROOT / "README.md"
 """The second has some of the teachers."""
 
-QUICK = ("FLUX.2 klein (4 B)", "Stable Diffusion 3.5 (8 B)")
+QUICK = ("FLUX.2 klein (4 B)",)
 """Of few blocks; plans of the others take up to a minute each."""
 
 

@@ -145,7 +145,11 @@ def sent_by_fsdp(rank: int, folder: str, overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [["imitation.data_free=false"], ["imitation.data_free=true", "teacher.guidance_scale=1"]]
+    "overrides",
+    [
+        pytest.param(["imitation.data_free=false"], marks=pytest.mark.slow),
+        ["imitation.data_free=true", "teacher.guidance_scale=1"],
+    ],
 )
 def test_the_messages_that_are_planned_are_those_that_fsdp_sends(
     overrides: list[str], tmp_path: Path

@@ -46,7 +46,14 @@ def test_published_parameter_counts_come_out(hub_id: str, billions: float, setti
     assert count_parameters(network) / 1e9 == pytest.approx(billions, rel=3e-3)
 
 
-@pytest.mark.parametrize("source", ["qwen_image_4nfe", "flux_4nfe", "imagenet_1nfe", "wan_4nfe"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "flux_4nfe",
+        "imagenet_1nfe",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen_image_4nfe", "wan_4nfe")),
+    ],
+)
 def test_the_papers_recipes_can_be_planned(source: str) -> None:
     overrides = ["teacher.path=facebook/DiT-XL-2-256"] if source == "imagenet_1nfe" else []
     plan = make_plan(recipe(*overrides, source=source), Machine(gpus=8, memory_gb=80), side=32)
@@ -122,12 +129,18 @@ ALL_WEIGHTS = ["student.lora=null", "student.full=true"]
 @pytest.mark.parametrize(
     ("guidance", "checkpointing", "student"),
     [
-        *[(guidance, checkpointing, []) for guidance in (1, 3) for checkpointing in ("false", "true")],
+        (1, "false", []),
+        (3, "true", []),
         (1, "false", ["student.lora={rank: 128, targets: [paper]}", "optimizer.type=adam8bit"]),
+        *[(3, "true", [f"train.precision={precision}"]) for precision in ("bfloat16", "int4")],
         *[
-            (3, checkpointing, [f"train.precision={precision}"])
-            for precision in LOWER
-            for checkpointing in ("false", "true")
+            pytest.param(guidance, checkpointing, more, marks=pytest.mark.slow)
+            for guidance, checkpointing, more in (
+                (1, "true", []),
+                (3, "false", []),
+                (3, "true", ["train.precision=int8"]),
+                *((3, "false", [f"train.precision={precision}"]) for precision in LOWER),
+            )
         ],
     ],
 )

@@ -88,6 +88,7 @@ class EncoderKiller(threading.Thread):
             self.killed += kill_one(ENCODER)
 
 
+@pytest.mark.slow
 def test_a_run_from_raw_rows_whose_encoders_die_is_that_from_shards(
     both, tiny_teacher, from_shards, tmp_path, monkeypatch
 ) -> None:

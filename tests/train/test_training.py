@@ -225,6 +225,7 @@ def test_a_loaded_optimizer_counts_its_steps_where_its_parameters_are() -> None:
     assert {name: slot.device.type for name, slot in slots.items()} == dict.fromkeys(slots, "meta")
 
 
+@pytest.mark.slow
 def test_two_workers_train_the_same_model_sharded_or_as_replicas(tiny_data, tiny_teacher, home) -> None:
     tolerance = (
         2e-3  # Muon multiplies in bfloat16: another order of sums is another number in the third digit

@@ -57,6 +57,7 @@ def labelled_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_teacher_learns_classes_and_its_student_draws_them(
     labelled_data: Path, ray_cluster, tmp_path: Path, monkeypatch
 ) -> None:

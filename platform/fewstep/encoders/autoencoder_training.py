@@ -20,6 +20,7 @@ from fewstep.config import Config
 from fewstep.encoders.autoencoders import signed_pixels
 from fewstep.errors import UserError
 from fewstep.files import shared_weights
+from fewstep.models.precision import cpu_has_bfloat16
 
 PROGRESS = "training.pt"
 """Name of the file, beside the autoencoder's, from which training goes on."""
@@ -109,8 +110,8 @@ class AutoencoderTraining:
             for group in self._optimizer.param_groups:
                 group["lr"] = self._lr(step)
             pixels = self._batch()
-            # Much faster where the CPU has it; the loss is taken in float32.
-            with torch.autocast("cpu", torch.bfloat16):
+            # Much faster where the CPU has it, and much slower where it is emulated. The loss is taken in float32.
+            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
                 posterior = self.model.encode(pixels).latent_dist
                 latents = posterior.sample(generator=self._draw)
                 decoded = self.model.decode(latents).sample
