@@ -49,6 +49,7 @@ def test_a_student_that_renews_noise_follows_no_trajectory(
     assert set(trajectory_errors(pipe, noise, pipe.encode(CAPTIONS[:1]), 4, [2], [2])) == {"euler_2"}
 
 
+@pytest.mark.slow
 def test_the_cluster_measures_all_captions(pipe: FewStepPipeline, ray_cluster: str) -> None:
     student = resolve_student("emoji-student").folder
     batch = of_prompts(pipe.card, [f"thing {number}, noto style" for number in range(34)])

@@ -523,6 +523,7 @@ def test_serve_deploy_changes_models_and_limits_without_a_restart_and_deletion_w
         assert long.result()[0] == 200
 
 
+@pytest.mark.slow
 def test_a_slow_or_wrong_configuration_never_takes_the_service_down_not_even_with_its_replicas(
     address: str, ray_cluster: str, tmp_path: Path
 ) -> None:

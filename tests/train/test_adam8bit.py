@@ -188,6 +188,7 @@ def everything(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {name: whole(value).clone() for name, value in flat.items()}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_same_bits_for_any_number_of_workers(tmp_path: Path) -> None:
     """Written by two workers; read by two, by three (which share rows unequally, one with none of some), and by one."""
 

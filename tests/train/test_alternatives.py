@@ -51,7 +51,16 @@ def test_a_student_of_each_objective_is_trained_and_draws(
     assert np.isfinite(image).all()
 
 
-@pytest.mark.parametrize("name", ["consistency", "regression", "regression without data", "meanflow"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meanflow",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("consistency", "regression", "regression without data")
+        ),
+    ],
+)
 def test_the_student_comes_nearer_to_the_teacher(
     name: str, tiny_data: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_run_goes_back_finishes_and_is_resumed_bit_for_bit(tiny_data, tiny_tea
         assert tensor.isfinite().all(), name
 
 
+@pytest.mark.slow
 def test_a_row_that_is_no_latent_stops_all_workers_and_is_named(tiny_data, tiny_teacher, home, capfd) -> None:
     data = spoilt(tiny_data, home / "spoilt", slice(3, 4), np.nan)
     wanted = tiny.recipe(

@@ -355,6 +355,7 @@ def test_a_record_is_written_whole_or_not_at_all(home: Path, monkeypatch: pytest
     assert {name: (RECORDS / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_altered_content_is_found_and_the_run_goes_on_without_that_checkpoint(
     home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,6 +392,7 @@ def test_a_resume_that_fails_sends_nobody_in_a_circle(home: Path, tiny_data: Pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_checkpoints_below_the_very_key(
     s3_bucket: str, tiny_data: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

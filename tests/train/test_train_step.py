@@ -29,6 +29,7 @@ def test_bare_processes_time_a_step_and_its_parts(
     assert all(value > 0 for value in seconds.values())
 
 
+@pytest.mark.slow
 def test_a_profile_divides_a_step_into_parts_and_kinds(
     tiny_teacher: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_network_learns_to_be_told_the_scale_of_another_ones_guidance() -> None:
     settings = [
         f"network={{family: flux, config: {SMALL | {'guidance_embeds': True}}}}",
