@@ -329,12 +329,19 @@ def test_what_would_fail_late_is_refused_at_once(
 
 @pytest.mark.parametrize("sampler", [[], ["--teacher-steps", "2"]])
 def test_a_prompt_of_bytes_that_are_no_text_is_one_line_and_status_2(
-    sampler: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sampler: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     # As a shell passes $'owl \\xed\\xa0\\xbd': half a surrogate pair, in what would be its UTF-8.
-    assert main(["generate", "--prompt", os.fsdecode(b"owl \xed\xa0\xbd"), *sampler]) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    arguments = [
+        os.fsencode(FEWSTEP),
+        b"generate",
+        b"--prompt",
+        b"owl \xed\xa0\xbd",
+        *map(os.fsencode, sampler),
+    ]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
     assert line.startswith(r"error: the caption 'owl \udced\udca0\udcbd' holds half a surrogate pair")
 
 

@@ -151,6 +151,10 @@ def test_a_branch_that_no_hub_id_can_name_is_refused(
         ("team/there", {"token": READER}, "the token may not write to the hub's 'team/there'"),
         ("team/new", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "nothing was pushed to the hub's 'team/new' ("),
         ("team/new", {"HF_HUB_OFFLINE": "1"}, "nothing was pushed to the hub's 'team/new' ("),
+        ("new", {}, "'new' is no name of a hub repository: give owner/name."),
+        ("team/new@v2", {}, "'team/new@v2' is no name of a hub repository ("),
+        ("team/new/inner", {}, "'team/new/inner' is no name of a hub repository ("),
+        ("team/a--b", {}, "'team/a--b' is no name of a hub repository ("),
     ],
 )
 def test_what_can_t_be_pushed_is_one_sentence_and_status_2(
@@ -164,22 +168,3 @@ def test_what_can_t_be_pushed_is_one_sentence_and_status_2(
     assert line.startswith(f"error: {message}")
     assert done.stdout == ""
     assert hub_server.branches == there
-
-
-@pytest.mark.parametrize(
-    ("repository", "message"),
-    [
-        ("new", "'new' is no name of a hub repository: give owner/name."),
-        ("team/new@v2", "'team/new@v2' is no name of a hub repository ("),
-        ("team/new/inner", "'team/new/inner' is no name of a hub repository ("),
-        ("team/a--b", "'team/a--b' is no name of a hub repository ("),
-    ],
-)
-def test_what_is_no_name_of_a_repository_is_refused_before_the_hub_is_asked(
-    repository: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["push", "--repo", repository]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    [line] = printed.err.strip().splitlines()
-    assert line.startswith(f"error: {message}")

@@ -221,7 +221,7 @@ def test_a_cache_that_is_deleted_or_broken_on_the_way_changes_nothing(
             for file in list(folder.rglob("*.parquet"))[::2]:
                 file.write_bytes(file.read_bytes()[:100])
         if number == 10:  # in one step: actors may be writing into it
-            shutil.rmtree(folder.rename(tmp_path / "deleted"), ignore_errors=True)
+            shutil.rmtree(folder.rename(tmp_path / "deleted"))
     stream.close()
     assert_equal(ours, from_shards)
 

@@ -82,10 +82,10 @@ def peak_bytes(autoencoder: KLAutoencoder, height: int, width: int, *, tiled: bo
     return live.peak
 
 
+@pytest.mark.parametrize(("height", "width"), [pytest.param(1024, 1024, marks=pytest.mark.slow), (768, 1344)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_decoding_takes_is_foreseen_and_tiles_take_a_third_of_it_at_most(kind):
+def test_what_decoding_takes_is_foreseen_and_tiles_take_a_third_of_it_at_most(kind, height, width):
     autoencoder = full_size(kind)
-    height, width = 768, 1344
     whole = peak_bytes(autoencoder, height, width, tiled=False)
     foreseen = autoencoder.decoding_bytes(height, width)
     assert 1.4 * whole < foreseen < 1.6 * whole
@@ -122,9 +122,8 @@ def tiny(kind: str, folder: Any, **options: Any) -> KLAutoencoder:
     return loaded
 
 
-@pytest.mark.parametrize(
-    ("kind", "height", "width"), [*((kind, 784, 832) for kind in KINDS), ("AutoencoderKL", 512, 1168)]
-)
+@pytest.mark.parametrize(("height", "width"), [(784, 832), pytest.param(512, 1168, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tiles_lie_where_they_belong_and_show_no_seams(kind, height, width, tmp_path):
     autoencoder = tiny(kind, tmp_path)
     height, width = (-(-side // autoencoder._multiple) * autoencoder._multiple for side in (height, width))

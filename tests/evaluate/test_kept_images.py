@@ -183,6 +183,7 @@ def of_captions(student: Path, count: int) -> Batch:
             ((64, 0), (64, 1), (16, 0), (8, 0), (4, 0), (2, 0)),
             ((4, 0),),
         ),
+        pytest.param("emoji-student", EMOJI_DATA, 16, ((64, 1),), ((64, 1),), marks=pytest.mark.slow),
         pytest.param(
             "emoji64-student",
             EMOJI64_DATA,

@@ -148,7 +148,7 @@ def metrics(
     needed -= ON_GPUS | set(PROMETHEUS)
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     found: dict[str, set[str]] = {}
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 90
     while needed - set(found) and time.monotonic() < deadline:
         time.sleep(1)
         found |= scrape(url)

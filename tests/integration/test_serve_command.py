@@ -69,7 +69,7 @@ def test_it_serves_until_ctrl_c(config: dict[str, Any], tmp_path: Path) -> None:
         assert process.poll() is None, "it serves as long as it is not told to stop"
     finally:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert applications() == {}, "the node goes on, without the application"
@@ -138,7 +138,7 @@ def test_what_a_running_serve_can_not_change_is_said_at_once_and_nothing_changes
     changed |= change
     changed["applications"][0]["name"] = "another"  # would replace what runs, were it deployed
     process = start(changed, tmp_path)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert message in line
